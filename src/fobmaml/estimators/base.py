@@ -1,0 +1,117 @@
+"""What an estimator is, and the one way to run it: ``estimate`` on flat vectors, ``meta_gradient`` on modules."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fobmaml.arguments import number, refuse, whole_number
+from fobmaml.learner import Learner, LossFn
+from fobmaml.solvers import InnerProblem, Solution, Solver
+from fobmaml.tasks.batch import TaskBatch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an estimator returns: ``gradients`` [T, P], one row a task, and how to get the adapted parameters.
+
+    ``adapted()`` returns the solution of the unperturbed inner problem. It is a call because some estimators do not
+    need that solution themselves: nothing is solved unless somebody asks.
+    """
+
+    gradients: Tensor
+    adapted: Callable[[], Solution]
+
+
+class Estimator(ABC):
+    """A meta-gradient estimator. To add one, subclass it, implement ``__call__``, and write a file in
+    configs/estimator.
+
+    ``solver``: solves the inner problem. ``lam``: λ, the strength of its proximal term; ``lam=0`` is MAML's inner
+    problem. Raises ValueError for a negative or, where the formula divides by λ or needs a minimiser, zero ``lam``.
+    """
+
+    needs_proximal_term = True
+    rows_per_task = 1
+    """Rows of parameters that one task occupies while it is solved."""
+
+    def __init__(self, solver: Solver, lam: float):
+        if not isinstance(solver, Solver):
+            raise refuse("solver", type(solver).__name__, "a fobmaml.solvers.Solver")
+        self.solver = solver
+        if self.needs_proximal_term:
+            self.lam = number("lam", lam, above=0.0)
+        else:
+            self.lam = number("lam", lam, at_least=0.0)
+
+    @abstractmethod
+    def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
+        """The estimate of each task's meta-gradient at ``theta`` [P]."""
+
+    def adapt(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Solution:
+        """The solution of the unperturbed inner problem, φᵢ,₀: what a task's parameters are at test time."""
+        return self.solver.solve(InnerProblem(learner, theta, tasks, self.lam))
+
+
+@dataclass(frozen=True)
+class MeanEstimate:
+    """``gradient`` [P], the mean over tasks; ``query_loss`` and ``residual`` [T], or None if they were not asked for."""
+
+    gradient: Tensor
+    query_loss: Tensor | None
+    residual: Tensor | None
+
+
+def estimate(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskBatch,
+             task_chunk: int | None = None, diagnose: bool = True) -> MeanEstimate:
+    """The mean meta-gradient over ``tasks`` at ``theta`` [P], solving ``task_chunk`` tasks at once (None: all).
+
+    ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
+    unperturbed problem where the estimator does not, and of one more gradient.
+    """
+    chunk = task_chunk or len(tasks)
+    total = torch.zeros_like(theta)
+    query_loss, residual = [], []
+    for start in range(0, len(tasks), chunk):
+        part = tasks[start : start + chunk]
+        result = estimator(learner, theta, part)
+        total += result.gradients.sum(0)
+        if diagnose:
+            adapted = result.adapted()
+            with torch.no_grad():
+                query_loss.append(learner.query_loss(adapted.phi.detach(), part))
+            residual.append(adapted.residual)
+    return MeanEstimate(total / len(tasks), torch.cat(query_loss) if diagnose else None,
+                        torch.cat(residual) if diagnose else None)
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """``gradient``: {parameter name: tensor of its shape}, the mean over tasks. ``query_loss`` [T]: fᵢ at the
+    unperturbed adapted parameters. ``residual`` [T]: the norm of the inner problem's gradient there."""
+
+    gradient: dict[str, Tensor]
+    query_loss: Tensor
+    residual: Tensor
+
+
+def meta_gradient(estimator: Estimator, model: nn.Module, loss_fn: LossFn, tasks: TaskBatch,
+                  task_chunk: int | None = None) -> MetaGradient:
+    """The meta-gradient at a model's present parameters, by any estimator.
+
+    ``model``: any module whose loss depends on its parameters and inputs alone; it is not changed.
+    ``loss_fn(outputs, targets)`` returns the mean loss of one task's examples. ``task_chunk``: how many tasks are
+    solved at once (None: all); fewer take less memory. Dtype and device follow the model.
+
+    Raises ValueError for a model with batch statistics or active dropout, and for tasks of another device.
+    """
+    learner = Learner(model, loss_fn)
+    if task_chunk is not None:
+        whole_number("task_chunk", task_chunk)
+    if tasks.support_x.device != learner.device:
+        raise refuse("tasks", f"tensors on {tasks.support_x.device}", f"the model's device, {learner.device}")
+    result = estimate(estimator, learner, learner.theta(), tasks.to(dtype=learner.dtype), task_chunk)
+    assert result.query_loss is not None and result.residual is not None
+    return MetaGradient(learner.fold(result.gradient), result.query_loss, result.residual)

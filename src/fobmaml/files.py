@@ -1,0 +1,113 @@
+"""Files of a run that are whole or absent, whatever happens: checkpoints, summaries, event logs."""
+
+import io
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, cannot be read, or belongs to another configuration."""
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """``write(file)`` to a temporary neighbour, flushed to disk, which then takes the place of ``path``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def plain(value: Any) -> Any:
+    """A value for JSON: numbers that are not finite become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps({key: plain(value) for key, value in content.items()}, indent=2, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """``config``: what a run must agree in to continue from here (see ``load_checkpoint``)."""
+    buffer = io.BytesIO()  # a disk that fills up then fails in write_atomically, with an OSError
+    torch.save({"format": FORMAT, "config": json.dumps(config, sort_keys=True), **state}, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The state in a checkpoint. Nothing in the file is executed (``weights_only``).
+
+    Raises CheckpointError, naming what differs, if the file is missing, not a whole checkpoint, or was written under
+    another configuration.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: takes a checkpoint file, and there is none")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found, written = state["format"], json.loads(state["config"])
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, TypeError,
+            ValueError, IndexError, AttributeError) as error:
+        kind = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: takes a whole checkpoint of this program, and this file cannot be read as one "
+                              f"({kind})") from None
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: takes a checkpoint of format {FORMAT}, and this one has format {found}")
+    ours = json.loads(json.dumps(config))
+    differing = sorted(key for key in ours.keys() | written.keys() if ours.get(key) != written.get(key))
+    if differing:
+        changes = ", ".join(f"{key}={ours.get(key)} (there {written.get(key)})" for key in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise CheckpointError(f"{path}: takes a checkpoint of the same configuration, and here {changes}{more}")
+    return dict(state)
+
+
+class EventLog:
+    """``metrics.jsonl``: one JSON object a line, each with ``step``; flushed line by line."""
+
+    def __init__(self, path: Path, continue_at: int | None = None, history: Path | None = None):
+        """``continue_at``: keep the events up to this step, of ``history`` (default: of the file itself)."""
+        self.path = path
+        kept: list[str] = []
+        if continue_at is not None:
+            kept = [json.dumps(e) for e in read_events(history or path)
+                    if e["step"] <= continue_at and "test/loss" not in e]
+        text = "".join(line + "\n" for line in kept)
+        write_atomically(path, lambda file: file.write(text.encode()))
+        self._file = path.open("a")
+
+    def write(self, step: int, event: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **{k: plain(v) for k, v in event.items()}}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    events = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return events

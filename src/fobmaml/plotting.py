@@ -1,0 +1,83 @@
+"""The look of every figure: one name, colour and marker a method throughout, and the learning curve of a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is drawn. Colours: Okabe & Ito's set for colour-blind readers."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+METHODS = {
+    "maml": Method("MAML", "#000000", "s"),
+    "fomaml": Method("FO-MAML", "#E69F00", "^"),
+    "reptile": Method("Reptile", "#CC79A7", "v"),
+    "imaml": Method("iMAML", "#009E73", "D"),
+    "forward": Method("FO-B-MAML, forward", "#56B4E9", "<"),
+    "symmetric": Method("FO-B-MAML, symmetric", "#0072B2", "o"),
+    "central4": Method("FO-B-MAML, central 4", "#D55E00", "P"),
+}
+
+
+def method(name: str) -> Method:
+    """A method of the user's own is drawn in grey under its own name."""
+    return METHODS.get(name, Method(name, "#777777", "X"))
+
+
+def new_figure(columns: int = 1, width_in: float = 3.5, height_in: float = 2.6) -> tuple[Figure, list[Axes]]:
+    """A figure for a paper's column (3.5 in) or two (7 in), 8-point type; needs no display."""
+    figure = Figure(figsize=(width_in, height_in), layout="constrained", dpi=200)
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for ax in axes:
+        ax.tick_params(labelsize=8)
+        ax.xaxis.label.set_size(8)
+        ax.yaxis.label.set_size(8)
+        ax.title.set_size(8)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.5)
+    return figure, axes
+
+
+def learning_curve(events: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], name: str, path: Path) -> None:
+    """A run's picture: validation accuracy (or loss, where there is no accuracy) and training loss by meta-step."""
+    look = method(name)
+    figure, (left, right) = new_figure(columns=2, width_in=7.0)
+    accurate = any(e.get("val/accuracy") is not None for e in events)
+    steps, values = series(events, "val/accuracy" if accurate else "val/loss")
+    scale = 100.0 if accurate else 1.0
+    left.plot(steps, [scale * v for v in values], color=look.colour, marker=look.marker, markersize=3, linewidth=1.2,
+              label="validation tasks")
+    final = summary.get("test/accuracy" if accurate else "test/loss")
+    if final is not None:
+        half = scale * (summary.get("test/accuracy_ci95") or 0.0) if accurate else 0.0
+        text = f"test tasks: {scale * final:.1f} ± {half:.1f} %" if accurate else f"test tasks: {final:.3f}"
+        left.errorbar([summary["step"]], [scale * final], yerr=[half], color="#D55E00", marker="*", markersize=8,
+                      capsize=3, linestyle="none", label=text, zorder=3)
+    left.set_xlabel("meta-step")
+    left.set_ylabel("accuracy (%)" if accurate else "mean squared error")
+    left.legend(fontsize=8, frameon=False, loc="lower right" if accurate else "upper right")
+    left.set_title(look.label)
+    steps, values = series(events, "train/loss")
+    right.plot(steps, values, color=look.colour, linewidth=0.8)
+    right.set_xlabel("meta-step")
+    right.set_ylabel("query loss, training tasks" + (" (nats)" if accurate else ""))
+    right.set_title(f"{summary.get('model/parameters', 0):,} parameters")
+    figure.savefig(path)
+
+
+def series(events: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """The steps and values of the events that have ``key``."""
+    found = [(e["step"], e[key]) for e in events if e.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]

@@ -1,0 +1,76 @@
+"""A batch of tasks, and what a source of tasks offers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fobmaml.arguments import refuse
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """T tasks, each with a support (training) and a query (test) set.
+
+    ``support_x`` [T, S, ...], ``support_y`` [T, S, ...], ``query_x`` [T, Q, ...], ``query_y`` [T, Q, ...].
+    Raises ValueError if the tensors do not belong together.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("support_x", "support_y", "query_x", "query_y"):
+            tensor = getattr(self, name)
+            if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise refuse(name, got, "a tensor [tasks, examples, ...]")
+            if tensor.shape[0] != self.support_x.shape[0] or 0 in tensor.shape[:2]:
+                raise refuse(name, tuple(tensor.shape),
+                             f"a tensor of {self.support_x.shape[0]} tasks with at least one example each")
+        for part in ("support", "query"):
+            x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
+            if x.shape[1] != y.shape[1]:
+                raise refuse(f"{part}_y", tuple(y.shape), f"{x.shape[1]} examples a task, as in {part}_x")
+        for kind in ("x", "y"):
+            s, q = getattr(self, f"support_{kind}"), getattr(self, f"query_{kind}")
+            if s.shape[2:] != q.shape[2:] or s.dtype != q.dtype or s.device != q.device:
+                raise refuse(f"query_{kind}", f"{q.dtype} {tuple(q.shape)} on {q.device}",
+                             f"examples like support_{kind}'s: {s.dtype} [..., *{tuple(s.shape[2:])}] on {s.device}")
+
+    def __len__(self) -> int:
+        return self.support_x.shape[0]
+
+    def __getitem__(self, rows: slice) -> "TaskBatch":
+        return TaskBatch(self.support_x[rows], self.support_y[rows], self.query_x[rows], self.query_y[rows])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TaskBatch":
+        """The same tasks on ``device``; floating-point tensors as ``dtype``, class labels as they are."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+
+        return TaskBatch(move(self.support_x), move(self.support_y), move(self.query_x), move(self.query_y))
+
+
+class TaskSource(Protocol):
+    """Where tasks come from. To add a data set, write a class with these members and a file in configs/dataset."""
+
+    input_shape: tuple[int, ...]
+    """Shape of one example."""
+    outputs: int
+    """Number of values that the network returns for one example."""
+    classification: bool
+    """Whether ``argmax`` of the outputs is a class, so that an accuracy exists."""
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    """(outputs [N, ...], targets [N, ...]) -> mean loss, a scalar."""
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> TaskBatch:
+        """``count`` tasks of a split, on the CPU; all randomness from ``generator``."""
+        ...

@@ -1,0 +1,32 @@
+"""Logistic regression: with the proximal term strongly convex, so that the exact meta-gradient is a dense solve."""
+
+import torch
+import torch.nn.functional as F
+
+from fobmaml.arguments import number, whole_number
+from fobmaml.tasks.batch import Split, TaskBatch
+
+
+class Logistic:
+    """Two classes, P(y = 1 | x) = σ(wᵢᵀx) with x ~ N(0, I), wᵢ = w̄ + spread · N(0, I) and w̄ = 1; cross-entropy.
+
+    The three splits are independent draws from this distribution: the caller's generators tell them apart.
+    """
+
+    outputs = 2
+    classification = True
+    loss_fn = staticmethod(F.cross_entropy)
+
+    def __init__(self, dimension: int = 10, shots: int = 20, queries: int = 20, spread: float = 1.0):
+        self.input_shape = (whole_number("dimension", dimension),)
+        self.shots = whole_number("shots", shots)
+        self.queries = whole_number("queries", queries)
+        self.spread = number("spread", spread, at_least=0.0)
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> TaskBatch:
+        (dimension,), examples = self.input_shape, self.shots + self.queries
+        x = torch.randn(count, examples, dimension, generator=generator, dtype=torch.float64)
+        w = 1.0 + self.spread * torch.randn(count, dimension, 1, generator=generator, dtype=torch.float64)
+        p = torch.sigmoid(x @ w).squeeze(-1)
+        y = (torch.rand(count, examples, generator=generator, dtype=torch.float64) < p).long()
+        return TaskBatch(x[:, : self.shots], y[:, : self.shots], x[:, self.shots :], y[:, self.shots :])

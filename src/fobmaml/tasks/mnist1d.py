@@ -1,0 +1,126 @@
+"""N-way k-shot tasks from MNIST-1D (Greydanus & Kobak 2024, arXiv:2011.14439)."""
+
+import hashlib
+import os
+import random
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from fobmaml.arguments import refuse, whole_number
+from fobmaml.tasks.batch import Split, TaskBatch
+
+VALIDATION_EXAMPLES_PER_CLASS = 80
+Arrays = dict[str, NDArray[np.float64]]
+
+
+def generate_arrays() -> Arrays:
+    """The published arrays from the ``mnist1d`` package: x [4000, 40], y [4000], x_test [1000, 40], y_test [1000].
+
+    The package seeds the global generators; they are put back as they were.
+    """
+    from mnist1d.data import get_dataset_args, make_dataset  # type: ignore[import-untyped]
+
+    states = random.getstate(), np.random.get_state()
+    try:
+        made = make_dataset(get_dataset_args())
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    return {name: np.asarray(made[name]) for name in ("x", "y", "x_test", "y_test")}
+
+
+def load_arrays(cache: Path | None = None) -> Arrays:
+    """The arrays of ``generate_arrays`` from a cache file, which is made, or made again if it is damaged.
+
+    ``cache``: the folder, by default ``$XDG_CACHE_HOME/fobmaml``. No pickle is read or written, a digest guards the
+    content, and the file appears whole or not at all; a folder that cannot be written to costs a second a run.
+    """
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fobmaml"
+    path = folder / "mnist1d.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in ("x", "y", "x_test", "y_test")}
+            if str(stored["digest"]) == _digest(arrays):
+                return arrays
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass
+    arrays = generate_arrays()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as file:
+            try:
+                np.savez(file, allow_pickle=False, digest=np.array(_digest(arrays)), **arrays)
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError:
+        pass
+    return arrays
+
+
+def _digest(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+class MNIST1D:
+    """Few-shot classification of MNIST-1D's ten digits.
+
+    Each task takes ``ways`` digits in random label order, and of each digit ``shots`` support and ``queries`` query
+    examples, all distinct. Meta-test tasks come from the 1000 published test examples, meta-validation tasks from 80
+    training examples a digit (the last ones), meta-train tasks from the rest.
+
+    Raises ValueError if a split has too few classes or examples.
+    """
+
+    input_shape = (40,)
+    classification = True
+    loss_fn = staticmethod(F.cross_entropy)
+
+    def __init__(self, ways: int = 5, shots: int = 5, queries: int = 15, cache: Path | None = None):
+        self.ways = self.outputs = whole_number("ways", ways, at_least=2, at_most=10)
+        self.shots = whole_number("shots", shots)
+        self.queries = whole_number("queries", queries)
+        arrays = load_arrays(cache)
+        held_out = VALIDATION_EXAMPLES_PER_CLASS
+        x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
+        train = [x[y == digit] for digit in range(10)]
+        x, y = torch.from_numpy(arrays["x_test"]), torch.from_numpy(arrays["y_test"])
+        self.examples = {
+            "train": [digit[:-held_out] for digit in train],
+            "validation": [digit[-held_out:] for digit in train],
+            "test": [x[y == digit] for digit in range(10)],
+        }
+        fewest = min(len(digit) for split in self.examples.values() for digit in split)
+        if shots + queries > fewest:
+            name, value = ("shots", shots) if shots >= fewest else ("queries", queries)
+            raise refuse(name, value, f"at most {fewest} with shots and queries together, the examples that the "
+                                      f"smallest split has of a digit (shots={shots}, queries={queries})")
+        # One table a split, short digits padded, so that sampling is a handful of gathers.
+        self._counts = {s: torch.tensor([len(d) for d in digits]) for s, digits in self.examples.items()}
+        self._tables = {s: torch.nn.utils.rnn.pad_sequence(digits, batch_first=True)
+                        for s, digits in self.examples.items()}
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> TaskBatch:
+        table, counts = self._tables[split], self._counts[split]
+        take = self.shots + self.queries
+        digits = torch.rand(count, 10, generator=generator).argsort(dim=1)[:, : self.ways]  # [T, ways]
+        keys = torch.rand(count, self.ways, table.shape[1], generator=generator)
+        keys[torch.arange(table.shape[1]) >= counts[digits].unsqueeze(-1)] = -1.0  # never take padding
+        chosen = keys.topk(take, dim=-1).indices  # [T, ways, take], distinct
+        x = table[digits.unsqueeze(-1), chosen]  # [T, ways, take, 40]
+        labels = torch.arange(self.ways).view(1, self.ways, 1).expand(count, -1, take)
+        x_s, x_q = x[:, :, : self.shots].flatten(1, 2), x[:, :, self.shots :].flatten(1, 2)
+        y_s, y_q = labels[:, :, : self.shots].flatten(1, 2), labels[:, :, self.shots :].flatten(1, 2)
+        return TaskBatch(x_s, y_s, x_q, y_q)

@@ -1,0 +1,217 @@
+"""Meta-training: the loop, evaluation on fixed tasks, and what a checkpoint has to hold."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fobmaml.arguments import number, one_of, whole_number
+from fobmaml.estimators import Estimator, estimate
+from fobmaml.learner import Learner
+from fobmaml.measure import bias, peak_bytes
+from fobmaml.tasks import Split, TaskBatch, TaskSource
+
+EVALUATION_SEED = 0
+"""Seeds the validation and test tasks, whatever the training seed."""
+
+STACKED_PARAMETERS = 2**19
+"""``task_chunk=auto`` on a CPU: more stacked parameters than this fall out of its cache."""
+
+Event = dict[str, float | int | str | None]
+
+
+class Diverged(RuntimeError):
+    """A meta-gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop needs to know; the meaning of each is in configs/train.yaml. Raises ValueError."""
+
+    steps: int
+    seed: int = 0
+    meta_batch: int = 16
+    task_chunk: int | str = "auto"
+    schedule: str = "cosine"
+    log_every: int = 10
+    checkpoint_every: int = 100
+    eval_every: int = 100
+    eval_tasks: int = 600
+    eval_validation_tasks: int = 100
+    bias_every: int = 500
+    bias_tasks: int = 4
+    bias_tol: float = 1e-8
+    bias_steps: int = 5000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "meta_batch", "log_every", "checkpoint_every", "eval_every", "bias_tasks", "bias_steps"):
+            whole_number(name, getattr(self, name))
+        for name in ("eval_tasks", "eval_validation_tasks"):  # an interval needs two
+            whole_number(name, getattr(self, name), at_least=2)
+        for name in ("seed", "bias_every"):
+            whole_number(name, getattr(self, name), at_least=0)
+        if self.task_chunk != "auto":
+            try:
+                whole_number("task_chunk", self.task_chunk)
+            except ValueError as error:
+                raise ValueError(f"{error}, or auto") from None
+        one_of("schedule", self.schedule, ("cosine", "constant"))
+        number("bias_tol", self.bias_tol, above=0.0)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over the tasks of a split. ``accuracy`` and the half width of its 95 % interval (1.96 standard errors over
+    tasks) are fractions, None where outputs are not classes."""
+
+    loss: float
+    accuracy: float | None
+    accuracy_ci95: float | None
+
+
+class MetaTraining:
+    """The state of one meta-training run and the things that can be done with it.
+
+    config → task batch → estimator(learner, θ, tasks) → meta-gradient → optimizer → θ. Every random choice of step t
+    is a function of (seed, t), so that a run continued from a checkpoint is the uninterrupted run.
+    """
+
+    def __init__(self, model: nn.Module, source: TaskSource, estimator: Estimator, settings: Settings,
+                 make_optimizer: Callable[[list[nn.Parameter]], Optimizer]):
+        self.settings, self.source, self.estimator = settings, source, estimator
+        self.learner = Learner(model, source.loss_fn)
+        named = dict(model.named_parameters())
+        self.parameters = {name: named[name] for name in self.learner.names}
+        self.optimizer = make_optimizer(list(self.parameters.values()))
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.step = 0
+        self.latest: Event = {"model/parameters": self.learner.parameter_count}
+        self.step_seconds: list[float] = []
+
+    def _learning_rate_factor(self, step: int) -> float:
+        if self.settings.schedule == "constant":
+            return 1.0
+        return 0.5 * (1.0 + math.cos(math.pi * step / self.settings.steps))
+
+    def tasks(self, split: Split, count: int, seed: int, step: int = 0) -> TaskBatch:
+        """Tasks as a function of (split, seed, step), in float64 on the CPU."""
+        entropy = np.random.SeedSequence([seed, ("train", "validation", "test").index(split), step])
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
+        return self.source.sample(split, count, generator)
+
+    def _placed(self, tasks: TaskBatch) -> TaskBatch:
+        return tasks.to(self.learner.device, self.learner.dtype)
+
+    def chunk(self, tasks: int, rows_per_task: int = 1) -> int:
+        """How many tasks are solved at once."""
+        if isinstance(self.settings.task_chunk, int):
+            return min(self.settings.task_chunk, tasks)
+        if self.learner.device.type != "cpu":
+            return tasks
+        at_once = max(1, STACKED_PARAMETERS // (self.learner.parameter_count * rows_per_task))
+        return math.ceil(tasks / math.ceil(tasks / at_once))  # chunks of equal size
+
+    def train(self) -> Iterator[Event]:
+        """Meta-steps until ``settings.steps``, yielding what there is to log after each (often nothing).
+
+        Raises Diverged, before the step is taken, if the meta-gradient is not finite.
+        """
+        s = self.settings
+        chunk = self.chunk(s.meta_batch, self.estimator.rows_per_task)
+        while self.step < s.steps:
+            started = time.perf_counter()
+            logged = (self.step + 1) % s.log_every == 0 or self.step + 1 in (1, s.steps)
+            tasks = self._placed(self.tasks("train", s.meta_batch, s.seed, self.step))
+            result = estimate(self.estimator, self.learner, self.learner.theta(), tasks, chunk, diagnose=logged)
+            norm = float(result.gradient.norm())
+            if not math.isfinite(norm):
+                raise Diverged(f"the meta-gradient at step {self.step + 1} is not finite: try a smaller solver.lr or "
+                               "optimizer.lr, or a larger estimator.lam")
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self._learning_rate_factor(self.step)
+            for name, gradient in self.learner.fold(result.gradient).items():
+                self.parameters[name].grad = gradient
+            self.optimizer.step()
+            self.step += 1
+            self.step_seconds.append(time.perf_counter() - started)
+            event: Event = {}
+            if result.query_loss is not None and result.residual is not None:
+                event = {"train/loss": float(result.query_loss.mean()), "meta_gradient/norm": norm,
+                         "inner/residual": float(result.residual.mean()),
+                         "optimizer/lr": self.optimizer.param_groups[0]["lr"],
+                         "time/meta_step_s": statistics.median(self.step_seconds)}
+            yield self._record(event)
+
+    def _record(self, event: Event) -> Event:
+        self.latest.update(event)
+        return event
+
+    def evaluate(self, split: Split, count: int) -> Score:
+        """The score on ``count`` fixed tasks of a split, adapted with the estimator's own inner problem."""
+        tasks = self._placed(self.tasks(split, count, EVALUATION_SEED))
+        theta, chunk = self.learner.theta(), self.chunk(count)
+        losses, accuracies = [], []
+        for start in range(0, count, chunk):
+            part = tasks[start : start + chunk]
+            loss, outputs = _query(self.learner, self.estimator.adapt(self.learner, theta, part).phi, part)
+            losses.append(loss)
+            if self.source.classification:
+                accuracies.append((outputs.argmax(-1) == part.query_y).double().mean(1))
+        loss = float(torch.cat(losses).double().mean())
+        if not accuracies:
+            return Score(loss, None, None)
+        accuracy = torch.cat(accuracies)
+        return Score(loss, float(accuracy.mean()), 1.96 * float(accuracy.std()) / math.sqrt(count))
+
+    def validate(self) -> Event:
+        score = self.evaluate("validation", self.settings.eval_validation_tasks)
+        return self._record({"val/accuracy": score.accuracy, "val/loss": score.loss})
+
+    def measure_bias(self) -> Event:
+        """The bias at the present θ on fixed validation tasks."""
+        s = self.settings
+        tasks = self.tasks("validation", s.bias_tasks, EVALUATION_SEED, step=1).to(self.learner.device)
+        b = bias(self.estimator, self.learner, tasks, s.bias_tol, s.bias_steps)
+        return self._record({"bias/relative_error": b.relative_error, "bias/cosine": b.cosine,
+                             "bias/reference": b.reference, "bias/reason": b.reason})
+
+    def test(self) -> Event:
+        """The score on the meta-test tasks, which every estimator and seed shares. Look at it once."""
+        score = self.evaluate("test", self.settings.eval_tasks)
+        return self._record({"test/accuracy": score.accuracy, "test/accuracy_ci95": score.accuracy_ci95,
+                             "test/loss": score.loss})
+
+    def measure_memory(self) -> Event:
+        """Peak storage of one meta-gradient on a training meta-batch."""
+        s = self.settings
+        tasks = self._placed(self.tasks("train", s.meta_batch, s.seed))
+        theta, chunk = self.learner.theta(), self.chunk(s.meta_batch, self.estimator.rows_per_task)
+        peak = peak_bytes(lambda: estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose=False),
+                          self.learner.device)
+        return self._record({"memory/peak_bytes": peak})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, as tensors and plain values."""
+        return {"step": self.step, "model": self.learner.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "latest": dict(self.latest),
+                "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.latest = state["step"], dict(state["latest"])
+        self.step_seconds = state["step_seconds"].tolist()
+
+
+@torch.no_grad()
+def _query(learner: Learner, phi: Tensor, tasks: TaskBatch) -> tuple[Tensor, Tensor]:
+    outputs = learner.outputs(phi, tasks.query_x)
+    return learner.losses(outputs, tasks.query_y), outputs
