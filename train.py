@@ -5,6 +5,7 @@ Every setting is in configs/; python train.py --help lists them.
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -59,7 +60,7 @@ class Interrupted(KeyboardInterrupt):
 def main(cfg: DictConfig) -> float | None:
     """One run, in its folder. Returns its last validation accuracy, for sweepers."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore
     same_run = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
     try:
         training = build(cfg)
@@ -117,7 +118,7 @@ def main(cfg: DictConfig) -> float | None:
         events.close()
         write_json(summary_path, summary)
         wandb_run.finish(measured, exit_code=0 if summary["status"] == "completed" else 1)
-    learning_curve(read_events(folder / "metrics.jsonl"), summary, choices()["estimator"], folder / "learning_curve.png")
+    learning_curve(read_events(folder / "metrics.jsonl"), summary, folder / "learning_curve.png")
     report(summary, folder)
     return training.latest["val/accuracy"]  # type: ignore[return-value]
 
@@ -134,7 +135,7 @@ def build(cfg: DictConfig) -> MetaTraining:
                             **{f"bias_{key}": value for key, value in cfg.bias.items()})
         for key, value in cfg.optimizer.items():
             if key != "_target_":  # torch's own optimizers say less
-                number(f"optimizer.{key}", value, above=0.0 if key == "lr" else None)
+                number(f"optimizer.{key}", value, above=0.0 if key == "lr" else -math.inf)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # differences need all digits
     dataset = build_part(cfg, "dataset")
     torch.manual_seed(settings.seed)

@@ -2,6 +2,7 @@
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 
 def refuse(name: str, value: object, takes: str) -> ValueError:
@@ -9,27 +10,24 @@ def refuse(name: str, value: object, takes: str) -> ValueError:
     return ValueError(f"{name}={value!s}: takes {takes}")
 
 
-def whole_number(name: str, value: object, at_least: int = 1, at_most: int | None = None) -> int:
-    fits = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= at_least
-    if not fits or (at_most is not None and int(value) > at_most):  # type: ignore[call-overload]
+def whole_number(name: str, value: Any, at_least: int = 1, at_most: int | None = None) -> int:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < at_least or (at_most is not None and value > at_most):
         upper = "" if at_most is None else f" and at most {at_most}"
         raise refuse(name, value, f"a whole number of at least {at_least}{upper}")
-    return int(value)  # type: ignore[call-overload]
+    return int(value)
 
 
-def number(name: str, value: object, above: float | None = None, at_least: float | None = None,
-           below: float | None = None) -> float:
-    takes = ["a finite number"]
-    takes += [f"above {above:g}"] if above is not None else []
-    takes += [f"of at least {at_least:g}"] if at_least is not None else []
-    takes += [f"below {below:g}"] if below is not None else []
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise refuse(name, value, " ".join(takes))
-    x = float(value)
-    if (not math.isfinite(x) or (above is not None and x <= above)
-            or (at_least is not None and x < at_least) or (below is not None and x >= below)):
-        raise refuse(name, value, " ".join(takes))
-    return x
+def number(name: str, value: Any, above: float = -math.inf, at_least: float = -math.inf,
+           below: float = math.inf) -> float:
+    takes = "a finite number"
+    takes += f" above {above:g}" if above > -math.inf else ""
+    takes += f" of at least {at_least:g}" if at_least > -math.inf else ""
+    takes += f" below {below:g}" if below < math.inf else ""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not (above < value < below and at_least <= value):
+        raise refuse(name, value, takes)
+    return float(value)
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:

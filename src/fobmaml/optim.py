@@ -28,12 +28,12 @@ class _WholeVectorOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moving = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if moving:
             self._move(moving)
         return loss
 
-    def _move(self, moving: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def _move(self, moving: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
         raise NotImplementedError
 
 
@@ -50,16 +50,16 @@ class SNGDM(_WholeVectorOptimizer):
         number("beta", beta, at_least=0.0, below=1.0)
         super().__init__(params, {"lr": lr, "beta": beta})
 
-    def _move(self, moving: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def _move(self, moving: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
         momenta = []
-        for p, group in moving:
+        for p, gradient, group in moving:
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
-            momenta.append(state["momentum"].lerp_(p.grad, 1.0 - group["beta"]))
+            momenta.append(state["momentum"].lerp_(gradient, 1.0 - group["beta"]))
         norm = _global_norm(momenta)
         scale = torch.where(norm > 0, 1.0 / norm, 0.0)
-        for (p, group), m in zip(moving, momenta, strict=True):
+        for (p, _, group), m in zip(moving, momenta, strict=True):
             p.sub_(group["lr"] * scale * m)
 
 
@@ -76,12 +76,11 @@ class ClippedSGD(_WholeVectorOptimizer):
         self.max_norm = number("max_norm", max_norm, above=0.0)
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
-    def _move(self, moving: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        norm = _global_norm([p.grad for p, _ in moving if p.grad is not None])
-        scale = torch.clamp(self.max_norm / norm, max=1.0)
-        for p, group in moving:
+    def _move(self, moving: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
+        scale = torch.clamp(self.max_norm / _global_norm([gradient for _, gradient, _ in moving]), max=1.0)
+        for p, gradient, group in moving:
             state = self.state[p]
             if not state:
                 state["velocity"] = torch.zeros_like(p)
-            velocity = state["velocity"].mul_(group["momentum"]).add_(scale * p.grad)
+            velocity = state["velocity"].mul_(group["momentum"]).add_(scale * gradient)
             p.sub_(group["lr"] * velocity)

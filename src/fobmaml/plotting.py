@@ -42,17 +42,17 @@ def new_figure(columns: int = 1, width_in: float = 3.5, height_in: float = 2.6) 
     axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
     for ax in axes:
         ax.tick_params(labelsize=8)
-        ax.xaxis.label.set_size(8)
-        ax.yaxis.label.set_size(8)
-        ax.title.set_size(8)
+        ax.xaxis.label.set_fontsize(8)
+        ax.yaxis.label.set_fontsize(8)
+        ax.title.set_fontsize(8)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.5)
     return figure, axes
 
 
-def learning_curve(events: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], name: str, path: Path) -> None:
+def learning_curve(events: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path: Path) -> None:
     """A run's picture: validation accuracy (or loss, where there is no accuracy) and training loss by meta-step."""
-    look = method(name)
+    look = method(summary["choices"]["estimator"])
     figure, (left, right) = new_figure(columns=2, width_in=7.0)
     accurate = any(e.get("val/accuracy") is not None for e in events)
     steps, values = series(events, "val/accuracy" if accurate else "val/loss")

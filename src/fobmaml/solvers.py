@@ -141,10 +141,7 @@ class BarzilaiBorwein(Solver):
             new = problem.gradient(phi)
             change = new - gradient
             curvature = (moved * change).sum(1)
-            if step % 2:
-                proposed = moved.square().sum(1) / curvature
-            else:
-                proposed = curvature / change.square().sum(1)
+            proposed = moved.square().sum(1) / curvature if step % 2 else curvature / change.square().sum(1)
             trusted = (curvature > 0) & proposed.isfinite() & (proposed <= 10.0 * length)
             length = torch.where(active, torch.where(trusted, proposed, 2.0 * length), length)
             gradient = torch.where(active.unsqueeze(1), new, gradient)

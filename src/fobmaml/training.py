@@ -165,11 +165,11 @@ class MetaTraining:
             losses.append(loss)
             if self.source.classification:
                 accuracies.append((outputs.argmax(-1) == part.query_y).double().mean(1))
-        loss = float(torch.cat(losses).double().mean())
+        mean_loss = float(torch.cat(losses).double().mean())
         if not accuracies:
-            return Score(loss, None, None)
+            return Score(mean_loss, None, None)
         accuracy = torch.cat(accuracies)
-        return Score(loss, float(accuracy.mean()), 1.96 * float(accuracy.std()) / math.sqrt(count))
+        return Score(mean_loss, float(accuracy.mean()), 1.96 * float(accuracy.std()) / math.sqrt(count))
 
     def validate(self) -> Event:
         score = self.evaluate("validation", self.settings.eval_validation_tasks)

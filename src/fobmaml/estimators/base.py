@@ -57,7 +57,7 @@ class Estimator(ABC):
 
 @dataclass(frozen=True)
 class MeanEstimate:
-    """``gradient`` [P], the mean over tasks; ``query_loss`` and ``residual`` [T], or None if they were not asked for."""
+    """``gradient`` [P], the mean over tasks; ``query_loss`` and ``residual`` [T], None if they were not asked for."""
 
     gradient: Tensor
     query_loss: Tensor | None
@@ -113,5 +113,6 @@ def meta_gradient(estimator: Estimator, model: nn.Module, loss_fn: LossFn, tasks
     if tasks.support_x.device != learner.device:
         raise refuse("tasks", f"tensors on {tasks.support_x.device}", f"the model's device, {learner.device}")
     result = estimate(estimator, learner, learner.theta(), tasks.to(dtype=learner.dtype), task_chunk)
-    assert result.query_loss is not None and result.residual is not None
+    assert result.query_loss is not None
+    assert result.residual is not None
     return MetaGradient(learner.fold(result.gradient), result.query_loss, result.residual)

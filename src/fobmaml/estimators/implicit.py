@@ -9,7 +9,7 @@ from torch import Tensor
 from fobmaml.arguments import number, whole_number
 from fobmaml.estimators.base import Estimate, Estimator
 from fobmaml.learner import Learner
-from fobmaml.solvers import BarzilaiBorwein, InnerProblem, Solution, Solver
+from fobmaml.solvers import BarzilaiBorwein, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
 
 

@@ -33,6 +33,7 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     """
     precise = Learner(copy.deepcopy(learner.model).double(), learner.loss_fn)
     theta = learner.theta()
+    reference: Estimator
     if estimator.lam > 0:
         reference, name = Exact(estimator.lam, tol, steps), f"exact, lam={estimator.lam:g}"
     elif estimator.solver.differentiable_steps:

@@ -28,7 +28,8 @@ class CNN1d(nn.Module):
         super().__init__()
         width, depth = whole_number("width", width), whole_number("depth", depth)
         if len(input_shape) != 1 or input_shape[0] < 3:
-            raise refuse("input_shape", tuple(input_shape), "one sequence of at least 3 values (model=mlp takes others)")
+            raise refuse("input_shape", tuple(input_shape),
+                         "one sequence of at least 3 values; model=mlp takes others")
         self.activation = activation_function(activation)
         self.strides = [2 if layer < HALVINGS else 1 for layer in range(depth)]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
@@ -76,7 +77,7 @@ class Windows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, taps: int, stride: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, taps: int, stride: int) -> Tensor:  # type: ignore[no-untyped-def]
         rows, examples, length, channels = x.shape
         ctx.geometry = taps, stride, length, examples
         out = (length + 2 - taps) // stride + 1
@@ -89,7 +90,7 @@ class Windows(torch.autograd.Function):
         return windows.view(rows, examples * out, taps * channels)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
         return WindowsTransposed.apply(gradient, *ctx.geometry), None, None
 
 
@@ -97,7 +98,7 @@ class WindowsTransposed(torch.autograd.Function):
     """The transpose of ``Windows``: every window entry is added to the place that it was taken from."""
 
     @staticmethod
-    def forward(ctx, windows: Tensor, taps: int, stride: int, length: int, examples: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, windows: Tensor, taps: int, stride: int, length: int, examples: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.geometry = taps, stride
         rows, out = windows.shape[0], (length + 2 - taps) // stride + 1
         windows = windows.view(rows, examples, out, taps, -1)
@@ -108,7 +109,7 @@ class WindowsTransposed(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
         return Windows.apply(gradient, *ctx.geometry), None, None, None, None
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class MLP(nn.Module):
         width, depth = whole_number("width", width), whole_number("depth", depth, at_least=0)
         self.activation = activation_function(activation)
         sizes = [math.prod(input_shape), *[width] * depth, outputs]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.flatten(1)

@@ -24,14 +24,14 @@ def generate_arrays() -> Arrays:
 
     The package seeds the global generators; they are put back as they were.
     """
-    from mnist1d.data import get_dataset_args, make_dataset  # type: ignore[import-untyped]
+    from mnist1d.data import get_dataset_args, make_dataset
 
-    states = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         made = make_dataset(get_dataset_args())
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
     return {name: np.asarray(made[name]) for name in ("x", "y", "x_test", "y_test")}
 
 

@@ -1,0 +1,44 @@
+# make help lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: help setup train test lint figures reproduce bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: .venv/complete ## make .venv and install everything (nothing to do when it is up to date)
+
+.venv/complete: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or later is needed, and there is no python3.11 or python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or later is needed, and $(PYTHON) is {sys.version.split()[0]}")'
+	@echo "installing into .venv (a minute or two, once)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS="estimator=maml steps=2000"
+	@$(BIN)/python train.py $(ARGS)
+
+test: setup ## run the tests; with SLOW=1 those that take minutes too
+	@$(BIN)/python -m pytest $(if $(SLOW),,-m "not slow") $(ARGS)
+
+lint: setup ## check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+figures: setup ## redraw every figure from results/
+	@for script in scripts/figure_*.py; do $(BIN)/python $$script || exit 1; done
+
+reproduce: setup ## run the experiments behind results/ again (what is complete is not run twice), then draw
+	@$(BIN)/python scripts/reproduce.py $(ARGS)
+	@$(MAKE) --no-print-directory figures
+
+bench: setup ## time and memory of one meta-gradient for every estimator, into results/
+	@$(BIN)/python benchmarks/meta_gradient.py $(ARGS)
+
+clean: ## remove .venv and caches; outputs and results stay
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

@@ -1,0 +1,138 @@
+"""What several tests need: float64 problems, reference solutions computed another way, and the command line."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fobmaml import Learner, TaskBatch
+from fobmaml.models import MLP
+from fobmaml.solvers import InnerProblem, Solution, Solver
+from fobmaml.tasks import MNIST1D, Logistic
+
+ROOT = Path(__file__).parents[1]
+
+torch.set_num_threads(1)  # the problems are small, and threads cost more than they give
+
+
+@pytest.fixture(scope="session")
+def mnist1d() -> MNIST1D:
+    return MNIST1D()
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture
+def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line as a user would, in a folder of the test's own: run_train("steps=3", ...)."""
+
+    def call(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=600, env={**os.environ, **(env or {})})
+
+    return call
+
+
+def tasks_of(kind: str, count: int = 4) -> tuple[Learner, TaskBatch]:
+    """A linear model in float64 and tasks of ``kind``: logistic or least_squares."""
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(3)
+    if kind == "logistic":
+        tasks = Logistic(dimension=4, shots=12, queries=9).sample("train", count, generator)
+        return Learner(MLP((4,), 2, depth=0).double(), F.cross_entropy), tasks
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tasks = TaskBatch(normal(count, 12, 4), normal(count, 12, 2), normal(count, 9, 4), normal(count, 9, 2))
+    return Learner(MLP((4,), 2, depth=0).double(), F.mse_loss), tasks
+
+
+def plain_losses(learner: Learner, tasks: TaskBatch, task: int) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """f̂ᵢ and fᵢ as functions of one flat vector, through the module's ordinary forward: no stacking, no vmap."""
+    shapes = {name: p.shape for name, p in learner.model.named_parameters() if p.requires_grad}
+
+    def loss(flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return learner.loss_fn(torch.func.functional_call(learner.model, parameters, (x,)), y)
+
+    return (lambda flat: loss(flat, tasks.support_x[task], tasks.support_y[task]),
+            lambda flat: loss(flat, tasks.query_x[task], tasks.query_y[task]))
+
+
+def newton(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 50) -> Tensor:
+    """The minimiser of a strongly convex function, by Newton's method with a dense Hessian."""
+    phi = start.clone()
+    for _ in range(steps):
+        step = torch.linalg.solve(torch.func.hessian(loss)(phi), torch.func.grad(loss)(phi))
+        phi = phi - step
+        if step.norm() < 1e-15 * (1 + phi.norm()):
+            break
+    return phi
+
+
+def dense_meta_gradient(learner: Learner, tasks: TaskBatch, lam: float, at: Tensor | None = None) -> Tensor:
+    """λ(H + λI)⁻¹∇f, [T, P], with a dense Hessian, at φ* (by Newton) or at the rows ``at``."""
+    theta, rows = learner.theta(), []
+    for task in range(len(tasks)):
+        support, query = plain_losses(learner, tasks, task)
+        phi = at[task] if at is not None else newton(
+            lambda p, support=support: support(p) + 0.5 * lam * (p - theta).square().sum(), theta)
+        hessian = torch.func.hessian(support)(phi)
+        eye = torch.eye(len(theta), dtype=theta.dtype)
+        rows.append(lam * torch.linalg.solve(hessian + lam * eye, torch.func.grad(query)(phi)))
+    return torch.stack(rows)
+
+
+class NewtonSolver(Solver):
+    """Solves every row with a dense Hessian, then moves it by ``delta`` in a random direction: an inner solve of known
+    precision."""
+
+    def __init__(self, delta: float = 0.0, seed: int = 0):
+        self.delta, self.generator = delta, torch.Generator().manual_seed(seed)
+
+    def solve(self, problem: InnerProblem, differentiable: bool = False) -> Solution:
+        phi = problem.theta.clone()
+        for _ in range(30):
+            # Row r of the loss depends on row r of φ alone, so the sum's Hessian holds every row's on its diagonal.
+            def total(p: Tensor) -> Tensor:
+                return (problem.data_loss(p) + 0.5 * problem.lam * (p - problem.theta).square().sum(1)).sum()
+
+            full = torch.autograd.functional.hessian(total, phi)
+            hessians = torch.stack([full[r, :, r] for r in range(problem.rows)])
+            step = torch.linalg.solve(hessians, problem.gradient(phi))
+            phi = phi - step
+            if step.norm() < 1e-15 * (1 + phi.norm()):
+                break
+        error = torch.randn(phi.shape, generator=self.generator, dtype=phi.dtype)
+        return Solution(problem, phi + self.delta * error / error.norm(dim=1, keepdim=True),
+                        torch.zeros(problem.rows))
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+class PlainMLP(nn.Module):
+    """A module without ``forward_stacked``, with a tied, a frozen and a normalisation layer: a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(40, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 8), nn.GroupNorm(2, 8))
+        self.frozen = nn.Linear(8, 8)
+        self.frozen.requires_grad_(False)
+        self.head = nn.Linear(8, 5)
+        self.register_buffer("scale", torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.frozen(self.inner(x)) * self.scale)

@@ -1,0 +1,136 @@
+"""Memory agrees with the process's own, and bias with a dense solve."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import dense_meta_gradient, relative_error, tasks_of
+
+from fobmaml import Learner
+from fobmaml.estimators import FOMAML, MAML, Reptile, Symmetric, estimate
+from fobmaml.measure import bias, peak_bytes
+from fobmaml.models import CNN1d
+from fobmaml.solvers import BarzilaiBorwein, GradientDescent
+
+MB = 2**20
+
+
+def test_peak_counts_what_is_alive_at_once():
+    def computation():
+        a = torch.ones(MB, dtype=torch.uint8)
+        b = torch.ones(2 * MB, dtype=torch.uint8)  # 3 MB alive
+        del a
+        c = torch.ones(MB // 2, dtype=torch.uint8)  # 2.5 MB
+        return b, c
+
+    assert peak_bytes(computation) == 3 * MB
+
+
+def test_peak_sees_temporaries_inside_operators():
+    x, y = torch.ones(64, 128, 32), torch.ones(64, 32, 16)
+    product = 64 * 128 * 16 * 4
+    assert peak_bytes(lambda: torch.bmm(x, y)) == product
+    strided = torch.ones(32, 64, 128).permute(1, 2, 0)[:, ::2]  # reshaping it inside an operator takes a copy
+    assert peak_bytes(lambda: torch.tensordot(strided, y[0], dims=([2], [0]))) >= product / 2 + 64 * 64 * 32 * 4
+
+
+def test_peak_does_not_count_what_was_there_before():
+    held = [torch.ones(4 * MB, dtype=torch.uint8)]
+    assert peak_bytes(lambda: held.append(torch.ones(MB, dtype=torch.uint8))) == MB
+    assert peak_bytes(held.clear) == 0
+
+
+SCRIPT = """
+import ctypes, json, sys, torch
+import torch.nn.functional as F
+from fobmaml import Learner
+from fobmaml.estimators import MAML, Symmetric, estimate
+from fobmaml.measure import peak_bytes
+from fobmaml.models import CNN1d
+from fobmaml.solvers import GradientDescent
+from fobmaml.tasks import MNIST1D
+
+torch.set_num_threads(1)
+kind, width, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+solver = GradientDescent(steps, 0.1)
+estimator = MAML(solver) if kind == "maml" else Symmetric(solver)
+learner = Learner(CNN1d((40,), 5, width=width), F.cross_entropy)
+tasks = MNIST1D().sample("train", 16, torch.Generator().manual_seed(0)).to(dtype=torch.float32)
+small = Learner(CNN1d((40,), 5, width=2), F.cross_entropy)
+
+def status(key):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+
+estimate(estimator, small, small.theta(), tasks, diagnose=False)  # loads the kernels
+theta = learner.theta()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again at the present
+before = status("VmRSS")
+estimate(estimator, learner, theta, tasks, diagnose=False)
+grown = status("VmHWM") - before
+print(json.dumps({"grown": grown, "measured": peak_bytes(lambda: estimate(estimator, learner, theta, tasks,
+                                                                          diagnose=False))}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("kind", "width", "steps"), [("maml", 64, 10), ("symmetric", 128, 2)])
+def test_cpu_memory_agrees_with_resident_memory(kind, width, steps):
+    """Within 15 % of the growth of the process's peak resident memory, on cases of hundreds of MB.
+
+    The C library is told to give freed blocks back at once: it otherwise keeps some, and resident memory then measures
+    its fragmentation too.
+    """
+    done = subprocess.run([sys.executable, "-c", SCRIPT, kind, str(width), str(steps)], capture_output=True, text=True,
+                          check=True, timeout=300, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"})
+    found = json.loads(done.stdout)
+    assert found["measured"] > 150 * MB
+    assert found["measured"] == pytest.approx(found["grown"], rel=0.15)
+
+
+@pytest.mark.parametrize("kind", [MAML, Symmetric])
+def test_memory_against_inner_steps(mnist1d, kind):
+    """The claim itself: flat for symmetric, growing with the steps for MAML."""
+    learner = Learner(CNN1d((40,), 5, width=8), F.cross_entropy)
+    tasks = mnist1d.sample("train", 4, torch.Generator().manual_seed(0)).to(dtype=torch.float32)
+    peaks = [peak_bytes(lambda k=k: estimate(kind(GradientDescent(k)), learner, learner.theta(), tasks,
+                                             diagnose=False)) for k in (2, 20)]
+    if kind is MAML:
+        assert peaks[1] > 5 * peaks[0]
+    else:
+        assert peaks[1] <= 1.01 * peaks[0]
+
+
+def test_bias_is_the_distance_to_the_dense_meta_gradient():
+    learner, tasks = tasks_of("logistic")
+    wanted = dense_meta_gradient(learner, tasks, 0.7).mean(0)
+    for estimator in (FOMAML(GradientDescent(5), 0.7), Symmetric(BarzilaiBorwein(tol=1e-10), 0.7, 1e-3)):
+        returned = estimate(estimator, learner, learner.theta(), tasks).gradient
+        found = bias(estimator, learner, tasks)
+        assert found.relative_error == pytest.approx(relative_error(returned, wanted), rel=1e-4, abs=1e-8)
+        assert found.cosine == pytest.approx(float(torch.cosine_similarity(returned, wanted, dim=0)), rel=1e-6)
+        assert found.reference == "exact, lam=0.7"
+
+
+def test_bias_without_a_proximal_term_is_against_the_unrolled_objective(mnist1d):
+    torch.manual_seed(0)
+    learner = Learner(CNN1d((40,), 5, width=8), F.cross_entropy)
+    tasks = mnist1d.sample("train", 4, torch.Generator().manual_seed(0))
+    own = bias(MAML(GradientDescent()), learner, tasks)
+    assert own.relative_error < 1e-5
+    assert own.reference.startswith("exact after the solver's steps")
+    assert 0.01 < bias(FOMAML(GradientDescent()), learner, tasks).relative_error < 1
+    assert bias(Reptile(BarzilaiBorwein()), learner, tasks).reason is not None
+
+
+def test_bias_that_cannot_be_had_says_why(mnist1d):
+    learner = Learner(CNN1d((40,), 5, width=8), F.cross_entropy)
+    tasks = mnist1d.sample("train", 4, torch.Generator().manual_seed(0))
+    found = bias(Symmetric(GradientDescent()), learner, tasks, steps=3)
+    assert found.relative_error is None
+    assert found.cosine is None
+    assert found.reason.startswith("inner solve: 4 of 4 tasks")

@@ -1,0 +1,77 @@
+"""Solvers reach the minimiser, report the residual truly, and stop when they should."""
+
+import pytest
+import torch
+from conftest import newton, plain_losses, tasks_of
+
+from fobmaml.solvers import BarzilaiBorwein, GradientDescent, InnerProblem
+
+LAM = 0.5
+
+
+@pytest.mark.parametrize("solver", [GradientDescent(steps=2000, lr=0.3), GradientDescent(400, 0.3, momentum=0.8),
+                                    BarzilaiBorwein(steps=300, tol=1e-11)])
+@pytest.mark.parametrize("kind", ["logistic", "least_squares"])
+def test_reaches_the_minimiser(solver, kind):
+    learner, tasks = tasks_of(kind)
+    nu = torch.tensor([-0.2, 0.0, 0.3], dtype=torch.float64)
+    solution = solver.solve(InnerProblem(learner, learner.theta(), tasks, LAM, nu))
+    assert solution.residual.max() < 1e-9
+    for task in range(len(tasks)):
+        support, query = plain_losses(learner, tasks, task)
+        for j, weight in enumerate(nu):
+            wanted = newton(lambda p, s=support, q=query, w=weight: s(p) + w * q(p)
+                            + 0.5 * LAM * (p - learner.theta()).square().sum(), learner.theta())
+            assert (solution.phi[task * 3 + j] - wanted).norm() < 1e-8
+
+
+def test_residual_is_that_of_the_returned_point():
+    learner, tasks = tasks_of("logistic")
+    for solver in (GradientDescent(steps=3), BarzilaiBorwein(steps=4, tol=0.0)):
+        solution = solver.solve(InnerProblem(learner, learner.theta(), tasks, LAM))
+        for task in range(len(tasks)):
+            support, _ = plain_losses(learner, tasks, task)
+            phi = solution.phi[task]
+            gradient = torch.func.grad(support)(phi) + LAM * (phi - learner.theta())
+            assert float(solution.residual[task]) == pytest.approx(float(gradient.norm()), rel=1e-10)
+
+
+def test_barzilai_borwein_stops_each_row_on_its_residual():
+    learner, tasks = tasks_of("logistic")
+    problem = InnerProblem(learner, learner.theta(), tasks, LAM)
+    loose, tight = BarzilaiBorwein(tol=1e-2).solve(problem), BarzilaiBorwein(tol=1e-9).solve(problem)
+    assert (loose.residual <= 1e-2).all()
+    assert (tight.residual <= 1e-9).all()
+    assert (loose.steps < tight.steps).all()
+    alone = [BarzilaiBorwein(tol=1e-9).solve(InnerProblem(learner, learner.theta(), tasks[i : i + 1], LAM))
+             for i in range(len(tasks))]
+    assert tight.steps.tolist() == [int(s.steps) for s in alone]  # rows do not wait for, or hurry, each other
+
+
+def test_barzilai_borwein_beats_gradient_descent():
+    learner, tasks = tasks_of("logistic")
+    problem = InnerProblem(learner, learner.theta(), tasks, 0.01)
+    quick = BarzilaiBorwein(steps=1000, tol=1e-6).solve(problem)
+    slow = GradientDescent(steps=int(quick.steps.max()), lr=0.1).solve(problem)
+    assert (quick.residual <= 1e-6).all()
+    assert (slow.residual > 1e-4).all()
+
+
+def test_barzilai_borwein_already_there():
+    learner, tasks = tasks_of("logistic")
+    solution = BarzilaiBorwein(tol=1e9).solve(InnerProblem(learner, learner.theta(), tasks, LAM))
+    assert torch.equal(solution.phi, learner.theta().expand(len(tasks), -1))
+    assert solution.steps.tolist() == [1] * len(tasks)
+
+
+@pytest.mark.parametrize(("make", "text"), [
+    (lambda: GradientDescent(steps=0), "steps=0: takes a whole number of at least 1"),
+    (lambda: GradientDescent(steps=True), "steps=True: takes"),
+    (lambda: GradientDescent(lr=0), "lr=0: takes a finite number above 0"),
+    (lambda: GradientDescent(lr=float("inf")), "lr=inf: takes"),
+    (lambda: GradientDescent(momentum=1), "momentum=1: takes a finite number of at least 0 below 1"),
+    (lambda: BarzilaiBorwein(tol=-1), "tol=-1: takes"),
+])
+def test_bad_arguments(make, text):
+    with pytest.raises(ValueError, match=f"^{text}"):
+        make()
