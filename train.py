@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -52,31 +52,48 @@ class ConfigError(ValueError):
     """A setting that cannot work; the text is one line that names it."""
 
 
+TRACED = "HYDRA_FULL_ERROR" in os.environ
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop, and it has written its checkpoint."""
 
 
+# What a user can put right: reported in one line. Set HYDRA_FULL_ERROR=1 for the traceback.
+EXPECTED = (ConfigError, CheckpointError, Diverged, HydraException, OmegaConfBaseException)
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """One run, in its folder. Returns its last validation accuracy, for sweepers."""
+    """One job: a run in its own folder. Returns its last validation accuracy, for sweepers."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore
-    same_run = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
     try:
-        training = build(cfg)
-        source = checkpoint_to_continue(cfg, folder)
-        state = load_checkpoint(source, same_run) if source else None
-    except (ConfigError, CheckpointError):
+        return run(cfg, folder)
+    except EXPECTED as error:
         if not any((folder / kept).exists() for kept in ("checkpoint.pt", "summary.json", "metrics.jsonl")):
             shutil.rmtree(folder, ignore_errors=True)  # only Hydra's copy of the bad settings is in it
-        raise
+        if TRACED or HydraConfig.get().mode == RunMode.MULTIRUN:  # a sweep goes on, and ends with the error
+            raise
+        sys.exit(f"error: {one_line(error)}")
+
+
+def run(cfg: DictConfig, folder: Path) -> float | None:
+    """Build, continue if there is a checkpoint, meta-train, measure, report."""
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    same_run = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
+    training = build(cfg)
+    source = checkpoint_to_continue(cfg, folder)
+    try:
+        state = load_checkpoint(source, same_run) if source else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{'checkpoint ' if cfg.resume is None else 'resume='}{error}") from None
     summary_path = folder / "summary.json"
     if source and source.parent == folder and summary_path.exists():
         summary = json.loads(summary_path.read_text())
         if summary["status"] == "completed":
             log.info("%s is complete: nothing to do", folder)
             report(summary, folder)
-            return summary["val/accuracy"]  # type: ignore[no-any-return]
+            return cast(float | None, summary["val/accuracy"])
 
     if state and source:
         training.load_state_dict(state)
@@ -120,7 +137,7 @@ def main(cfg: DictConfig) -> float | None:
         wandb_run.finish(measured, exit_code=0 if summary["status"] == "completed" else 1)
     learning_curve(read_events(folder / "metrics.jsonl"), summary, folder / "learning_curve.png")
     report(summary, folder)
-    return training.latest["val/accuracy"]  # type: ignore[return-value]
+    return cast(float | None, training.latest["val/accuracy"])
 
 
 def build(cfg: DictConfig) -> MetaTraining:
@@ -134,7 +151,7 @@ def build(cfg: DictConfig) -> MetaTraining:
                             **{f"eval_{key}": value for key, value in cfg.eval.items()},
                             **{f"bias_{key}": value for key, value in cfg.bias.items()})
         for key, value in cfg.optimizer.items():
-            if key != "_target_":  # torch's own optimizers say less
+            if key != "_target_" and not isinstance(value, bool):  # torch's own optimizers say less
                 number(f"optimizer.{key}", value, above=0.0 if key == "lr" else -math.inf)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # differences need all digits
     dataset = build_part(cfg, "dataset")
@@ -303,12 +320,11 @@ def one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    traced = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors then arrive here instead of being printed by Hydra
     try:
         main()
-    except (ConfigError, CheckpointError, Diverged, HydraException, OmegaConfBaseException) as error:
-        if traced:
+    except EXPECTED as error:
+        if TRACED:
             raise
         sys.exit(f"error: {one_line(error)}")
     except Interrupted as error:

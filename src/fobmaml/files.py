@@ -62,6 +62,8 @@ def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: takes a checkpoint file, and there is none")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
         found, written = state["format"], json.loads(state["config"])
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, TypeError,
             ValueError, IndexError, AttributeError) as error:

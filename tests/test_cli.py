@@ -1,0 +1,240 @@
+"""The command line as a user meets it: real runs, real wandb offline, and one clear line for every bad value."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from wandb_records import read_run
+
+SUMMARY_KEYS = {"status", "step", "test/accuracy", "test/accuracy_ci95", "test/loss", "memory/peak_bytes",
+                "bias/relative_error", "bias/cosine", "time/meta_step_s", "inner/residual", "meta_gradient/norm",
+                "model/parameters"}
+QUICK = ("width=8", "steps=3", "eval.tasks=20", "eval.validation_tasks=10", "bias.tasks=2")
+
+
+def _summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def _complete(folder: Path) -> dict:
+    summary = _summary(folder)
+    assert summary["status"] == "completed"
+    assert summary.keys() >= SUMMARY_KEYS
+    for name in ("metrics.jsonl", "checkpoint.pt", "train.log", "learning_curve.png", ".hydra/config.yaml"):
+        assert (folder / name).exists()
+    run = read_run(folder)
+    assert run["exit_code"] == 0
+    assert run["config"]["width"] == summary["config"]["width"]
+    assert run["config"]["estimator"] == summary["config"]["estimator"]
+    assert run["summary"]["test/loss"] == pytest.approx(summary["test/loss"])
+    return summary
+
+
+def test_every_estimator_makes_a_complete_run(run_train, tmp_path):
+    names = ["forward", "symmetric", "central4", "maml", "fomaml", "reptile", "imaml"]
+    done = run_train("-m", f"estimator={','.join(names)}", "width=16", "steps=3", "eval.tasks=20",
+                     "eval.validation_tasks=10", "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    for job, name in enumerate(names):
+        summary = _complete(tmp_path / "sweep" / str(job))
+        assert summary["choices"]["estimator"] == name
+        assert summary["step"] == 3
+        assert summary["model/parameters"] == 2069
+        assert 0.1 < summary["test/accuracy"] < 0.4
+        # every number is there: the bias too, for every estimator at its default setting
+        assert all(isinstance(summary[key], float | int) for key in SUMMARY_KEYS - {"status"}), summary
+
+
+def test_multirun_makes_one_wandb_run_a_job(run_train, tmp_path):
+    done = run_train("-m", "estimator=forward,symmetric", "width=16,32", "steps=3", "eval.tasks=20",
+                     "eval.validation_tasks=10", "bias.every=0", "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    found = {(s["choices"]["estimator"], s["config"]["width"]) for s in
+             (_complete(tmp_path / "sweep" / str(job)) for job in range(4))}
+    assert found == {(e, w) for e in ("forward", "symmetric") for w in (16, 32)}
+    assert len(list(tmp_path.glob("sweep/*/wandb/offline-run-*"))) == 4
+    assert {read_run(tmp_path / "sweep" / str(job))["group"] for job in range(4)} == {"sweep"}
+
+
+@pytest.mark.slow
+def test_width_250(run_train, tmp_path):
+    done = run_train("estimator=symmetric", "width=250", "steps=3", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert all(value is not None for key, value in _complete(tmp_path / "run").items() if key in SUMMARY_KEYS)
+
+
+@pytest.mark.parametrize("overrides", [("dataset=sinusoid",), ("dataset=logistic",), ("model=mlp", "depth=2"),
+                                       ("solver=bb", "estimator.lam=2", "solver.tol=1e-3"), ("optimizer=adam",),
+                                       ("optimizer=clipped_sgd", "dtype=float64"), ("optimizer=sgd", "depth=5")])
+def test_the_other_choices_work(run_train, tmp_path, overrides):
+    done = run_train(*QUICK, *overrides, "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    summary = _complete(tmp_path / "run")
+    assert summary["test/loss"] is not None
+    assert (summary["test/accuracy"] is None) == ("dataset=sinusoid" in overrides)
+    if "dataset=logistic" in overrides:
+        assert summary["bias/cosine"] > 0
+
+
+def test_the_table_is_printed(run_train, tmp_path):
+    done = run_train(*QUICK, "bias.every=0", "hydra.run.dir=run", "wandb.mode=disabled")
+    assert re.search(r"meta-test accuracy +\d+\.\d ± \d\.\d %", done.stdout)
+    assert re.search(r"memory of a meta-gradient +\d+\.\d MB", done.stdout)
+    assert re.search(r"time of a meta-step +\d\.\d+ s", done.stdout)
+    picture = re.search(r"learning curve +(\S+)", done.stdout)
+    assert Path(picture[1]).read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+@pytest.mark.parametrize(("overrides", "line"), [
+    (["estimator=foo"], "estimator=foo: takes one of central4, fomaml, forward, imaml, maml, reptile, symmetric"),
+    (["dataset=foo"], "dataset=foo: takes one of logistic, mnist1d, sinusoid"),
+    (["width=0"], "width=0: takes a whole number of at least 1"),
+    (["width=abc"], "width=abc: takes a whole number of at least 1"),
+    (["estimator.nu=0"], "estimator.nu=0: takes a finite number above 0"),
+    (["estimator.lam=-1"], "estimator.lam=-1: takes a finite number above 0"),
+    (["solver.steps=0"], "solver.steps=0: takes a whole number of at least 1"),
+    (["dataset.ways=11"], "dataset.ways=11: takes a whole number of at least 2 and at most 10"),
+    (["dataset.shots=100000"], "dataset.shots=100000: takes at most 80 with shots and queries together.*"),
+    (["device=cuda:99"], "device=cuda:99: takes a GPU that is there, and PyTorch finds .*"),
+    (["resume=missing.pt"], "resume=missing.pt: takes a checkpoint file, and there is none"),
+    (["optimizer.lr=-1"], "optimizer.lr=-1: takes a finite number above 0"),
+    (["eval.every=0"], "eval.every=0: takes a whole number of at least 1"),
+    (["depht=3"], "depht: there is no such setting.*"),
+    (["dataset=sinusoid", "model=cnn"], r"model=cnn: input_shape=\(1,\): takes one sequence of at least 3 values.*"),
+    (["estimator=maml", "solver=bb"], "estimator=maml: solver=BarzilaiBorwein: takes a solver with differentiable.*"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(run_train, tmp_path, overrides, line):
+    done = run_train(*overrides)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert re.fullmatch(f"error: {line}\n", done.stderr), done.stderr
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(run_train):
+    done = run_train("device=cuda")
+    assert re.fullmatch("error: device=cuda: takes a GPU that is there, .*\n", done.stderr)
+
+
+def test_truncated_checkpoint(run_train, tmp_path):
+    (tmp_path / "c.pt").write_bytes(b"PK\x03\x04 not all of it")
+    done = run_train("resume=c.pt")
+    assert done.returncode != 0
+    assert re.fullmatch("error: resume=c.pt: takes a whole checkpoint .*\n", done.stderr)
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(run_train, tmp_path):
+    done = run_train("hydra.run.dir=run", "width=8", "steps=50", "optimizer=sgd", "optimizer.lr=1e30",
+                     "checkpoint_every=1", "eval.every=100", "bias.every=0", "eval.validation_tasks=4")
+    assert done.returncode != 0
+    found = re.fullmatch(r"error: the meta-gradient at step (\d+) is not finite: try a smaller solver.lr or optimizer.lr"
+                         r", or a larger estimator.lam; the last good checkpoint is (\S+)\n", done.stderr)
+    assert found, done.stderr
+    state = torch.load(found[2], weights_only=True)
+    assert state["step"] == int(found[1]) - 1
+    assert all(torch.isfinite(p).all() for p in state["model"].values())
+    summary = _summary(tmp_path / "run")
+    assert summary["status"] == "failed"
+    assert "is not finite" in summary["reason"]
+    assert read_run(tmp_path / "run")["exit_code"] == 1
+
+
+LONG = ("width=8", "steps=30", "log_every=1", "eval.every=7", "checkpoint_every=4", "bias.every=11", "bias.tasks=2",
+        "eval.tasks=20", "eval.validation_tasks=10", "wandb.mode=disabled")
+
+
+def _result(folder: Path) -> tuple:
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    events = [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+              for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = {k: v for k, v in _summary(folder).items() if k.startswith(("test/", "bias/", "memory/", "val/", "step"))}
+    return {k: v.numpy().tobytes() for k, v in state["model"].items()}, events, summary
+
+
+def _start_and_stop(folder: Path, stop: signal.Signals, after_step: int) -> subprocess.Popen:
+    """A run in ``folder`` that gets a signal once it has logged ``after_step``."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *LONG, f"hydra.run.dir={folder}"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder.parent)
+    metrics, limit = folder / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and f'"step": {after_step},' in metrics.read_text()):
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    process.send_signal(stop)
+    return process
+
+
+def test_stopped_and_continued_is_uninterrupted_bit_for_bit(run_train, tmp_path):
+    assert run_train(*LONG, "hydra.run.dir=whole").returncode == 0
+    wanted = _result(tmp_path / "whole")
+    # killed at once, started again in its folder
+    killed = _start_and_stop(tmp_path / "killed", signal.SIGKILL, 6)
+    killed.wait()
+    assert run_train(*LONG, "hydra.run.dir=killed").returncode == 0
+    assert _result(tmp_path / "killed") == wanted
+    # asked to stop: writes a checkpoint, and says how to go on
+    stopped = _start_and_stop(tmp_path / "stopped", signal.SIGTERM, 9)
+    _, said = stopped.communicate()
+    assert stopped.returncode == 130
+    assert re.search(r"stopped by SIGTERM at step \d+; the same command with hydra.run.dir=\S+ continues", said)
+    assert _summary(tmp_path / "stopped")["status"] == "interrupted"
+    # continued elsewhere
+    assert run_train(*LONG, "hydra.run.dir=elsewhere", "resume=stopped/checkpoint.pt").returncode == 0
+    assert _result(tmp_path / "elsewhere") == wanted
+    # a complete run is not run again, and a run does not continue under other settings
+    before = (tmp_path / "whole" / "summary.json").stat().st_mtime_ns
+    again = run_train(*LONG, "hydra.run.dir=whole")
+    assert again.returncode == 0
+    assert "is complete" in again.stdout
+    assert (tmp_path / "whole" / "summary.json").stat().st_mtime_ns == before
+    other = run_train(*LONG, "hydra.run.dir=whole", "width=9")
+    assert re.fullmatch(r"error: checkpoint \S+: takes a checkpoint of the same configuration, and here .*width=9 "
+                        r"\(there 8\).*\n", other.stderr)
+
+
+def test_training_goes_on_when_wandbs_service_is_killed(run_train, tmp_path):
+    plain = run_train(*LONG, "hydra.run.dir=plain")
+    assert plain.returncode == 0
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *LONG[:-1], "hydra.run.dir=run"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    killed, limit = False, time.monotonic() + 120
+    while not killed and time.monotonic() < limit:
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if f"wandb-core\0" in (c := entry.read_text()) and f"--pid\0{process.pid}\0" in c:
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
+                    killed = True
+            except OSError:
+                continue
+        time.sleep(0.01)
+    out, err = process.communicate(timeout=300)
+    assert killed
+    assert process.returncode == 0, err
+    assert re.search(r"wandb \S+.* failed, and training goes on without it", out)
+    assert "Traceback" not in out + err
+    assert _result(tmp_path / "run") == _result(tmp_path / "plain")
+
+
+def test_without_a_network_an_online_run_is_kept_offline(run_train, tmp_path):
+    done = run_train(*QUICK, "bias.every=0", "hydra.run.dir=run", "wandb.mode=online",
+                     env={"WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"})
+    assert done.returncode == 0, done.stderr
+    assert "wandb init (online) failed" in done.stdout
+    _complete(tmp_path / "run")
+
+
+def test_wandb_without_a_place_to_write(run_train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb").write_text("in the way")
+    done = run_train(*QUICK, "bias.every=0", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert _summary(tmp_path / "run")["status"] == "completed"

@@ -1,0 +1,92 @@
+"""Files are whole or absent, and what cannot be trusted is refused in one line."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from fobmaml.files import CheckpointError, EventLog, load_checkpoint, read_events, save_checkpoint, write_json
+
+CONFIG = {"width": 8, "estimator": {"lam": 0.5}}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 3, "model": {"w": torch.arange(4.0)}}, CONFIG)
+    return path
+
+
+def test_round_trip(checkpoint):
+    state = load_checkpoint(checkpoint, CONFIG)
+    assert state["step"] == 3
+    assert torch.equal(state["model"]["w"], torch.arange(4.0))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 30, 200, -1, -30])
+def test_truncated(checkpoint, keep):
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[:keep])
+    with pytest.raises(CheckpointError, match="takes a whole checkpoint") as caught:
+        load_checkpoint(checkpoint, CONFIG)
+    assert "\n" not in str(caught.value)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("write", [lambda p: torch.save(Malice(), p), lambda p: p.write_bytes(pickle.dumps(Malice())),
+                                   lambda p: p.write_text("hello"), lambda p: torch.save({"step": 1}, p),
+                                   lambda p: torch.save(torch.ones(2), p)])
+def test_foreign_files_are_refused_and_nothing_runs(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="takes a whole checkpoint") as caught:
+        load_checkpoint(tmp_path / "c.pt", CONFIG)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_missing(tmp_path):
+    with pytest.raises(CheckpointError, match="takes a checkpoint file, and there is none"):
+        load_checkpoint(tmp_path / "none.pt", CONFIG)
+
+
+def test_another_configuration_is_named(checkpoint):
+    with pytest.raises(CheckpointError, match=r"same configuration, and here width=16 \(there 8\)"):
+        load_checkpoint(checkpoint, CONFIG | {"width": 16})
+
+
+def test_a_failed_write_leaves_the_last_good_file(checkpoint, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(checkpoint, {"step": 4, "model": {}}, CONFIG)
+    assert load_checkpoint(checkpoint, CONFIG)["step"] == 3
+    assert [p.name for p in checkpoint.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "s.json", {"a": float("nan"), "b": 1.5, "c": float("inf")})
+    assert json.loads((tmp_path / "s.json").read_text()) == {"a": None, "b": 1.5, "c": None}
+
+
+def test_event_log_continues_after_a_kill(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = EventLog(path)
+    for step in range(5):
+        log.write(step, {"x": step / 2})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 5, "x"')  # cut short
+    log = EventLog(path, continue_at=3)
+    log.write(4, {"x": -1.0})
+    log.close()
+    assert [(e["step"], e["x"]) for e in read_events(path)] == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.5), (4, -1.0)]

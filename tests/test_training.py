@@ -1,0 +1,168 @@
+"""The loop: continuing is the uninterrupted run, fixed tasks are fixed, and trouble stops it before harm is done."""
+
+import math
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fobmaml import solvers
+from fobmaml.estimators import FOMAML, MAML, Central, Forward, Symmetric
+from fobmaml.models import MLP, CNN1d
+from fobmaml.optim import SNGDM, ClippedSGD
+from fobmaml.tasks import Sinusoid
+from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings
+
+
+def _training(source, steps: int = 8, seed: int = 0, optimizer=SNGDM, lr: float = 0.1, estimator=None, **settings):
+    torch.manual_seed(seed)
+    model = CNN1d((40,), 5, width=4) if source.classification else MLP((1,), 1, width=16, depth=2)
+    estimator = estimator or Symmetric(solvers.GradientDescent(steps=3, lr=0.1))
+    chosen = Settings(steps=steps, seed=seed, meta_batch=4, eval_validation_tasks=8, eval_tasks=8, bias_tasks=2,
+                      **settings)
+    return MetaTraining(model, source, estimator, chosen, lambda p: optimizer(p, lr=lr))
+
+
+@pytest.mark.parametrize("optimizer", [SNGDM, ClippedSGD, torch.optim.Adam])
+def test_continued_is_uninterrupted_bit_for_bit(mnist1d, tmp_path, optimizer):
+    whole = _training(mnist1d, optimizer=optimizer)
+    events = list(whole.train())
+    first = _training(mnist1d, optimizer=optimizer)
+    stream = first.train()
+    begun = [next(stream) for _ in range(5)]
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = _training(mnist1d, seed=0, optimizer=optimizer)
+    for p in second.learner.model.parameters():
+        nn.init.normal_(p)  # what was there before does not matter
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    continued = list(second.train())
+    assert torch.equal(whole.learner.theta(), second.learner.theta())
+
+    def timeless(these):
+        return [{k: v for k, v in event.items() if not k.startswith("time/")} for event in these]
+
+    assert timeless(events) == timeless(begun + continued)
+    assert whole.test() == second.test()
+    assert len(second.step_seconds) == 8
+
+
+def test_it_is_the_estimator_and_optimizer_by_hand(mnist1d):
+    """Two meta-steps against a loop written out with the public pieces."""
+    import fobmaml
+
+    training = _training(mnist1d, steps=2, schedule="constant")
+    torch.manual_seed(0)
+    model = CNN1d((40,), 5, width=4)
+    optimizer = SNGDM(model.parameters(), lr=0.1)
+    for step in range(2):
+        tasks = training.tasks("train", 4, 0, step)
+        result = fobmaml.meta_gradient(training.estimator, model, F.cross_entropy, tasks)
+        for name, p in model.named_parameters():
+            p.grad = result.gradient[name]
+        optimizer.step()
+    list(training.train())
+    for mine, theirs in zip(model.parameters(), training.learner.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_schedule(mnist1d):
+    rates = [e["optimizer/lr"] for e in _training(mnist1d, steps=4, lr=0.2, log_every=1).train()]
+    assert rates == pytest.approx([0.2 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(4)])
+    rates = [e["optimizer/lr"] for e in _training(mnist1d, steps=4, lr=0.2, log_every=1, schedule="constant").train()]
+    assert rates == pytest.approx([0.2] * 4)
+
+
+def test_evaluation_tasks_are_the_same_for_every_estimator_and_seed(mnist1d):
+    a = _training(mnist1d, seed=0)
+    b = _training(mnist1d, seed=5, estimator=MAML(solvers.GradientDescent(2)))
+    for split in ("validation", "test"):
+        x, y = a.tasks(split, 20, EVALUATION_SEED), b.tasks(split, 20, EVALUATION_SEED)
+        assert torch.equal(x.query_x, y.query_x)
+        assert torch.equal(x.support_y, y.support_y)
+    assert not torch.equal(a.tasks("train", 4, 0, 0).query_x, a.tasks("train", 4, 0, 1).query_x)
+    assert not torch.equal(a.tasks("train", 4, 0, 0).query_x, a.tasks("train", 4, 1, 0).query_x)
+    assert not torch.equal(a.tasks("validation", 4, 0).query_x, a.tasks("train", 4, 0).query_x)
+
+
+def test_accuracy_and_its_interval_by_hand(mnist1d):
+    training = _training(mnist1d)
+    score = training.evaluate("test", 30)
+    tasks = training.tasks("test", 30, EVALUATION_SEED).to(dtype=torch.float32)
+    correct = []
+    for i in range(30):
+        phi = training.learner.fold(training.learner.theta())
+        for _ in range(3):
+            def loss(p, i=i):
+                out = torch.func.functional_call(training.learner.model, p, (tasks.support_x[i],))
+                prox = sum((v - training.learner.fold(training.learner.theta())[n]).square().sum() for n, v in p.items())
+                return F.cross_entropy(out, tasks.support_y[i]) + 0.25 * prox  # λ = 0.5
+            phi = {n: v - 0.1 * torch.func.grad(loss)(phi)[n] for n, v in phi.items()}
+        out = torch.func.functional_call(training.learner.model, phi, (tasks.query_x[i],))
+        correct.append((out.argmax(1) == tasks.query_y[i]).double().mean())
+    each = torch.stack(correct)
+    assert score.accuracy == pytest.approx(float(each.mean()), abs=1e-3)
+    assert score.accuracy_ci95 == pytest.approx(1.96 * float(each.std()) / math.sqrt(30), rel=0.05)
+
+
+def test_regression_has_a_loss_and_no_accuracy():
+    training = _training(Sinusoid(), steps=60, lr=0.05)
+    before = training.evaluate("validation", 50)
+    list(training.train())
+    after = training.evaluate("validation", 50)
+    assert before.accuracy is None
+    assert after.accuracy_ci95 is None
+    assert after.loss < before.loss
+
+
+def test_a_meta_gradient_that_is_not_finite_stops_before_the_step(mnist1d):
+    training = _training(mnist1d, estimator=FOMAML(solvers.GradientDescent(steps=30, lr=1e18)))
+    before = training.learner.theta()
+    with pytest.raises(Diverged, match=r"at step 1 is not finite: try a smaller solver.lr or optimizer.lr, or a larger"):
+        list(training.train())
+    assert torch.equal(training.learner.theta(), before)
+    assert training.step == 0
+
+
+def test_task_chunk_does_not_change_the_result(mnist1d):
+    paths = []
+    for chunk in ("auto", 1, 3, 100):
+        training = _training(mnist1d, task_chunk=chunk)
+        list(training.train())
+        paths.append(training.learner.theta())
+    for path in paths[1:]:
+        torch.testing.assert_close(path, paths[0], rtol=1e-3, atol=1e-4)
+
+
+def test_automatic_chunks_shrink_with_width(mnist1d):
+    small, large = (MetaTraining(CNN1d((40,), 5, width=w), mnist1d, Central(solvers.GradientDescent()), Settings(1),
+                                 torch.optim.Adam) for w in (16, 250))
+    assert small.chunk(16, small.estimator.rows_per_task) == 16
+    assert large.chunk(16, large.estimator.rows_per_task) == 1
+    assert Central(solvers.GradientDescent()).rows_per_task == 4
+    assert Forward(solvers.GradientDescent()).rows_per_task == 1
+
+
+@pytest.mark.slow
+def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
+    """A ratio, with a wide margin: sampling is some half a millisecond, a default meta-step over a hundred."""
+    torch.manual_seed(0)
+    training = MetaTraining(CNN1d((40,), 5, width=32), mnist1d, Symmetric(solvers.GradientDescent()), Settings(5),
+                            torch.optim.Adam)
+    list(training.train())
+    spent = []
+    for step in range(20):
+        started = time.perf_counter()
+        training._placed(training.tasks("train", 16, 0, step))
+        spent.append(time.perf_counter() - started)
+    assert sorted(spent)[10] < 0.05 * sorted(training.step_seconds)[2]
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("steps", 0), ("steps", 2.5), ("meta_batch", 0), ("task_chunk", "some"), ("task_chunk", 0), ("schedule", "linear"),
+    ("eval_every", 0), ("eval_tasks", 1), ("bias_every", -1), ("bias_tol", 0), ("seed", -1), ("checkpoint_every", 0),
+])
+def test_bad_settings(setting, value):
+    with pytest.raises(ValueError, match=f"^{setting}={value}: takes"):
+        Settings(**{"steps": 1, setting: value})
