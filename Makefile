@@ -30,8 +30,9 @@ lint: setup ## check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-figures: setup ## redraw every figure from results/
+figures: setup ## redraw every figure, and README's tables, from results/
 	@for script in scripts/figure_*.py; do $(BIN)/python $$script || exit 1; done
+	@$(BIN)/python scripts/tables.py
 
 reproduce: setup ## run the experiments behind results/ again (what is complete is not run twice), then draw
 	@$(BIN)/python scripts/reproduce.py $(ARGS)

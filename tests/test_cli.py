@@ -137,8 +137,8 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(run_train, 
     done = run_train("hydra.run.dir=run", "width=8", "steps=50", "optimizer=sgd", "optimizer.lr=1e30",
                      "checkpoint_every=1", "eval.every=100", "bias.every=0", "eval.validation_tasks=4")
     assert done.returncode != 0
-    found = re.fullmatch(r"error: the meta-gradient at step (\d+) is not finite: try a smaller solver.lr or optimizer.lr"
-                         r", or a larger estimator.lam; the last good checkpoint is (\S+)\n", done.stderr)
+    found = re.fullmatch(r"error: the meta-gradient at step (\d+) is not finite: try a smaller solver.lr or "
+                         r"optimizer.lr, or a larger estimator.lam; the last good checkpoint is (\S+)\n", done.stderr)
     assert found, done.stderr
     state = torch.load(found[2], weights_only=True)
     assert state["step"] == int(found[1]) - 1
@@ -210,7 +210,7 @@ def test_training_goes_on_when_wandbs_service_is_killed(run_train, tmp_path):
     while not killed and time.monotonic() < limit:
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                if f"wandb-core\0" in (c := entry.read_text()) and f"--pid\0{process.pid}\0" in c:
+                if "wandb-core\0" in (c := entry.read_text()) and f"--pid\0{process.pid}\0" in c:
                     os.kill(int(entry.parent.name), signal.SIGKILL)
                     killed = True
             except OSError:

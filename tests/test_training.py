@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fobmaml import solvers
+from fobmaml import Learner, solvers
 from fobmaml.estimators import FOMAML, MAML, Central, Forward, Symmetric
 from fobmaml.models import MLP, CNN1d
 from fobmaml.optim import SNGDM, ClippedSGD
 from fobmaml.tasks import Sinusoid
-from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings
+from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings, chunk_size
 
 
 def _training(source, steps: int = 8, seed: int = 0, optimizer=SNGDM, lr: float = 0.1, estimator=None, **settings):
@@ -90,13 +90,14 @@ def test_accuracy_and_its_interval_by_hand(mnist1d):
     training = _training(mnist1d)
     score = training.evaluate("test", 30)
     tasks = training.tasks("test", 30, EVALUATION_SEED).to(dtype=torch.float32)
+    theta = training.learner.fold(training.learner.theta())
     correct = []
     for i in range(30):
-        phi = training.learner.fold(training.learner.theta())
+        phi = theta
         for _ in range(3):
             def loss(p, i=i):
                 out = torch.func.functional_call(training.learner.model, p, (tasks.support_x[i],))
-                prox = sum((v - training.learner.fold(training.learner.theta())[n]).square().sum() for n, v in p.items())
+                prox = sum((v - theta[n]).square().sum() for n, v in p.items())
                 return F.cross_entropy(out, tasks.support_y[i]) + 0.25 * prox  # λ = 0.5
             phi = {n: v - 0.1 * torch.func.grad(loss)(phi)[n] for n, v in phi.items()}
         out = torch.func.functional_call(training.learner.model, phi, (tasks.query_x[i],))
@@ -119,7 +120,7 @@ def test_regression_has_a_loss_and_no_accuracy():
 def test_a_meta_gradient_that_is_not_finite_stops_before_the_step(mnist1d):
     training = _training(mnist1d, estimator=FOMAML(solvers.GradientDescent(steps=30, lr=1e18)))
     before = training.learner.theta()
-    with pytest.raises(Diverged, match=r"at step 1 is not finite: try a smaller solver.lr or optimizer.lr, or a larger"):
+    with pytest.raises(Diverged, match=r"at step 1 is not finite: try a smaller solver.lr"):
         list(training.train())
     assert torch.equal(training.learner.theta(), before)
     assert training.step == 0
@@ -135,13 +136,13 @@ def test_task_chunk_does_not_change_the_result(mnist1d):
         torch.testing.assert_close(path, paths[0], rtol=1e-3, atol=1e-4)
 
 
-def test_automatic_chunks_shrink_with_width(mnist1d):
-    small, large = (MetaTraining(CNN1d((40,), 5, width=w), mnist1d, Central(solvers.GradientDescent()), Settings(1),
-                                 torch.optim.Adam) for w in (16, 250))
-    assert small.chunk(16, small.estimator.rows_per_task) == 16
-    assert large.chunk(16, large.estimator.rows_per_task) == 1
-    assert Central(solvers.GradientDescent()).rows_per_task == 4
+def test_automatic_chunks_shrink_with_width():
+    small, large = (Learner(CNN1d((40,), 5, width=w), F.cross_entropy) for w in (16, 250))
+    rows = Central(solvers.GradientDescent()).rows_per_task
+    assert rows == 4
     assert Forward(solvers.GradientDescent()).rows_per_task == 1
+    assert chunk_size(16, small, rows) == 16
+    assert chunk_size(16, large, rows) == 1
 
 
 @pytest.mark.slow

@@ -44,7 +44,6 @@ def new_figure(columns: int = 1, width_in: float = 3.5, height_in: float = 2.6) 
         ax.tick_params(labelsize=8)
         ax.xaxis.label.set_fontsize(8)
         ax.yaxis.label.set_fontsize(8)
-        ax.title.set_fontsize(8)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.5)
     return figure, axes
@@ -62,18 +61,18 @@ def learning_curve(events: Sequence[Mapping[str, Any]], summary: Mapping[str, An
     final = summary.get("test/accuracy" if accurate else "test/loss")
     if final is not None:
         half = scale * (summary.get("test/accuracy_ci95") or 0.0) if accurate else 0.0
-        text = f"test tasks: {scale * final:.1f} ± {half:.1f} %" if accurate else f"test tasks: {final:.3f}"
+        text = "test tasks: " + (f"{scale * final:.1f} ± {half:.1f} % (95 % interval)" if accurate else f"{final:.3f}")
         left.errorbar([summary["step"]], [scale * final], yerr=[half], color="#D55E00", marker="*", markersize=8,
                       capsize=3, linestyle="none", label=text, zorder=3)
     left.set_xlabel("meta-step")
     left.set_ylabel("accuracy (%)" if accurate else "mean squared error")
     left.legend(fontsize=8, frameon=False, loc="lower right" if accurate else "upper right")
-    left.set_title(look.label)
+    left.set_title(look.label, fontsize=8)
     steps, values = series(events, "train/loss")
     right.plot(steps, values, color=look.colour, linewidth=0.8)
     right.set_xlabel("meta-step")
     right.set_ylabel("query loss, training tasks" + (" (nats)" if accurate else ""))
-    right.set_title(f"{summary.get('model/parameters', 0):,} parameters")
+    right.set_title(f"{summary.get('model/parameters', 0):,} parameters", fontsize=8)
     figure.savefig(path)
 
 

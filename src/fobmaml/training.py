@@ -110,14 +110,10 @@ class MetaTraining:
     def _placed(self, tasks: TaskBatch) -> TaskBatch:
         return tasks.to(self.learner.device, self.learner.dtype)
 
-    def chunk(self, tasks: int, rows_per_task: int = 1) -> int:
-        """How many tasks are solved at once."""
+    def _chunk(self, tasks: int, rows_per_task: int = 1) -> int:
         if isinstance(self.settings.task_chunk, int):
             return min(self.settings.task_chunk, tasks)
-        if self.learner.device.type != "cpu":
-            return tasks
-        at_once = max(1, STACKED_PARAMETERS // (self.learner.parameter_count * rows_per_task))
-        return math.ceil(tasks / math.ceil(tasks / at_once))  # chunks of equal size
+        return chunk_size(tasks, self.learner, rows_per_task)
 
     def train(self) -> Iterator[Event]:
         """Meta-steps until ``settings.steps``, yielding what there is to log after each (often nothing).
@@ -125,7 +121,7 @@ class MetaTraining:
         Raises Diverged, before the step is taken, if the meta-gradient is not finite.
         """
         s = self.settings
-        chunk = self.chunk(s.meta_batch, self.estimator.rows_per_task)
+        chunk = self._chunk(s.meta_batch, self.estimator.rows_per_task)
         while self.step < s.steps:
             started = time.perf_counter()
             logged = (self.step + 1) % s.log_every == 0 or self.step + 1 in (1, s.steps)
@@ -157,7 +153,7 @@ class MetaTraining:
     def evaluate(self, split: Split, count: int) -> Score:
         """The score on ``count`` fixed tasks of a split, adapted with the estimator's own inner problem."""
         tasks = self._placed(self.tasks(split, count, EVALUATION_SEED))
-        theta, chunk = self.learner.theta(), self.chunk(count)
+        theta, chunk = self.learner.theta(), self._chunk(count)
         losses, accuracies = [], []
         for start in range(0, count, chunk):
             part = tasks[start : start + chunk]
@@ -193,7 +189,7 @@ class MetaTraining:
         """Peak storage of one meta-gradient on a training meta-batch."""
         s = self.settings
         tasks = self._placed(self.tasks("train", s.meta_batch, s.seed))
-        theta, chunk = self.learner.theta(), self.chunk(s.meta_batch, self.estimator.rows_per_task)
+        theta, chunk = self.learner.theta(), self._chunk(s.meta_batch, self.estimator.rows_per_task)
         peak = peak_bytes(lambda: estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose=False),
                           self.learner.device)
         return self._record({"memory/peak_bytes": peak})
@@ -209,6 +205,14 @@ class MetaTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.latest = state["step"], dict(state["latest"])
         self.step_seconds = state["step_seconds"].tolist()
+
+
+def chunk_size(tasks: int, learner: Learner, rows_per_task: int) -> int:
+    """How many of ``tasks`` to solve at once (``task_chunk=auto``): all on a GPU, what fits the cache on a CPU."""
+    if learner.device.type != "cpu":
+        return tasks
+    at_once = max(1, STACKED_PARAMETERS // (learner.parameter_count * rows_per_task))
+    return math.ceil(tasks / math.ceil(tasks / at_once))  # chunks of equal size
 
 
 @torch.no_grad()

@@ -1,0 +1,41 @@
+"""What the README shows runs as it stands, and its tables are the results."""
+
+import re
+import subprocess
+import sys
+
+import yaml
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_library_example():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.strip().splitlines()) < 30
+    done = subprocess.run([sys.executable, "-c", "import torch; torch.manual_seed(0)\n" + example], text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(losses) == 4
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("setup", "train", "test", "lint", "figures", "reproduce", "bench", "help"):
+        assert re.search(rf"^{target}:.*##", makefile, re.MULTILINE)
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "make train" in shown
+
+
+def test_environment_installs_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert "python=3.11" in environment["dependencies"]
+    assert environment["dependencies"][-1] == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
+
+
+def test_tables_are_the_results():
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "tables.py"), "--check"], text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
