@@ -5,7 +5,6 @@ Every setting is in configs/; python train.py --help lists them.
 
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -39,9 +38,10 @@ from fobmaml.training import Diverged, Event, MetaTraining, Settings
 
 log = logging.getLogger("train")
 
+TRACED = "HYDRA_FULL_ERROR" in os.environ
+
 # Runs that agree in everything else are the same run, and continue each other's checkpoints.
 NOT_PART_OF_A_RUN = ("resume", "wandb", "device", "checkpoint_every")
-
 
 SUMMARY_KEYS = ("test/accuracy", "test/accuracy_ci95", "test/loss", "memory/peak_bytes", "bias/relative_error",
                 "bias/cosine", "bias/reference", "bias/reason", "time/meta_step_s", "inner/residual",
@@ -52,11 +52,8 @@ class ConfigError(ValueError):
     """A setting that cannot work; the text is one line that names it."""
 
 
-TRACED = "HYDRA_FULL_ERROR" in os.environ
-
-
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop, and it has written its checkpoint."""
+    """A signal asked the run to stop."""
 
 
 # What a user can put right: reported in one line. Set HYDRA_FULL_ERROR=1 for the traceback.
@@ -150,15 +147,14 @@ def build(cfg: DictConfig) -> MetaTraining:
                                                          "log_every", "checkpoint_every")},
                             **{f"eval_{key}": value for key, value in cfg.eval.items()},
                             **{f"bias_{key}": value for key, value in cfg.bias.items()})
-        for key, value in cfg.optimizer.items():
-            if key != "_target_" and not isinstance(value, bool):  # torch's own optimizers say less
-                number(f"optimizer.{key}", value, above=0.0 if key == "lr" else -math.inf)
+        number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # differences need all digits
     dataset = build_part(cfg, "dataset")
     torch.manual_seed(settings.seed)
     model = build_part(cfg, "model", input_shape=dataset.input_shape, outputs=dataset.outputs).to(device, dtype)
     estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
-    return MetaTraining(model, dataset, estimator, settings, lambda p: build_part(cfg, "optimizer", params=p))
+    with bad_values_named():
+        return MetaTraining(model, dataset, estimator, settings, lambda p: build_part(cfg, "optimizer", params=p))
 
 
 def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
@@ -174,7 +170,7 @@ def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
             text = text if OmegaConf.is_interpolation(cfg[group], key) else f"{group}.{text}"
         else:
             text = f"{group}={choices()[group]}: {text}"
-        raise ConfigError(text) from None
+        raise ConfigError(text) from error
 
 
 @contextmanager
@@ -182,7 +178,7 @@ def bad_values_named() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ConfigError(re.sub("^(eval|bias)_", r"\1.", str(error))) from None
+        raise ConfigError(re.sub("^(eval|bias)_", r"\1.", str(error))) from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -237,8 +233,8 @@ def meta_train(training: MetaTraining, record: Callable[[Event], None], checkpoi
             record(event)
             if due["save"] or stop.requested:
                 checkpoint()
+            bar.set_postfix(progress(training), refresh=False)
             bar.update()
-            bar.set_postfix(progress(training))
             if due["eval"] and not on_terminal:
                 log.info("step %d/%d, %s, %.0f s left", training.step, s.steps,
                          ", ".join(f"{key} {value}" for key, value in progress(training).items()),
@@ -266,7 +262,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
     def ask(number: int, _: object) -> None:
         if request.requested:
-            raise KeyboardInterrupt
+            raise Interrupted("stopped at once")
         request.requested = signal.Signals(number).name
         log.warning("%s: stopping after this step (once more: at once)", request.requested)
 

@@ -37,7 +37,7 @@ def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
 
     def call(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=600, env={**os.environ, **(env or {})})
+                              capture_output=True, timeout=1500, env={**os.environ, **(env or {})})
 
     return call
 
