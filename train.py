@@ -118,12 +118,12 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
             record({**training.test(), **training.measure_memory()})
         summary["status"] = "completed"
     except BaseException as error:
+        summary["reason"] = str(error) or type(error).__name__
         if isinstance(error, Interrupted):
             summary["status"] = "interrupted"
             error.args = (f"{error}; the same command with hydra.run.dir={folder} continues",)
         elif isinstance(error, Diverged):
             error.args = (f"{error}; the last good checkpoint is {folder / 'checkpoint.pt'}",)
-        summary["reason"] = str(error) or type(error).__name__
         raise
     finally:
         measured = {"step": training.step, **dict.fromkeys(SUMMARY_KEYS), **training.latest}

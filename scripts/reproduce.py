@@ -75,7 +75,8 @@ def collect(name: str) -> None:
     measured = [key for key in MEASURED if not (name == "tuning" and key.startswith(("test/", "bias/")))]
     rows = [{"run": run, "status": summary["status"], "step": summary["step"],
              **{key.split(".", 1)[1]: _at(summary, key) for key in SETTINGS},
-             **{key: summary[key] for key in measured}} for run, summary in runs.items()]
+             **{key: summary[key] if summary["status"] == "completed" else None for key in measured},
+             "reason": (summary.get("reason") or "").split(":")[0]} for run, summary in runs.items()]
     _write_csv(RESULTS / f"{name}.csv", rows)
     curves = [{"run": run, "estimator": runs[run]["choices"]["estimator"], "seed": runs[run]["config"]["seed"],
                "step": event["step"], "val/accuracy": event["val/accuracy"], "val/loss": event["val/loss"]}
