@@ -16,7 +16,8 @@ def accuracy() -> str:
     lines = [f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {runs[0]['width']}, {runs[0]['steps']} meta-steps of 16 "
              f"tasks, {runs[0]['solver.steps']} inner steps, 600 meta-test tasks; settings chosen by the same number "
              "of trials for each method on validation tasks ([results/tuning.csv](results/tuning.csv)).", "",
-             "| method | seed | meta-test accuracy | memory of a meta-gradient | a meta-step | outer steps |",
+             "| method | seed | meta-test accuracy | memory of a meta-gradient | a meta-step, on "
+             f"{runs[0]['threads']} thread{'s' * (runs[0]['threads'] != '1')} | outer steps |",
              "|---|---|---|---|---|---|"]
     lines += [f"| {method(run['estimator']).label} | {run['seed']} | {100 * float(run['test/accuracy']):.1f} ± "
               f"{100 * float(run['test/accuracy_ci95']):.1f} % | {float(run['memory/peak_bytes']) / 1e6:.0f} MB | "
