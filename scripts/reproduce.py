@@ -39,7 +39,8 @@ EXPERIMENTS: dict[str, dict[str, list[str]]] = {
 INTERRUPTED = 130
 
 SETTINGS = ("choices.estimator", "choices.optimizer", "config.optimizer.lr", "config.solver.lr", "config.solver.steps",
-            "config.estimator.lam", "config.estimator.nu", "config.width", "config.seed", "config.steps", "provenance.threads")
+            "config.estimator.lam", "config.estimator.nu", "config.width", "config.seed", "config.steps",
+            "provenance.threads")
 MEASURED = ("val/accuracy", "val/loss", "test/accuracy", "test/accuracy_ci95", "test/loss", "memory/peak_bytes",
             "bias/relative_error", "bias/cosine", "bias/reference", "bias/reason", "inner/residual", "time/meta_step_s",
             "seconds")
