@@ -30,6 +30,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fobmaml.arguments import number, one_of, refuse
+from fobmaml.estimators import NotConverged
 from fobmaml.files import CheckpointError, EventLog, load_checkpoint, read_events, save_checkpoint, write_json
 from fobmaml.plotting import learning_curve, method
 from fobmaml.provenance import provenance
@@ -57,7 +58,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 # What a user can put right: reported in one line. Set HYDRA_FULL_ERROR=1 for the traceback.
-EXPECTED = (ConfigError, CheckpointError, Diverged, HydraException, OmegaConfBaseException)
+EXPECTED = (ConfigError, CheckpointError, Diverged, NotConverged, HydraException, OmegaConfBaseException)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -122,6 +123,9 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         if isinstance(error, Interrupted):
             summary["status"] = "interrupted"
             error.args = (f"{error}; the same command with hydra.run.dir={folder} continues",)
+        elif isinstance(error, NotConverged):
+            error.args = (f"the exact meta-gradient at step {training.step + 1} is not available: {error}; try more "
+                          "solver.steps or a larger estimator.lam",)
         elif isinstance(error, Diverged):
             error.args = (f"{error}; the last good checkpoint is {folder / 'checkpoint.pt'}",)
         raise

@@ -39,7 +39,7 @@ def _complete(folder: Path) -> dict:
 
 
 def test_every_estimator_makes_a_complete_run(run_train, tmp_path):
-    names = ["forward", "symmetric", "central4", "maml", "fomaml", "reptile", "imaml"]
+    names = ["forward", "symmetric", "central4", "maml", "fomaml", "reptile", "imaml", "exact"]
     done = run_train("-m", f"estimator={','.join(names)}", "width=16", "steps=3", "eval.tasks=20",
                      "eval.validation_tasks=10", "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
@@ -105,7 +105,8 @@ def test_the_table_is_printed(run_train, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "line"), [
-    (["estimator=foo"], "estimator=foo: takes one of central4, fomaml, forward, imaml, maml, reptile, symmetric"),
+    (["estimator=foo"],
+     "estimator=foo: takes one of central4, exact, fomaml, forward, imaml, maml, reptile, symmetric"),
     (["dataset=foo"], "dataset=foo: takes one of logistic, mnist1d, sinusoid"),
     (["width=0"], "width=0: takes a whole number of at least 1"),
     (["width=abc"], "width=abc: takes a whole number of at least 1"),

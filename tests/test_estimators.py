@@ -42,7 +42,7 @@ def test_exact_and_imaml_are_the_dense_formula(kind):
     learner, tasks = tasks_of(kind)
     wanted = dense_meta_gradient(learner, tasks, LAM)
     converged = BarzilaiBorwein(steps=2000, tol=1e-12)
-    for estimator in (Exact(LAM, tol=1e-10), IMAML(converged, LAM, cg_steps=100, cg_tol=1e-12)):
+    for estimator in (Exact(converged, LAM, tol=1e-10), IMAML(converged, LAM, cg_steps=100, cg_tol=1e-12)):
         found = estimator(learner, learner.theta(), tasks).gradients
         for task in range(len(tasks)):
             assert relative_error(found[task], wanted[task]) < 1e-6
@@ -59,7 +59,7 @@ def test_imaml_is_the_dense_formula_where_the_solver_stopped(mnist1d):
 
 def test_exact_on_the_cnn_is_the_dense_formula(mnist1d):
     learner, tasks = _cnn(tasks=2, source=mnist1d)
-    estimator = Exact(2.0, tol=1e-9)
+    estimator = Exact(BarzilaiBorwein(3000, tol=1e-9), 2.0, tol=1e-9)
     result = estimator(learner, learner.theta(), tasks)
     phi = result.adapted().phi
     for task in range(2):  # φ is stationary by the plain module's own gradient
@@ -174,7 +174,7 @@ def test_symmetric_points_along_the_exact_gradient_on_mnist1d(mnist1d, trained):
             batch = mnist1d.sample("train", 8, torch.Generator().manual_seed(step))
             theta = theta - 0.2 * torch.nn.functional.normalize(
                 estimate(FOMAML(GradientDescent(5, 0.1)), learner, theta, batch, diagnose=False).gradient, dim=0)
-    exact = estimate(Exact(2.0), learner, theta, tasks, diagnose=False).gradient
+    exact = estimate(Exact(BarzilaiBorwein(3000, tol=1e-8), 2.0), learner, theta, tasks, diagnose=False).gradient
     solver = BarzilaiBorwein(steps=3000, tol=1e-9)
     found = estimate(Symmetric(solver, 2.0, 1e-2), learner, theta, tasks)
     assert found.residual.max() < 1e-8
@@ -182,6 +182,17 @@ def test_symmetric_points_along_the_exact_gradient_on_mnist1d(mnist1d, trained):
 
 
 ALL = [Forward, Symmetric, Central, MAML, FOMAML, Reptile, IMAML]
+
+
+def test_exact_through_meta_gradient(mnist1d):
+    learner, tasks = _cnn(source=mnist1d)
+    estimator = Exact(BarzilaiBorwein(3000, tol=1e-8), 2.0)
+    found = fobmaml.meta_gradient(estimator, learner.model, F.cross_entropy, tasks)
+    phi = estimator.adapt(learner, learner.theta(), tasks).phi
+    wanted = learner.fold(dense_meta_gradient(learner, tasks, 2.0, at=phi).mean(0))
+    for name, value in found.gradient.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-9)
+    assert found.residual.max() <= 1e-8
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -234,7 +245,7 @@ def test_float32_agrees_with_float64(mnist1d):
 def test_exact_says_why_it_is_not_available(mnist1d):
     learner, tasks = _cnn(source=mnist1d)
     with pytest.raises(NotConverged, match=r"inner solve: 3 of 3 tasks stopped at a residual of up to .* above 1e-08"):
-        Exact(0.5, steps=5)(learner, learner.theta(), tasks)
+        Exact(BarzilaiBorwein(steps=5), 0.5)(learner, learner.theta(), tasks)
 
 
 def test_exact_refuses_a_saddle_point():
@@ -244,8 +255,9 @@ def test_exact_refuses_a_saddle_point():
         torch.nn.init.zeros_(p)
     x = torch.ones(1, 1, 1, dtype=torch.float64)
     learner = Learner(model, lambda output, is_support: (is_support * output.cos() + (1 - is_support) * output).mean())
+    tasks = TaskBatch(x, torch.ones_like(x), x, torch.zeros_like(x))
     with pytest.raises(NotConverged, match="1 of 1 tasks have negative curvature"):
-        Exact(0.1)(learner, learner.theta(), TaskBatch(x, torch.ones_like(x), x, torch.zeros_like(x)))
+        Exact(BarzilaiBorwein(), 0.1)(learner, learner.theta(), tasks)
 
 
 @pytest.mark.parametrize(("make", "text"), [

@@ -9,7 +9,7 @@ from torch import Tensor
 from fobmaml.arguments import number, whole_number
 from fobmaml.estimators.base import Estimate, Estimator
 from fobmaml.learner import Learner
-from fobmaml.solvers import BarzilaiBorwein, Solution, Solver
+from fobmaml.solvers import Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
 
 
@@ -44,16 +44,16 @@ class IMAML(Estimator):
 class Exact(IMAML):
     """λ (∇²f̂ᵢ(φᵢ*) + λI)⁻¹ ∇fᵢ(φᵢ*): the meta-gradient itself, for measuring the bias of the others.
 
-    iMAML with both solves run to ``tol``: the residual ‖∇h(φ)‖ by Barzilai–Borwein steps, the linear system's
-    relative residual by conjugate gradients. Run it in float64. Cost: whatever that takes, up to ``steps`` gradients
-    and ``steps`` Hessian-vector products a task. Reference: iMAML, equation (3).
+    iMAML that insists: ``solver`` has to reach a residual ‖∇h(φ)‖ of ``tol``, as ``BarzilaiBorwein(5000, tol=1e-8)``
+    does, and conjugate gradients a relative residual of ``tol``. Run it in float64. Cost: whatever that takes, up to
+    ``cg_steps`` Hessian-vector products a task. Reference: iMAML, equation (3).
 
     Raises NotConverged, naming tasks and residuals, where the tolerance was not met or the point is not a minimiser.
     """
 
-    def __init__(self, lam: float = 0.5, tol: float = 1e-8, steps: int = 5000):
+    def __init__(self, solver: Solver, lam: float = 2.0, tol: float = 1e-8, cg_steps: int = 5000):
         self.tol = number("tol", tol, above=0.0)
-        super().__init__(BarzilaiBorwein(steps, tol=tol), lam, cg_steps=steps, cg_tol=tol)
+        super().__init__(solver, lam, cg_steps, cg_tol=tol)
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         solution = self.adapt(learner, theta, tasks)

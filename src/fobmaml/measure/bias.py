@@ -7,6 +7,7 @@ import torch
 
 from fobmaml.estimators import MAML, Estimator, Exact, NotConverged, estimate
 from fobmaml.learner import Learner
+from fobmaml.solvers import BarzilaiBorwein
 from fobmaml.tasks.batch import TaskBatch
 
 
@@ -35,7 +36,8 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     theta = learner.theta()
     reference: Estimator
     if estimator.lam > 0:
-        reference, name = Exact(estimator.lam, tol, steps), f"exact, lam={estimator.lam:g}"
+        reference = Exact(BarzilaiBorwein(steps, tol=tol), estimator.lam, tol, steps)
+        name = f"exact, lam={estimator.lam:g}"
     elif estimator.solver.differentiable_steps:
         reference, name = MAML(estimator.solver), "exact after the solver's steps, lam=0"
     else:
