@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, estimate
+from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, chunk_size, estimate
 from fobmaml.files import write_atomically, write_json
 from fobmaml.learner import Learner
 from fobmaml.measure import peak_bytes
@@ -24,7 +24,6 @@ from fobmaml.models import CNN1d
 from fobmaml.provenance import provenance
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import MNIST1D
-from fobmaml.training import chunk_size
 
 RESULTS = Path(__file__).parents[1] / "results"
 TASKS = 16

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fobmaml import Learner, solvers
-from fobmaml.estimators import FOMAML, MAML, Central, Forward, Symmetric
+from fobmaml.estimators import FOMAML, MAML, Central, Forward, Symmetric, chunk_size
 from fobmaml.models import MLP, CNN1d
 from fobmaml.optim import SNGDM, ClippedSGD
 from fobmaml.tasks import Sinusoid
-from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings, chunk_size
+from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings
 
 
 def _training(source, steps: int = 8, seed: int = 0, optimizer=SNGDM, lr: float = 0.1, estimator=None, **settings):

@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fobmaml.arguments import number, one_of, whole_number
-from fobmaml.estimators import Estimator, estimate
+from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.learner import Learner
 from fobmaml.measure import bias, peak_bytes
 from fobmaml.tasks import Split, TaskBatch, TaskSource
 
 EVALUATION_SEED = 0
 """Seeds the validation and test tasks, whatever the training seed."""
-
-STACKED_PARAMETERS = 2**19
-"""``task_chunk=auto`` on a CPU: more stacked parameters than this fall out of its cache."""
 
 Event = dict[str, float | int | str | None]
 
@@ -48,10 +45,9 @@ class Settings:
     bias_every: int = 500
     bias_tasks: int = 4
     bias_tol: float = 1e-8
-    bias_steps: int = 5000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "meta_batch", "log_every", "checkpoint_every", "eval_every", "bias_tasks", "bias_steps"):
+        for name in ("steps", "meta_batch", "log_every", "checkpoint_every", "eval_every", "bias_tasks"):
             whole_number(name, getattr(self, name))
         for name in ("eval_tasks", "eval_validation_tasks"):  # an interval needs two
             whole_number(name, getattr(self, name), at_least=2)
@@ -175,7 +171,7 @@ class MetaTraining:
         """The bias at the present θ on fixed validation tasks."""
         s = self.settings
         tasks = self.tasks("validation", s.bias_tasks, EVALUATION_SEED, step=1).to(self.learner.device)
-        b = bias(self.estimator, self.learner, tasks, s.bias_tol, s.bias_steps)
+        b = bias(self.estimator, self.learner, tasks, s.bias_tol)
         return self._record({"bias/relative_error": b.relative_error, "bias/cosine": b.cosine,
                              "bias/reference": b.reference, "bias/reason": b.reason})
 
@@ -205,14 +201,6 @@ class MetaTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.latest = state["step"], dict(state["latest"])
         self.step_seconds = state["step_seconds"].tolist()
-
-
-def chunk_size(tasks: int, learner: Learner, rows_per_task: int) -> int:
-    """How many of ``tasks`` to solve at once (``task_chunk=auto``): all on a GPU, what fits the cache on a CPU."""
-    if learner.device.type != "cpu":
-        return tasks
-    at_once = max(1, STACKED_PARAMETERS // (learner.parameter_count * rows_per_task))
-    return math.ceil(tasks / math.ceil(tasks / at_once))  # chunks of equal size
 
 
 @torch.no_grad()

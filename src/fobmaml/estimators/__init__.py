@@ -1,10 +1,11 @@
 """Meta-gradient estimators, one family a file."""
 
-from fobmaml.estimators.base import Estimate, Estimator, MeanEstimate, MetaGradient, estimate, meta_gradient
+from fobmaml.estimators.base import Estimate, Estimator, MeanEstimate, MetaGradient, chunk_size, estimate, meta_gradient
 from fobmaml.estimators.finite_difference import Central, FiniteDifference, Forward, Symmetric
 from fobmaml.estimators.first_order import FOMAML, Reptile
 from fobmaml.estimators.implicit import IMAML, Exact, NotConverged
 from fobmaml.estimators.unrolled import MAML
 
 __all__ = ["FOMAML", "IMAML", "MAML", "Central", "Estimate", "Estimator", "Exact", "FiniteDifference", "Forward",
-           "MeanEstimate", "MetaGradient", "NotConverged", "Reptile", "Symmetric", "estimate", "meta_gradient"]
+           "MeanEstimate", "MetaGradient", "NotConverged", "Reptile", "Symmetric", "chunk_size", "estimate",
+           "meta_gradient"]

@@ -1,5 +1,6 @@
 """What an estimator is, and the one way to run it: ``estimate`` on flat vectors, ``meta_gradient`` on modules."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,18 @@ class MeanEstimate:
     gradient: Tensor
     query_loss: Tensor | None
     residual: Tensor | None
+
+
+STACKED_PARAMETERS = 2**19
+"""``task_chunk=auto`` on a CPU: more stacked parameters than this fall out of its cache."""
+
+
+def chunk_size(tasks: int, learner: Learner, rows_per_task: int) -> int:
+    """How many of ``tasks`` to solve at once (``task_chunk=auto``): all on a GPU, what fits the cache on a CPU."""
+    if learner.device.type != "cpu":
+        return tasks
+    at_once = max(1, STACKED_PARAMETERS // (learner.parameter_count * rows_per_task))
+    return math.ceil(tasks / math.ceil(tasks / at_once))  # chunks of equal size
 
 
 def estimate(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskBatch,

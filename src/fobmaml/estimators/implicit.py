@@ -1,15 +1,11 @@
 """Implicit differentiation: iMAML, and the exact meta-gradient as a converged iMAML."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
 from fobmaml.arguments import number, whole_number
 from fobmaml.estimators.base import Estimate, Estimator
 from fobmaml.learner import Learner
-from fobmaml.solvers import Solution, Solver
+from fobmaml.solvers import LinearSolve, Solution, Solver, conjugate_gradients
 from fobmaml.tasks.batch import TaskBatch
 
 
@@ -36,17 +32,17 @@ class IMAML(Estimator):
         solve = self.solve_linear(learner, solution, tasks)
         return Estimate(self.lam * solve.x, lambda: solution)
 
-    def solve_linear(self, learner: Learner, solution: Solution, tasks: TaskBatch) -> "LinearSolve":
-        hessian = hessian_product(solution)  # of h, so with λI
+    def solve_linear(self, learner: Learner, solution: Solution, tasks: TaskBatch) -> LinearSolve:
+        hessian = solution.problem.hessian_product(solution.phi)  # of h, so with λI
         return conjugate_gradients(hessian, learner.query_gradient(solution.phi, tasks), self.cg_steps, self.cg_tol)
 
 
 class Exact(IMAML):
     """λ (∇²f̂ᵢ(φᵢ*) + λI)⁻¹ ∇fᵢ(φᵢ*): the meta-gradient itself, for measuring the bias of the others.
 
-    iMAML that insists: ``solver`` has to reach a residual ‖∇h(φ)‖ of ``tol``, as ``BarzilaiBorwein(5000, tol=1e-8)``
-    does, and conjugate gradients a relative residual of ``tol``. Run it in float64. Cost: whatever that takes, up to
-    ``cg_steps`` Hessian-vector products a task. Reference: iMAML, equation (3).
+    iMAML that insists: ``solver`` has to reach a residual ‖∇h(φ)‖ of ``tol``, as ``NewtonCG(tol=1e-8)`` does, and
+    conjugate gradients a relative residual of ``tol``. Run it in float64. Cost: whatever that takes, up to ``cg_steps``
+    Hessian-vector products a task for the linear solve. Reference: iMAML, equation (3).
 
     Raises NotConverged, naming tasks and residuals, where the tolerance was not met or the point is not a minimiser.
     """
@@ -70,50 +66,3 @@ class Exact(IMAML):
             raise NotConverged(f"linear solve: {int(unsolved.sum())} of {len(tasks)} tasks stopped at a relative "
                                f"residual of up to {float(solve.relative_residual.max()):.1e}, above {self.tol:.0e}")
         return Estimate(self.lam * solve.x, lambda: solution)
-
-
-def hessian_product(solution: Solution) -> Callable[[Tensor], Tensor]:
-    """v ↦ ∇²h(φ) v for all rows, [R, P] -> [R, P]. The graph of the gradient is built once."""
-    phi = solution.phi.detach().requires_grad_()
-    gradient = solution.problem.gradient(phi, differentiable=True)
-
-    def product(v: Tensor) -> Tensor:
-        (hv,) = torch.autograd.grad(gradient, phi, v, retain_graph=True)
-        return hv
-
-    return product
-
-
-@dataclass(frozen=True)
-class LinearSolve:
-    """``x`` [R, P]; ``relative_residual`` [R]; ``negative_curvature`` [R], True where the matrix was found not to be
-    positive definite (the row stopped there)."""
-
-    x: Tensor
-    relative_residual: Tensor
-    negative_curvature: Tensor
-
-
-def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: int, tol: float) -> LinearSolve:
-    """Solves Aᵣxᵣ = bᵣ for all rows at once, each until ‖r‖ ≤ tol‖b‖; ``product`` applies all A: [R, P] -> [R, P]."""
-    x = torch.zeros_like(b)
-    r, p = b.clone(), b.clone()
-    rr = b.square().sum(1)
-    threshold = tol**2 * rr
-    negative = torch.zeros_like(rr, dtype=torch.bool)
-    for _ in range(steps):
-        active = (rr > threshold) & ~negative
-        if not active.any():
-            break
-        ap = product(p)
-        curvature = (p * ap).sum(1)
-        negative |= active & (curvature <= 0)
-        active &= curvature > 0
-        alpha = torch.where(active, rr / curvature, 0.0).unsqueeze(1)
-        x = x + alpha * p
-        r = r - alpha * ap
-        previous, rr = rr, torch.where(active, r.square().sum(1), rr)
-        p = torch.where(active.unsqueeze(1), r + (rr / previous).unsqueeze(1) * p, p)
-    norm = b.norm(dim=1)
-    relative = torch.where(norm > 0, rr.sqrt() / norm, 0.0)
-    return LinearSolve(x, relative, negative)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fobmaml.estimators import MAML, Estimator, Exact, NotConverged, estimate
+from fobmaml.estimators import MAML, Estimator, Exact, NotConverged, chunk_size, estimate
 from fobmaml.learner import Learner
-from fobmaml.solvers import BarzilaiBorwein
+from fobmaml.solvers import NewtonCG
 from fobmaml.tasks.batch import TaskBatch
 
 
@@ -24,7 +24,7 @@ class Bias:
     reason: str | None = None
 
 
-def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 1e-8, steps: int = 5000) -> Bias:
+def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 1e-8) -> Bias:
     """The bias of ``estimator`` at the model's present parameters.
 
     The reference is computed in float64. With λ > 0 it is the proximal objective's exact meta-gradient (``Exact`` at
@@ -36,14 +36,16 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     theta = learner.theta()
     reference: Estimator
     if estimator.lam > 0:
-        reference = Exact(BarzilaiBorwein(steps, tol=tol), estimator.lam, tol, steps)
+        reference = Exact(NewtonCG(tol=tol), estimator.lam, tol)
         name = f"exact, lam={estimator.lam:g}"
     elif estimator.solver.differentiable_steps:
         reference, name = MAML(estimator.solver), "exact after the solver's steps, lam=0"
     else:
         return Bias(None, None, "none", "lam=0 and a solver without differentiable steps leave no reference")
     try:
-        exact = estimate(reference, precise, theta.double(), tasks.to(dtype=torch.float64), diagnose=False).gradient
+        # In chunks that fit the cache, and so that no task waits for a slower one where the network is large.
+        chunk = chunk_size(len(tasks), precise, rows_per_task=1)
+        exact = estimate(reference, precise, theta.double(), tasks.to(dtype=torch.float64), chunk, False).gradient
     except NotConverged as error:
         return Bias(None, None, name, str(error))
     returned = estimate(estimator, learner, theta, tasks.to(dtype=learner.dtype), diagnose=False).gradient.double()
