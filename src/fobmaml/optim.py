@@ -41,7 +41,7 @@ class SNGDM(_WholeVectorOptimizer):
     """Stochastic normalized gradient descent with momentum: m ← βm + (1 − β)g, θ ← θ − lr · m/‖m‖.
 
     ‖m‖ is the norm over all parameters of all groups, so that with one learning rate every step has length lr. A zero
-    m makes no step. Reference: FO-B-MAML; Cutkosky & Mehta 2020, arXiv:2002.03305.
+    m makes no step. Reference: Chayti & Jaggi, arXiv:2409.03682; Cutkosky & Mehta 2020, arXiv:2002.03305.
     Raises ValueError unless lr > 0 (a schedule may set it to 0 later) and 0 ≤ beta < 1.
     """
 

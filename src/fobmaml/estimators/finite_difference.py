@@ -54,7 +54,8 @@ class FiniteDifference(Estimator):
 
 
 class Forward(FiniteDifference):
-    """−λ (φ_ν − φ_0) / ν. Bias O(ν) + O(δ/ν): O(δ^{1/2}) at ν ∝ δ^{1/2}. Reference: FO-B-MAML, forward estimator."""
+    """−λ (φ_ν − φ_0) / ν. Bias O(ν) + O(δ/ν): O(δ^{1/2}) at ν ∝ δ^{1/2}.
+    Reference: Chayti & Jaggi, arXiv:2409.03682, forward estimator."""
 
     def __init__(self, solver: Solver, lam: float = 0.5, nu: float = 0.05):
         super().__init__(solver, lam, nu, (0, 1), (-1.0, 1.0))
@@ -78,8 +79,8 @@ class Central(FiniteDifference):
 
 
 class Symmetric(Central):
-    """−λ (φ_ν − φ_−ν) / (2ν). Bias O(ν²) + O(δ/ν): O(δ^{2/3}) at ν ∝ δ^{1/3}. Reference: FO-B-MAML, symmetric
-    estimator."""
+    """−λ (φ_ν − φ_−ν) / (2ν). Bias O(ν²) + O(δ/ν): O(δ^{2/3}) at ν ∝ δ^{1/3}.
+    Reference: Chayti & Jaggi, arXiv:2409.03682, symmetric estimator."""
 
     def __init__(self, solver: Solver, lam: float = 0.5, nu: float = 0.05):
         super().__init__(solver, lam, nu, order=2)
