@@ -18,7 +18,7 @@ class IMAML(Estimator):
 
     Cost: K support gradients, up to ``cg_steps`` Hessian-vector products, one query gradient a task.
     Memory: one twice-differentiable support gradient of the tasks solved at once; flat in K and ``cg_steps``.
-    Reference: Rajeswaran, Finn, Kakade & Levine 2019, arXiv:1909.04630, equation (6) and algorithm 2.
+    Reference: Rajeswaran, Finn, Kakade & Levine 2019, arXiv:1909.04630, lemma 1 and algorithm 2.
     Raises ValueError unless λ > 0, cg_steps ≥ 1 and cg_tol ≥ 0.
     """
 
@@ -42,7 +42,7 @@ class Exact(IMAML):
 
     iMAML that insists: ``solver`` has to reach a residual ‖∇h(φ)‖ of ``tol``, as ``NewtonCG(tol=1e-8)`` does, and
     conjugate gradients a relative residual of ``tol``. Run it in float64. Cost: whatever that takes, up to ``cg_steps``
-    Hessian-vector products a task for the linear solve. Reference: iMAML, equation (3).
+    Hessian-vector products a task for the linear solve. Reference: iMAML, lemma 1.
 
     Raises NotConverged, naming tasks and residuals, where the tolerance was not met or the point is not a minimiser.
     """
