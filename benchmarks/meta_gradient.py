@@ -38,7 +38,7 @@ def seconds(computation: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="time and memory of one meta-gradient")
     parser.add_argument("--widths", type=int, nargs="+", default=[25, 32, 64, 128, 250])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     tasks = MNIST1D().sample("train", TASKS, torch.Generator().manual_seed(0)).to(dtype=torch.float32)
     solver = GradientDescent()
@@ -50,10 +50,9 @@ def main() -> None:
         torch.manual_seed(0)
         learner = Learner(CNN1d((40,), 5, width=width), MNIST1D.loss_fn)
         theta = learner.theta()
-        calls = {}
-        for name, estimator in estimators.items():
-            chunk = chunk_size(TASKS, learner, estimator.rows_per_task)
-            calls[name] = partial(estimate, estimator, learner, theta, tasks, chunk, diagnose=False)
+        chunks = {name: chunk_size(TASKS, learner, e.rows_per_task) for name, e in estimators.items()}
+        calls = {name: partial(estimate, e, learner, theta, tasks, chunks[name], diagnose=False)
+                 for name, e in estimators.items()}
         times: dict[str, list[float]] = {name: [] for name in calls}
         rates = []
         for repeat in range(arguments.repeats + 1):  # the first round warms up
@@ -67,7 +66,7 @@ def main() -> None:
         for name, call in calls.items():
             low, _, high = statistics.quantiles(times[name], n=4)
             rows.append({"estimator": name, "width": width, "inner_steps": solver.steps, "tasks": TASKS,
-                         "seconds_median": round(statistics.median(times[name]), 5), "seconds_q25": round(low, 5),
+                         "tasks_at_once": chunks[name], "seconds_median": round(statistics.median(times[name]), 5), "seconds_q25": round(low, 5),
                          "seconds_q75": round(high, 5), "peak_bytes": peak_bytes(call),
                          "matrix_product_gflops": round(statistics.median(rates), 1)})
             print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
