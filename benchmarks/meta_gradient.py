@@ -65,10 +65,11 @@ def main() -> None:
                 rates.append(rate)
         for name, call in calls.items():
             low, _, high = statistics.quantiles(times[name], n=4)
-            rows.append({"estimator": name, "width": width, "inner_steps": solver.steps, "tasks": TASKS,
-                         "tasks_at_once": chunks[name], "seconds_median": round(statistics.median(times[name]), 5), "seconds_q25": round(low, 5),
-                         "seconds_q75": round(high, 5), "peak_bytes": peak_bytes(call),
-                         "matrix_product_gflops": round(statistics.median(rates), 1)})
+            rows.append({
+                "estimator": name, "width": width, "inner_steps": solver.steps, "tasks": TASKS,
+                "tasks_at_once": chunks[name], "seconds_median": round(statistics.median(times[name]), 5),
+                "seconds_q25": round(low, 5), "seconds_q75": round(high, 5), "peak_bytes": peak_bytes(call),
+                "matrix_product_gflops": round(statistics.median(rates), 1)})
             print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
