@@ -114,4 +114,7 @@ def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # the run under way has written its checkpoint
+        sys.exit("stopped; the same command continues")
