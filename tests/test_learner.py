@@ -33,7 +33,7 @@ def test_rows_equal_the_module(make, length):
     tasks = _batch(length=length)
     rows = learner.theta() + 0.1 * torch.randn(3, learner.parameter_count, dtype=torch.float64)
     rows.requires_grad_()
-    losses = learner.support_loss(rows, tasks)
+    losses = learner.query_loss(rows, tasks)  # support and query are the same here
     (gradient,) = torch.autograd.grad(losses.sum(), rows, create_graph=True)
     v = torch.randn_like(rows)
     (product,) = torch.autograd.grad((gradient * v).sum(), rows)

@@ -63,10 +63,6 @@ class Learner:
         """The mean loss of each row: [R, N, ...], [R, N, ...] -> [R]."""
         return vmap(self.loss_fn)(outputs, targets)
 
-    def support_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
-        """f̂ᵢ(φᵢ), row i on task i: [T, P] -> [T]."""
-        return self.losses(self.outputs(phi, tasks.support_x), tasks.support_y)
-
     def query_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """fᵢ(φᵢ), row i on task i: [T, P] -> [T]."""
         return self.losses(self.outputs(phi, tasks.query_x), tasks.query_y)
