@@ -5,8 +5,6 @@ hits all alike; the rate of a large matrix product is measured between them.
 """
 
 import argparse
-import csv
-import io
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, chunk_size, estimate
-from fobmaml.files import write_atomically, write_json
+from fobmaml.files import write_csv, write_json
 from fobmaml.learner import Learner
 from fobmaml.measure import peak_bytes
 from fobmaml.models import CNN1d
@@ -71,11 +69,7 @@ def main() -> None:
                 "seconds_q25": round(low, 5), "seconds_q75": round(high, 5), "peak_bytes": peak_bytes(call),
                 "matrix_product_gflops": round(statistics.median(rates), 1)})
             print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(RESULTS / "bench.csv", lambda file: file.write(text.getvalue().encode()))
+    write_csv(RESULTS / "bench.csv", rows)
     write_json(RESULTS / "bench.json", {"command": "make bench", "arguments": vars(arguments),
                                         "provenance": provenance()})
 

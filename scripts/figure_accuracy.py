@@ -1,9 +1,9 @@
 """Draws results/figures/accuracy.png and .pdf: validation accuracy by meta-step, test accuracy at the end."""
 
-import csv
 import sys
 from pathlib import Path
 
+from fobmaml.files import read_csv
 from fobmaml.plotting import method, new_figure
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -14,10 +14,7 @@ def main() -> None:
     for table in tables:
         if not table.exists():
             sys.exit(f"error: {table.relative_to(RESULTS.parent)} is missing: make reproduce ARGS=accuracy makes it")
-    with tables[0].open() as file:
-        runs = list(csv.DictReader(file))
-    with tables[1].open() as file:
-        curves = list(csv.DictReader(file))
+    runs, curves = map(read_csv, tables)
     figure, (ax,) = new_figure(width_in=3.5, height_in=2.8)
     for run in runs:
         look = method(run["estimator"])

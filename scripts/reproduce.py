@@ -5,18 +5,16 @@ Each run has a folder below outputs/reproduce/. One that is complete is not run 
 """
 
 import argparse
-import csv
-import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from fobmaml.files import read_events, write_atomically, write_json
+from fobmaml.files import read_events, write_csv, write_json
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "outputs" / "reproduce"
@@ -78,11 +76,11 @@ def collect(name: str) -> None:
              **{key.split(".", 1)[1]: _at(summary, key) for key in SETTINGS},
              **{key: summary[key] if summary["status"] == "completed" else None for key in measured},
              "reason": (summary.get("reason") or "").split(":")[0]} for run, summary in runs.items()]
-    _write_csv(RESULTS / f"{name}.csv", rows)
+    write_csv(RESULTS / f"{name}.csv", rows)
     curves = [{"run": run, "estimator": runs[run]["choices"]["estimator"], "seed": runs[run]["config"]["seed"],
                "step": event["step"], "val/accuracy": event["val/accuracy"], "val/loss": event["val/loss"]}
               for run in runs for event in read_events(RUNS / name / run / "metrics.jsonl") if "val/loss" in event]
-    _write_csv(RESULTS / f"{name}_curves.csv", curves)
+    write_csv(RESULTS / f"{name}_curves.csv", curves)
     write_json(RESULTS / f"{name}.json", {
         "command": f"make reproduce ARGS={name}",
         "seconds": round(sum(summary["seconds"] for summary in runs.values())),
@@ -97,20 +95,6 @@ def _at(summary: Mapping[str, Any], path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
-
-
-def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    rows = list(rows)
-
-    def write(file: Any) -> None:
-        text = io.TextIOWrapper(file, newline="", encoding="utf-8")
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        text.flush()
-        text.detach()
-
-    write_atomically(path, write)
 
 
 if __name__ == "__main__":

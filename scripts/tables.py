@@ -1,18 +1,16 @@
 """Writes the README's tables from results/: python scripts/tables.py (--check: only says whether they are)."""
 
-import csv
 import sys
 from pathlib import Path
 
-from fobmaml.files import write_atomically
+from fobmaml.files import read_csv, write_atomically
 from fobmaml.plotting import method
 
 ROOT = Path(__file__).parents[1]
 
 
 def accuracy() -> str:
-    with (ROOT / "results" / "accuracy.csv").open() as file:
-        runs = list(csv.DictReader(file))
+    runs = read_csv(ROOT / "results" / "accuracy.csv")
     lines = [f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {runs[0]['width']}, {runs[0]['steps']} meta-steps of 16 "
              f"tasks, {runs[0]['solver.steps']} inner steps, 600 meta-test tasks; settings chosen by the same number "
              "of trials for each method on validation tasks ([results/tuning.csv](results/tuning.csv)).", "",

@@ -15,13 +15,16 @@ from fobmaml.optim import SNGDM, ClippedSGD
 from fobmaml.tasks import Sinusoid
 from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings
 
+QUICK = {"steps": 1, "seed": 0, "meta_batch": 16, "task_chunk": "auto", "schedule": "cosine", "log_every": 10,
+         "checkpoint_every": 100, "eval_every": 100, "eval_tasks": 8, "eval_validation_tasks": 8, "bias_every": 0,
+         "bias_tasks": 2, "bias_tol": 1e-8}
+
 
 def _training(source, steps: int = 8, seed: int = 0, optimizer=SNGDM, lr: float = 0.1, estimator=None, **settings):
     torch.manual_seed(seed)
     model = CNN1d((40,), 5, width=4) if source.classification else MLP((1,), 1, width=16, depth=2)
     estimator = estimator or Symmetric(solvers.GradientDescent(steps=3, lr=0.1))
-    chosen = Settings(steps=steps, seed=seed, meta_batch=4, eval_validation_tasks=8, eval_tasks=8, bias_tasks=2,
-                      **settings)
+    chosen = Settings(**QUICK | {"steps": steps, "seed": seed, "meta_batch": 4} | settings)
     return MetaTraining(model, source, estimator, chosen, lambda p: optimizer(p, lr=lr))
 
 
@@ -149,8 +152,8 @@ def test_automatic_chunks_shrink_with_width():
 def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
     """A ratio, with a wide margin: sampling is some half a millisecond, a default meta-step over a hundred."""
     torch.manual_seed(0)
-    training = MetaTraining(CNN1d((40,), 5, width=32), mnist1d, Symmetric(solvers.GradientDescent()), Settings(5),
-                            torch.optim.Adam)
+    training = MetaTraining(CNN1d((40,), 5, width=32), mnist1d, Symmetric(solvers.GradientDescent()),
+                            Settings(**QUICK | {"steps": 5}), torch.optim.Adam)
     list(training.train())
     spent = []
     for step in range(20):
@@ -166,4 +169,4 @@ def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
 ])
 def test_bad_settings(setting, value):
     with pytest.raises(ValueError, match=f"^{setting}={value}: takes"):
-        Settings(**{"steps": 1, setting: value})
+        Settings(**QUICK | {setting: value})

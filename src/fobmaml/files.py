@@ -1,12 +1,13 @@
-"""Files of a run that are whole or absent, whatever happens: checkpoints, summaries, event logs."""
+"""Files that are whole or absent, whatever happens: checkpoints, summaries, event logs, tables."""
 
+import csv
 import io
 import json
 import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,6 +44,20 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps({key: plain(value) for key, value in content.items()}, indent=2, allow_nan=False)
     write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with the keys of the first row as its header; None becomes an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -86,7 +101,6 @@ class EventLog:
 
     def __init__(self, path: Path, continue_at: int | None = None, history: Path | None = None):
         """``continue_at``: keep the events up to this step, of ``history`` (default: of the file itself)."""
-        self.path = path
         kept: list[str] = []
         if continue_at is not None:
             kept = [json.dumps(e) for e in read_events(history or path)

@@ -30,21 +30,21 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the loop needs to know; the meaning of each is in configs/train.yaml. Raises ValueError."""
+    """What the loop needs to know; the meaning and default of each is in configs/train.yaml. Raises ValueError."""
 
     steps: int
-    seed: int = 0
-    meta_batch: int = 16
-    task_chunk: int | str = "auto"
-    schedule: str = "cosine"
-    log_every: int = 10
-    checkpoint_every: int = 100
-    eval_every: int = 100
-    eval_tasks: int = 600
-    eval_validation_tasks: int = 100
-    bias_every: int = 500
-    bias_tasks: int = 4
-    bias_tol: float = 1e-8
+    seed: int
+    meta_batch: int
+    task_chunk: int | str
+    schedule: str
+    log_every: int
+    checkpoint_every: int
+    eval_every: int
+    eval_tasks: int
+    eval_validation_tasks: int
+    bias_every: int
+    bias_tasks: int
+    bias_tol: float
 
     def __post_init__(self) -> None:
         for name in ("steps", "meta_batch", "log_every", "checkpoint_every", "eval_every", "bias_tasks"):
@@ -151,8 +151,7 @@ class MetaTraining:
         tasks = self._placed(self.tasks(split, count, EVALUATION_SEED))
         theta, chunk = self.learner.theta(), self._chunk(count)
         losses, accuracies = [], []
-        for start in range(0, count, chunk):
-            part = tasks[start : start + chunk]
+        for part in tasks.split(chunk):
             loss, outputs = _query(self.learner, self.estimator.adapt(self.learner, theta, part).phi, part)
             losses.append(loss)
             if self.source.classification:

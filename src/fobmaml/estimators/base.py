@@ -84,11 +84,9 @@ def estimate(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskB
     ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
     unperturbed problem where the estimator does not, and of one more gradient.
     """
-    chunk = task_chunk or len(tasks)
     total = torch.zeros_like(theta)
     query_loss, residual = [], []
-    for start in range(0, len(tasks), chunk):
-        part = tasks[start : start + chunk]
+    for part in tasks.split(task_chunk or len(tasks)):
         result = estimator(learner, theta, part)
         total += result.gradients.sum(0)
         if diagnose:

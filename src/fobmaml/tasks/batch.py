@@ -1,6 +1,6 @@
 """A batch of tasks, and what a source of tasks offers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -49,6 +49,10 @@ class TaskBatch:
 
     def __getitem__(self, rows: slice) -> "TaskBatch":
         return TaskBatch(self.support_x[rows], self.support_y[rows], self.query_x[rows], self.query_y[rows])
+
+    def split(self, count: int) -> Iterator["TaskBatch"]:
+        """The tasks in order, ``count`` at a time; the last part may be smaller."""
+        return (self[start : start + count] for start in range(0, len(self), count))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TaskBatch":
         """The same tasks on ``device``; floating-point tensors as ``dtype``, class labels as they are."""

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import random
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from fobmaml.arguments import refuse, whole_number
+from fobmaml.files import write_atomically
 from fobmaml.tasks.batch import Split, TaskBatch
 
 VALIDATION_EXAMPLES_PER_CLASS = 80
@@ -53,14 +53,8 @@ def load_arrays(cache: Path | None = None) -> Arrays:
     arrays = generate_arrays()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as file:
-            try:
-                np.savez(file, allow_pickle=False, digest=np.array(_digest(arrays)), **arrays)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        write_atomically(path, lambda file: np.savez(file, allow_pickle=False, digest=np.array(_digest(arrays)),
+                                                     **arrays))
     except OSError:
         pass
     return arrays
