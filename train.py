@@ -147,8 +147,8 @@ def build(cfg: DictConfig) -> MetaTraining:
         device = choose_device(cfg.device)
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
         one_of("wandb.mode", cfg.wandb.mode, ("offline", "online", "disabled"))
-        settings = Settings(**{key: cfg[key] for key in ("steps", "seed", "meta_batch", "task_chunk", "schedule",
-                                                         "log_every", "checkpoint_every")},
+        settings = Settings(**{key: cfg[key] for key in ("steps", "seed", "meta_batch", "task_chunk", "memory_limit_mb",
+                                                         "schedule", "log_every", "checkpoint_every")},
                             **{f"eval_{key}": value for key, value in cfg.eval.items()},
                             **{f"bias_{key}": value for key, value in cfg.bias.items()})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less

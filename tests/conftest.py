@@ -101,22 +101,18 @@ class NewtonSolver(Solver):
     def __init__(self, delta: float = 0.0, seed: int = 0):
         self.delta, self.generator = delta, torch.Generator().manual_seed(seed)
 
-    def solve(self, problem: InnerProblem, differentiable: bool = False) -> Solution:
+    def solve(self, problem: InnerProblem) -> Solution:
         phi = problem.theta.clone()
         for _ in range(30):
-            # Row r of the loss depends on row r of φ alone, so the sum's Hessian holds every row's on its diagonal.
-            def total(p: Tensor) -> Tensor:
-                return (problem.data_loss(p) + 0.5 * problem.lam * (p - problem.theta).square().sum(1)).sum()
-
-            full = torch.autograd.functional.hessian(total, phi)
-            hessians = torch.stack([full[r, :, r] for r in range(problem.rows)])
-            step = torch.linalg.solve(hessians, problem.gradient(phi))
+            gradient, product = problem.linearize(phi)
+            columns = [product(unit.expand_as(phi).contiguous()) for unit in torch.eye(phi.shape[1], dtype=phi.dtype)]
+            step = torch.linalg.solve(torch.stack(columns, dim=2), gradient)
             phi = phi - step
             if step.norm() < 1e-15 * (1 + phi.norm()):
                 break
         error = torch.randn(phi.shape, generator=self.generator, dtype=phi.dtype)
-        return Solution(problem, phi + self.delta * error / error.norm(dim=1, keepdim=True),
-                        torch.zeros(problem.rows))
+        phi = phi + self.delta * error / error.norm(dim=1, keepdim=True)
+        return Solution(problem, phi - problem.theta, torch.zeros(problem.rows))
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -124,7 +120,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 class PlainMLP(nn.Module):
-    """A module without ``forward_stacked``, with a tied, a frozen and a normalisation layer: a user's own."""
+    """A module that does not list its layers, with a tied, a frozen and a normalisation layer: a user's own."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """Stacked networks equal the plain module, row by row, in value and in first and second derivatives."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,11 @@ from torch import nn
 
 import fobmaml
 from fobmaml import Learner, TaskBatch
+from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, estimate
+from fobmaml.losses import CrossEntropy, row_loss
 from fobmaml.models import MLP, CNN1d
-from fobmaml.models.cnn import Windows
+from fobmaml.models.activations import ACTIVATIONS
+from fobmaml.solvers import GradientDescent, InnerProblem
 
 
 def _batch(rows: int = 3, examples: int = 6, length: int = 40) -> TaskBatch:
@@ -26,35 +30,86 @@ MODELS = [
 ]
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
 @pytest.mark.parametrize(("make", "length"), MODELS)
-def test_rows_equal_the_module(make, length):
+def test_rows_equal_the_module(make, length, by_hand):
     torch.manual_seed(0)
-    learner = Learner(make().double(), F.cross_entropy)
+    learner = Learner(make().double(), F.cross_entropy, by_hand)
     tasks = _batch(length=length)
     rows = learner.theta() + 0.1 * torch.randn(3, learner.parameter_count, dtype=torch.float64)
-    rows.requires_grad_()
-    losses = learner.query_loss(rows, tasks)  # support and query are the same here
-    (gradient,) = torch.autograd.grad(losses.sum(), rows, create_graph=True)
+    problem = InnerProblem(learner, rows, tasks, 0.0)
+    gradient, product = problem.linearize(rows)
     v = torch.randn_like(rows)
-    (product,) = torch.autograd.grad((gradient * v).sum(), rows)
     for r in range(3):
         support, _ = plain_losses(learner, tasks, r)
-        torch.testing.assert_close(losses[r], support(rows[r]), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(problem.objective(rows)[r], support(rows[r]), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gradient[r], torch.func.grad(support)(rows[r]), rtol=1e-10, atol=1e-11)
-        wanted = torch.func.jvp(torch.func.grad(support), (rows[r].detach(),), (v[r],))[1]
-        torch.testing.assert_close(product[r], wanted, rtol=1e-10, atol=1e-11)
+        wanted = torch.func.jvp(torch.func.grad(support), (rows[r],), (v[r],))[1]
+        for _ in range(2):  # nothing of the first is left in the second
+            torch.testing.assert_close(product(v)[r], wanted, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize(("length", "taps", "stride"), [(40, 5, 2), (19, 3, 2), (10, 3, 2), (3, 5, 2), (1, 3, 1),
-                                                        (2, 3, 2), (7, 3, 1)])
-def test_windows_are_differentiable_twice(length, taps, stride):
-    x = torch.randn(2, 2, length, 3, dtype=torch.float64, requires_grad=True)
-    unfolded = F.unfold(x.detach().flatten(0, 1).transpose(1, 2).unsqueeze(2), (1, taps), padding=(0, 1),
-                        stride=(1, stride))  # [R·N, C·taps, out]
-    wanted = unfolded.view(2, 2, 3, taps, -1).permute(0, 1, 4, 3, 2).reshape(2, -1, taps * 3)
-    torch.testing.assert_close(Windows.apply(x, taps, stride), wanted, rtol=0, atol=0)
-    assert torch.autograd.gradcheck(lambda t: Windows.apply(t, taps, stride), (x,))
-    assert torch.autograd.gradgradcheck(lambda t: Windows.apply(t, taps, stride).square(), (x,))
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, F.mse_loss, F.l1_loss, lambda o, y: F.cross_entropy(o, y)])
+def test_row_losses_are_the_loss_function(loss_fn):
+    g = torch.Generator().manual_seed(0)
+    outputs = torch.randn(3, 7, 5, generator=g, dtype=torch.float64)
+    targets = torch.randint(5, (3, 7), generator=g)
+    if loss_fn in (F.mse_loss, F.l1_loss):
+        targets = torch.randn(3, 7, 5, generator=g, dtype=torch.float64)
+    factor = torch.tensor([0.5, -0.5, 2.0], dtype=torch.float64)
+    loss = row_loss(loss_fn, targets, [(slice(2), 1.0), (slice(2, None), factor)])
+    assert isinstance(loss, CrossEntropy) == (loss_fn is F.cross_entropy)
+
+    def wanted(o):
+        return torch.stack([loss_fn(o[r, :2], targets[r, :2]) + factor[r] * loss_fn(o[r, 2:], targets[r, 2:])
+                            for r in range(3)])
+
+    torch.testing.assert_close(loss(outputs), wanted(outputs), rtol=1e-14, atol=1e-14)
+    gradient = torch.func.grad(lambda o: wanted(o).sum())
+    found, along = loss.linearize(outputs, second_order=True)
+    torch.testing.assert_close(found, gradient(outputs), rtol=1e-13, atol=1e-14)
+    tangent = torch.randn(outputs.shape, generator=g, dtype=torch.float64)
+    hessian_product = torch.func.grad(lambda o: (gradient(o) * tangent).sum())(outputs)  # a Hessian is symmetric
+    torch.testing.assert_close(along(tangent), hessian_product, rtol=1e-13, atol=1e-14)
+
+
+def test_ignored_targets_stay_ignored():
+    targets = torch.tensor([[0, -100, 1]])
+    outputs = torch.randn(1, 3, 2)
+    torch.testing.assert_close(row_loss(F.cross_entropy, targets, [(slice(None), 1.0)])(outputs),
+                               F.cross_entropy(outputs[0], targets[0]).unsqueeze(0))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_estimators_by_hand_equal_those_by_autograd(seed):
+    """Networks, tasks and settings of random sizes; every estimator."""
+    choose = np.random.default_rng(seed)
+
+    def size(low: int, high: int) -> int:
+        return int(choose.integers(low, high + 1))
+
+    length, outputs, width, depth = size(3, 50), size(2, 6), size(1, 9), size(0, 5)
+    activation = list(ACTIVATIONS)[size(0, len(ACTIVATIONS) - 1)]
+    torch.manual_seed(seed)
+    model = (CNN1d((length,), outputs, width, depth, activation) if depth and seed % 4
+             else MLP((length,), outputs, width, depth, activation))
+    count, support, query = size(1, 4), size(1, 6), size(1, 9)
+    batch = TaskBatch(torch.randn(count, support, length), torch.randint(outputs, (count, support)),
+                      torch.randn(count, query, length), torch.randint(outputs, (count, query)))
+    solver = GradientDescent(size(1, 6), float(choose.uniform(0.01, 0.2)), momentum=(0.0, 0.5)[seed % 2])
+    lam = float(choose.uniform(0.1, 2.0))
+    estimators = [Forward(solver, lam), Symmetric(solver, lam), Central(solver, lam), MAML(solver, lam),
+                  MAML(solver, checkpoint=True), FOMAML(solver, lam), Reptile(solver), IMAML(solver, lam)]
+    for dtype, tol in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+        model, tasks = model.to(dtype), batch.to(dtype=dtype)
+        for estimator in estimators:
+            fast, plain = (estimate(estimator, learner, learner.theta(), tasks, chunk)
+                           for learner, chunk in ((Learner(model, F.cross_entropy), size(1, count)),
+                                                  (Learner(model, F.cross_entropy, by_hand=False), None)))
+            kind = f"{type(estimator).__name__}, {dtype}, {model}"
+            assert (fast.gradient - plain.gradient).norm() <= tol * plain.gradient.norm(), kind
+            torch.testing.assert_close(fast.query_loss, plain.query_loss, rtol=tol, atol=tol, msg=kind)
+            torch.testing.assert_close(fast.residual, plain.residual, rtol=tol, atol=tol, msg=kind)
 
 
 def test_theta_round_trip():

@@ -15,7 +15,8 @@ from fobmaml.optim import SNGDM, ClippedSGD
 from fobmaml.tasks import Sinusoid
 from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings
 
-QUICK = {"steps": 1, "seed": 0, "meta_batch": 16, "task_chunk": "auto", "schedule": "cosine", "log_every": 10,
+QUICK = {"steps": 1, "seed": 0, "meta_batch": 16, "task_chunk": "auto",
+         "memory_limit_mb": None, "schedule": "cosine", "log_every": 10,
          "checkpoint_every": 100, "eval_every": 100, "eval_tasks": 8, "eval_validation_tasks": 8, "bias_every": 0,
          "bias_tasks": 2, "bias_tol": 1e-8}
 
@@ -139,13 +140,29 @@ def test_task_chunk_does_not_change_the_result(mnist1d):
         torch.testing.assert_close(path, paths[0], rtol=1e-3, atol=1e-4)
 
 
-def test_automatic_chunks_shrink_with_width():
+def test_automatic_chunks_shrink_with_width(mnist1d):
+    tasks = mnist1d.sample("train", 16, torch.Generator().manual_seed(0))
     small, large = (Learner(CNN1d((40,), 5, width=w), F.cross_entropy) for w in (16, 250))
-    rows = Central(solvers.GradientDescent()).rows_per_task
-    assert rows == 4
-    assert Forward(solvers.GradientDescent()).rows_per_task == 1
-    assert chunk_size(16, small, rows) == 16
-    assert chunk_size(16, large, rows) == 1
+    central, forward, fomaml = (kind(solvers.GradientDescent()) for kind in (Central, Forward, FOMAML))
+    assert [e.rows_per_task for e in (central, forward, fomaml)] == [4, 1, 1]
+    assert chunk_size(small, tasks, central) == 16
+    assert chunk_size(large, tasks, central) == 1
+    assert chunk_size(large, tasks, central) < chunk_size(large, tasks, fomaml) == chunk_size(large, tasks)
+
+
+def test_memory_limit_bounds_what_is_alive(mnist1d):
+    free = _training(mnist1d)
+    unlimited = free.measure_memory()["memory/peak_bytes"]
+    limit = 0.6 * unlimited / 1e6
+    limited = _training(mnist1d, memory_limit_mb=limit)
+    assert limited.measure_memory()["memory/peak_bytes"] <= limit * 1e6
+    for training in (free, limited):
+        list(training.train())
+    torch.testing.assert_close(limited.learner.theta(), free.learner.theta(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match=r"^memory_limit_mb=0.001: takes at least [\d.]+, what one task needs"):
+        _training(mnist1d, memory_limit_mb=0.001)
+    with pytest.raises(ValueError, match=r"^memory_limit_mb=5: takes task_chunk=auto"):
+        _training(mnist1d, memory_limit_mb=5, task_chunk=2)
 
 
 @pytest.mark.slow
@@ -166,6 +183,7 @@ def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
 @pytest.mark.parametrize(("setting", "value"), [
     ("steps", 0), ("steps", 2.5), ("meta_batch", 0), ("task_chunk", "some"), ("task_chunk", 0), ("schedule", "linear"),
     ("eval_every", 0), ("eval_tasks", 1), ("bias_every", -1), ("bias_tol", 0), ("seed", -1), ("checkpoint_every", 0),
+    ("memory_limit_mb", 0),
 ])
 def test_bad_settings(setting, value):
     with pytest.raises(ValueError, match=f"^{setting}={value}: takes"):

@@ -1,30 +1,55 @@
 """A network and a loss as functions of stacked flat parameters: one row a task."""
 
-from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from fobmaml.losses import LossFn, RowLoss, moved, row_loss
+from fobmaml.models.stacked import StackedNetwork
 from fobmaml.tasks.batch import TaskBatch
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
+
+class Evaluation(Protocol):
+    """The sum over rows of a loss L(network(φᵣ, xᵣ)), with a copy of the parameters φ [R, P] in a layout of its own.
+
+    ``parameters``: that copy, as a list of tensors [R, ...], read anew by every call, so that it may change in place;
+    ``pack`` and ``unpack`` go between such lists and rows [R, P].
+    """
+
+    parameters: list[Tensor]
+
+    def pack(self, rows: Tensor) -> list[Tensor]: ...
+
+    def unpack(self, packed: list[Tensor]) -> Tensor: ...
+
+    def loss(self) -> Tensor:
+        """Of each row, [R]."""
+
+    def add_gradient(self, into: list[Tensor], scale: float = 0.0, step: float = 1.0) -> None:
+        """into ← scale · into + step · gradient, both lists like ``parameters``, and ``into`` another one."""
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        """Each row's Hessian times v[r], [R, P] -> [R, P], where the last gradient was computed."""
 
 
 class Learner:
     """The only place that knows how a flat row of parameters folds into a network's layers.
 
     ``model``: any ``torch.nn.Module``; its trainable parameters, in the order of ``named_parameters``, are a row.
-    One that has a method ``forward_stacked(parameters, x)`` (see ``CNN1d``) is applied to all rows by it, others by
-    ``torch.func.vmap``. ``loss_fn(outputs [N, ...], targets [N, ...])`` returns the mean loss.
+    One that lists its layers (``stacked_layers`` and ``stacked_inputs``, see ``CNN1d``) is evaluated and differentiated
+    by ``StackedNetwork``, several times faster; others, or all with ``by_hand=False``, by ``torch.func.vmap`` and
+    autograd. ``loss_fn(outputs [N, ...], targets [N, ...])`` returns the mean loss.
 
     Raises ValueError for a model without trainable parameters, and for one whose loss is not a function of
     parameters and one example set alone (batch statistics, active dropout).
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn):
+    def __init__(self, model: nn.Module, loss_fn: LossFn, by_hand: bool = True):
         _check_pure(model)
         self.model, self.loss_fn = model, loss_fn
+        self.by_hand = by_hand and hasattr(model, "stacked_layers")
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError("model: takes a module with trainable parameters, got none")
@@ -52,16 +77,21 @@ class Learner:
                 for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
-        """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...]."""
-        parameters = self.fold(phi)
-        stacked: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = getattr(self.model, "forward_stacked", None)
-        if stacked is not None:
-            return stacked(parameters, x)
-        return vmap(lambda p, inputs: functional_call(self.model, p, (inputs,)))(parameters, x)
+        """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].
+
+        By hand, no graph is recorded: to differentiate, take an ``evaluation``.
+        """
+        if self.by_hand:
+            return _by_hand(self, phi, x).outputs()
+        return vmap(lambda p, inputs: functional_call(self.model, p, (inputs,)))(self.fold(phi), x)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of each row: [R, N, ...], [R, N, ...] -> [R]."""
-        return vmap(self.loss_fn)(outputs, targets)
+        return row_loss(self.loss_fn, targets, [(slice(None), 1.0)])(outputs)
+
+    def evaluation(self, phi: Tensor, x: Tensor, loss: RowLoss, second_order: bool = False) -> Evaluation:
+        """At ``phi`` [R, P] and inputs ``x`` [R, N, ...]. ``second_order``: for Hessian products."""
+        return (_ByHand if self.by_hand else _ByAutograd)(self, phi, x, loss, second_order)
 
     def query_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """fᵢ(φᵢ), row i on task i: [T, P] -> [T]."""
@@ -69,9 +99,85 @@ class Learner:
 
     def query_gradient(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """∇fᵢ(φᵢ), row i on task i: [T, P] -> [T, P]. Cost: one query gradient a task."""
-        phi = phi.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.query_loss(phi, tasks).sum(), phi)
-        return gradient
+        loss = row_loss(self.loss_fn, tasks.query_y, [(slice(None), 1.0)])
+        return gradient_of(self.evaluation(phi, tasks.query_x, loss))
+
+
+def gradient_of(evaluation: Evaluation) -> Tensor:
+    """By each row, [R, P]."""
+    packed = [torch.empty_like(part) for part in evaluation.parameters]
+    evaluation.add_gradient(packed)
+    return evaluation.unpack(packed)
+
+
+def _by_hand(learner: Learner, phi: Tensor, x: Tensor, second_order: bool = False) -> StackedNetwork:
+    model: Any = learner.model
+    shapes = dict(zip(learner.names, learner.shapes, strict=True))
+    network = StackedNetwork(model.stacked_layers(), shapes, model.stacked_inputs(x), second_order)
+    network.pack(learner.fold(phi.detach()), network.parameters)
+    return network
+
+
+class _ByHand:
+    """All passes written out by hand."""
+
+    def __init__(self, learner: Learner, phi: Tensor, x: Tensor, loss: RowLoss, second_order: bool):
+        self.network = _by_hand(learner, phi, x, second_order)
+        self.learner, self.row_loss, self.second_order = learner, loss, second_order
+        self.parameters = self.network.parameters
+
+    def pack(self, rows: Tensor) -> list[Tensor]:
+        return self.network.pack(self.learner.fold(rows))
+
+    def unpack(self, packed: list[Tensor]) -> Tensor:
+        rows = packed[0].new_empty(len(packed[0]), self.learner.parameter_count)
+        self.network.unpack(packed, self.learner.fold(rows))
+        return rows
+
+    def loss(self) -> Tensor:
+        return self.row_loss(self.network.outputs())
+
+    def add_gradient(self, into: list[Tensor], scale: float = 0.0, step: float = 1.0) -> None:
+        g, self.loss_tangent = self.row_loss.linearize(self.network.outputs(), self.second_order)
+        self.network.add_gradient(g, into, scale, step)
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        direction = self.pack(v)
+        product = [torch.empty_like(part) for part in direction]
+        self.network.add_gradient_tangent(self.loss_tangent(self.network.tangent(direction)), direction, product)
+        return self.unpack(product)
+
+
+class _ByAutograd:
+    """Everything by autograd, for any module; the layout is that of the rows."""
+
+    def __init__(self, learner: Learner, phi: Tensor, x: Tensor, loss: RowLoss, second_order: bool):
+        self.parameters = self.pack(phi.detach())
+        self.row_losses, self.second_order = (lambda p: loss(learner.outputs(p, x))), second_order
+
+    def pack(self, rows: Tensor) -> list[Tensor]:
+        return [rows.clone(memory_format=torch.contiguous_format)]
+
+    def unpack(self, packed: list[Tensor]) -> Tensor:
+        return packed[0].clone()
+
+    def loss(self) -> Tensor:
+        with torch.no_grad():
+            return self.row_losses(self.parameters[0])
+
+    def add_gradient(self, into: list[Tensor], scale: float = 0.0, step: float = 1.0) -> None:
+        with torch.enable_grad():
+            # Where Hessian products follow, at a copy: the parameters may change before they are asked for.
+            phi = self.parameters[0].clone() if self.second_order else self.parameters[0]
+            self.phi = phi.detach().requires_grad_()
+            (self.g,) = torch.autograd.grad(self.row_losses(self.phi).sum(), self.phi, create_graph=self.second_order)
+        if scale == 0.0:
+            torch.mul(self.g.detach(), step, out=into[0])
+        else:
+            into[0].mul_(scale).add_(self.g.detach(), alpha=step)
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        return moved(self.g, self.phi, v)
 
 
 def _check_pure(model: nn.Module) -> None:

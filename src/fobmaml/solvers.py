@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import number, whole_number
-from fobmaml.learner import Learner
+from fobmaml.learner import Evaluation, Learner, gradient_of
+from fobmaml.losses import row_loss
 from fobmaml.tasks.batch import TaskBatch
 
 
@@ -24,83 +25,84 @@ class InnerProblem:
         self.learner, self.lam = learner, lam
         offsets = 1 if nu is None else len(nu)
         self.rows = len(tasks) * offsets
-        theta = theta.expand(len(tasks), -1) if theta.dim() == 1 else theta
-        self.theta = theta if offsets == 1 else theta.repeat_interleave(offsets, dim=0)  # [R, P]
-        if nu is None:
-            self.nu, self.x, self.y = None, tasks.support_x, tasks.support_y
+        theta = theta.detach()
+        if theta.dim() == 1:
+            self.theta = theta.expand(self.rows, -1)  # [R, P]
         else:
-            self.nu = nu.repeat(len(tasks))  # [R]
+            self.theta = theta.repeat_interleave(offsets, dim=0)
+        if nu is None:
+            self.x, targets = tasks.support_x, tasks.support_y
+            parts: list[tuple[slice, float | Tensor]] = [(slice(None), 1.0)]
+        else:
             self.x = torch.cat([tasks.support_x, tasks.query_x], dim=1).repeat_interleave(offsets, dim=0)
-            self.y = torch.cat([tasks.support_y, tasks.query_y], dim=1).repeat_interleave(offsets, dim=0)
-        self.support_examples = tasks.support_x.shape[1]
+            targets = torch.cat([tasks.support_y, tasks.query_y], dim=1).repeat_interleave(offsets, dim=0)
+            support = tasks.support_x.shape[1]
+            parts = [(slice(support), 1.0), (slice(support, None), nu.repeat(len(tasks)))]
+        self.loss = row_loss(learner.loss_fn, targets, parts)
 
-    def data_loss(self, phi: Tensor) -> Tensor:
-        """f̂ + ν f, the problem without its proximal term: [R, P] -> [R]. One pass over support and query."""
-        outputs = self.learner.outputs(phi, self.x)
-        if self.nu is None:
-            return self.learner.losses(outputs, self.y)
-        s = self.support_examples
-        support = self.learner.losses(outputs[:, :s], self.y[:, :s])
-        return support + self.nu * self.learner.losses(outputs[:, s:], self.y[:, s:])
+    def evaluation(self, phi: Tensor, second_order: bool = False) -> Evaluation:
+        """f̂ + ν f, the problem without its proximal term, at ``phi`` [R, P]. Support and query are one pass."""
+        return self.learner.evaluation(phi, self.x, self.loss, second_order)
 
-    def gradient(self, phi: Tensor, differentiable: bool = False) -> Tensor:
-        """∇hᵣ at each row: [R, P] -> [R, P]; with ``differentiable``, a function of ``phi`` and ``theta``."""
-        if not differentiable:
-            phi = phi.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.data_loss(phi).sum(), phi, create_graph=differentiable)
-        if not differentiable:
-            phi = phi.detach()
-        return gradient if self.lam == 0.0 else gradient + self.lam * (phi - self.theta)
+    def gradient(self, phi: Tensor) -> Tensor:
+        """∇hᵣ at each row: [R, P] -> [R, P]."""
+        return gradient_of(self.evaluation(phi)) + self.lam * (phi - self.theta)
 
     def objective(self, phi: Tensor) -> Tensor:
         """hᵣ at each row: [R, P] -> [R]."""
-        with torch.no_grad():
-            return self.data_loss(phi) + 0.5 * self.lam * (phi - self.theta).square().sum(1)
+        return self.evaluation(phi).loss() + 0.5 * self.lam * (phi - self.theta).square().sum(1)
 
-    def hessian_product(self, phi: Tensor) -> Callable[[Tensor], Tensor]:
-        """v ↦ ∇²hᵣ(φᵣ) vᵣ for all rows, [R, P] -> [R, P]. The graph of the gradient is built once."""
-        phi = phi.detach().requires_grad_()
-        gradient = self.gradient(phi, differentiable=True)
-
-        def product(v: Tensor) -> Tensor:
-            (hv,) = torch.autograd.grad(gradient, phi, v, retain_graph=True)
-            return hv
-
-        return product
+    def linearize(self, phi: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """∇hᵣ(φᵣ) and v ↦ ∇²hᵣ(φᵣ) vᵣ for all rows, each [R, P] -> [R, P]."""
+        evaluation = self.evaluation(phi, second_order=True)
+        gradient = gradient_of(evaluation) + self.lam * (phi - self.theta)
+        return gradient, lambda v: evaluation.hessian_product(v) + self.lam * v
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Where a solver stopped: ``phi`` [R, P] after ``steps`` [R] gradients."""
+    """Where a solver stopped: ``displacement`` φ − θ [R, P] after ``steps`` [R] gradients."""
 
     problem: InnerProblem
-    phi: Tensor
+    displacement: Tensor
     steps: Tensor
+
+    @cached_property
+    def phi(self) -> Tensor:
+        """[R, P]."""
+        return self.problem.theta + self.displacement
 
     @cached_property
     def residual(self) -> Tensor:
         """‖∇hᵣ(φᵣ)‖, [R]. Costs one gradient a row, spent only if somebody reads it."""
-        return self.problem.gradient(self.phi.detach()).norm(dim=1)
+        return self.problem.gradient(self.phi).norm(dim=1)
 
 
 class Solver(ABC):
     """Solves every row of an inner problem from θ, so that all offsets of a stencil share one trajectory.
 
-    To add one, subclass it and implement ``solve``; ``differentiable_steps`` says whether back-propagation through
-    ``solve(..., differentiable=True)`` is possible.
+    To add one, subclass it and implement ``solve``; with ``unroll`` too, and ``differentiable_steps`` True, MAML can
+    back-propagate through it.
     """
 
     differentiable_steps = False
 
     @abstractmethod
-    def solve(self, problem: InnerProblem, differentiable: bool = False) -> Solution:
+    def solve(self, problem: InnerProblem) -> Solution:
         """An approximate minimiser a row, started at ``problem.theta``."""
+
+    def unroll(self, problem: InnerProblem, checkpoint: bool = False) -> tuple[Solution, Callable[[Tensor], Tensor]]:
+        """``solve``, and v ↦ (∂φᵣ/∂θ)ᵀ vᵣ for all rows, [R, P] -> [R, P], which may be called once.
+
+        ``checkpoint``: keep each step's parameters only, and compute its activations again when they are needed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be differentiated through")
 
 
 class GradientDescent(Solver):
     """Gradient descent with heavy-ball momentum: v ← μv + ∇h(φ), φ ← φ − lr·v, ``steps`` times.
 
-    Cost: ``steps`` gradients a row. Memory: flat in ``steps`` unless differentiated through.
+    Cost: ``steps`` gradients a row. Memory: flat in ``steps`` unless unrolled.
     Raises ValueError unless steps ≥ 1, lr > 0 and 0 ≤ momentum < 1.
     """
 
@@ -111,14 +113,58 @@ class GradientDescent(Solver):
         self.lr = number("lr", lr, above=0.0)
         self.momentum = number("momentum", momentum, at_least=0.0, below=1.0)
 
-    def solve(self, problem: InnerProblem, differentiable: bool = False) -> Solution:
-        phi = problem.theta
-        velocity: Tensor | None = None
+    def solve(self, problem: InnerProblem) -> Solution:
+        evaluation = problem.evaluation(problem.theta)
+        shared = problem.theta.stride(0) == 0  # one θ for all rows
+        theta = evaluation.pack(problem.theta[:1] if shared else problem.theta)
+        # The displacement φ − θ is what moves: it is small, so that little of it is lost to rounding.
+        displacement = [torch.zeros_like(part) for part in evaluation.parameters]
+        velocity = [torch.zeros_like(part) for part in displacement] if self.momentum else []
         for _ in range(self.steps):
-            gradient = problem.gradient(phi, differentiable)
-            velocity = gradient if velocity is None or self.momentum == 0.0 else self.momentum * velocity + gradient
-            phi = phi - self.lr * velocity
-        return Solution(problem, phi, torch.full((problem.rows,), self.steps))
+            if self.momentum:
+                evaluation.add_gradient(velocity, self.momentum)
+                for d, v in zip(displacement, velocity, strict=True):
+                    v.add_(d, alpha=problem.lam)
+                    d.sub_(v, alpha=self.lr)
+            else:
+                evaluation.add_gradient(displacement, 1.0 - self.lr * problem.lam, -self.lr)
+            for phi, start, d in zip(evaluation.parameters, theta, displacement, strict=True):
+                torch.add(start, d, out=phi)
+        return self._solution(problem, evaluation.unpack(displacement))
+
+    def _solution(self, problem: InnerProblem, displacement: Tensor) -> Solution:
+        return Solution(problem, displacement, torch.full((problem.rows,), self.steps))
+
+    def unroll(self, problem: InnerProblem, checkpoint: bool = False) -> tuple[Solution, Callable[[Tensor], Tensor]]:
+        """Memory: ``steps`` times a gradient's activations, or one time and ``steps`` × [R, P] with ``checkpoint``.
+
+        Cost of the pull-back: a Hessian-vector product a step, and with ``checkpoint`` one more gradient.
+        """
+        displacement = velocity = torch.zeros_like(problem.theta)
+        hessians: list[Tensor | Callable[[Tensor], Tensor]] = []  # where to take one, or its products
+        for _ in range(self.steps):
+            phi = problem.theta + displacement
+            if checkpoint:
+                gradient = problem.gradient(phi)
+                hessians.append(phi)
+            else:
+                gradient, product = problem.linearize(phi)
+                hessians.append(product)
+            velocity = self.momentum * velocity + gradient
+            displacement = displacement - self.lr * velocity
+
+        def pull_back(v: Tensor) -> Tensor:
+            by_phi, by_velocity, by_theta = v, torch.zeros_like(v), torch.zeros_like(v)
+            while hessians:
+                by_velocity = by_velocity - self.lr * by_phi
+                hessian = hessians.pop()
+                product = problem.linearize(hessian)[1] if isinstance(hessian, Tensor) else hessian
+                by_phi = by_phi + product(by_velocity)
+                by_theta = by_theta - problem.lam * by_velocity
+                by_velocity = self.momentum * by_velocity
+            return by_theta + by_phi
+
+        return self._solution(problem, displacement), pull_back
 
 
 class BarzilaiBorwein(Solver):
@@ -140,9 +186,7 @@ class BarzilaiBorwein(Solver):
         self.lr = number("lr", lr, above=0.0)
         self.tol = number("tol", tol, at_least=0.0)
 
-    def solve(self, problem: InnerProblem, differentiable: bool = False) -> Solution:
-        if differentiable:
-            raise ValueError("solver=BarzilaiBorwein: takes estimators that do not back-propagate through the solve")
+    def solve(self, problem: InnerProblem) -> Solution:
         phi = problem.theta
         gradient = problem.gradient(phi)
         residual = gradient.norm(dim=1)
@@ -167,7 +211,7 @@ class BarzilaiBorwein(Solver):
             better = residual < best_residual
             best = torch.where(better.unsqueeze(1), phi, best)
             best_residual = torch.where(better, residual, best_residual)
-        return Solution(problem, best, taken)
+        return Solution(problem, best - problem.theta, taken)
 
 
 class NewtonCG(Solver):
@@ -186,9 +230,7 @@ class NewtonCG(Solver):
         self.tol = number("tol", tol, at_least=0.0)
         self.cg_steps = whole_number("cg_steps", cg_steps)
 
-    def solve(self, problem: InnerProblem, differentiable: bool = False) -> Solution:
-        if differentiable:
-            raise ValueError("solver=NewtonCG: takes estimators that do not back-propagate through the solve")
+    def solve(self, problem: InnerProblem) -> Solution:
         phi = problem.theta
         taken = torch.zeros(problem.rows, dtype=torch.long, device=phi.device)
         for _ in range(self.steps):
@@ -201,10 +243,10 @@ class NewtonCG(Solver):
             # A finished row asks for nothing: its right-hand side is zero.
             target = -gradient * active.unsqueeze(1)
             forcing = residual.sqrt().clamp(max=0.5)
-            step = conjugate_gradients(problem.hessian_product(phi), target, self.cg_steps, forcing).x
+            step = conjugate_gradients(problem.linearize(phi)[1], target, self.cg_steps, forcing).x
             step = torch.where(step.any(dim=1, keepdim=True), step, target)
             phi = phi + self._length(problem, phi, step, gradient).unsqueeze(1) * step
-        return Solution(problem, phi, taken)
+        return Solution(problem, phi - problem.theta, taken)
 
     @staticmethod
     def _length(problem: InnerProblem, phi: Tensor, step: Tensor, gradient: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fobmaml.arguments import number, one_of, whole_number
+from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.learner import Learner
 from fobmaml.measure import bias, peak_bytes
@@ -36,6 +38,7 @@ class Settings:
     seed: int
     meta_batch: int
     task_chunk: int | str
+    memory_limit_mb: float | None
     schedule: str
     log_every: int
     checkpoint_every: int
@@ -58,6 +61,10 @@ class Settings:
                 whole_number("task_chunk", self.task_chunk)
             except ValueError as error:
                 raise ValueError(f"{error}, or auto") from None
+        if self.memory_limit_mb is not None:
+            number("memory_limit_mb", self.memory_limit_mb, above=0.0)
+            if self.task_chunk != "auto":
+                raise refuse("memory_limit_mb", self.memory_limit_mb, "task_chunk=auto, which it limits")
         one_of("schedule", self.schedule, ("cosine", "constant"))
         number("bias_tol", self.bias_tol, above=0.0)
 
@@ -88,6 +95,7 @@ class MetaTraining:
         self.optimizer = make_optimizer(list(self.parameters.values()))
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        _ = self._at_most  # a limit that is too low is refused here
         self.step = 0
         self.latest: Event = {"model/parameters": self.learner.parameter_count}
         self.step_seconds: list[float] = []
@@ -106,10 +114,27 @@ class MetaTraining:
     def _placed(self, tasks: TaskBatch) -> TaskBatch:
         return tasks.to(self.learner.device, self.learner.dtype)
 
-    def _chunk(self, tasks: int, rows_per_task: int = 1) -> int:
+    def _chunk(self, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
+        """Tasks solved at once, for meta-gradients by ``estimator`` or to adapt only."""
         if isinstance(self.settings.task_chunk, int):
-            return min(self.settings.task_chunk, tasks)
-        return chunk_size(tasks, self.learner, rows_per_task)
+            return min(self.settings.task_chunk, len(tasks))
+        return min(chunk_size(self.learner, tasks, estimator), self._at_most)
+
+    @cached_property
+    def _at_most(self) -> int:
+        """How many tasks ``memory_limit_mb`` has room for, from the peak storage of one task's meta-gradient."""
+        limit = self.settings.memory_limit_mb
+        if limit is None:
+            return sys.maxsize
+        one = self._peak_bytes(self._placed(self.tasks("train", 1, self.settings.seed)), 1)
+        if one > 1e6 * limit:
+            raise refuse("memory_limit_mb", limit, f"at least {math.ceil(one / 1e5) / 10}, what one task needs")
+        return int(1e6 * limit // one)
+
+    def _peak_bytes(self, tasks: TaskBatch, chunk: int) -> int:
+        theta = self.learner.theta()
+        return peak_bytes(lambda: estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose=False),
+                          self.learner.device)
 
     def train(self) -> Iterator[Event]:
         """Meta-steps until ``settings.steps``, yielding what there is to log after each (often nothing).
@@ -117,12 +142,12 @@ class MetaTraining:
         Raises Diverged, before the step is taken, if the meta-gradient is not finite.
         """
         s = self.settings
-        chunk = self._chunk(s.meta_batch, self.estimator.rows_per_task)
         while self.step < s.steps:
             started = time.perf_counter()
             logged = (self.step + 1) % s.log_every == 0 or self.step + 1 in (1, s.steps)
             tasks = self._placed(self.tasks("train", s.meta_batch, s.seed, self.step))
-            result = estimate(self.estimator, self.learner, self.learner.theta(), tasks, chunk, diagnose=logged)
+            result = estimate(self.estimator, self.learner, self.learner.theta(), tasks,
+                              self._chunk(tasks, self.estimator), diagnose=logged)
             norm = float(result.gradient.norm())
             if not math.isfinite(norm):
                 raise Diverged(f"the meta-gradient at step {self.step + 1} is not finite: try a smaller solver.lr or "
@@ -149,7 +174,7 @@ class MetaTraining:
     def evaluate(self, split: Split, count: int) -> Score:
         """The score on ``count`` fixed tasks of a split, adapted with the estimator's own inner problem."""
         tasks = self._placed(self.tasks(split, count, EVALUATION_SEED))
-        theta, chunk = self.learner.theta(), self._chunk(count)
+        theta, chunk = self.learner.theta(), self._chunk(tasks)
         losses, accuracies = [], []
         for part in tasks.split(chunk):
             loss, outputs = _query(self.learner, self.estimator.adapt(self.learner, theta, part).phi, part)
@@ -184,10 +209,7 @@ class MetaTraining:
         """Peak storage of one meta-gradient on a training meta-batch."""
         s = self.settings
         tasks = self._placed(self.tasks("train", s.meta_batch, s.seed))
-        theta, chunk = self.learner.theta(), self._chunk(s.meta_batch, self.estimator.rows_per_task)
-        peak = peak_bytes(lambda: estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose=False),
-                          self.learner.device)
-        return self._record({"memory/peak_bytes": peak})
+        return self._record({"memory/peak_bytes": self._peak_bytes(tasks, self._chunk(tasks, self.estimator))})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, as tensors and plain values."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import number, refuse, whole_number
-from fobmaml.learner import Learner, LossFn
+from fobmaml.learner import Learner
+from fobmaml.losses import LossFn
 from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
 
@@ -37,6 +38,8 @@ class Estimator(ABC):
     needs_proximal_term = True
     rows_per_task = 1
     """Rows of parameters that one task occupies while it is solved."""
+    query_in_inner_problem = False
+    """Whether those rows take gradients of the query set, too."""
 
     def __init__(self, solver: Solver, lam: float):
         if not isinstance(solver, Solver):
@@ -65,16 +68,26 @@ class MeanEstimate:
     residual: Tensor | None
 
 
-STACKED_PARAMETERS = 2**19
-"""``task_chunk=auto`` on a CPU: more stacked parameters than this fall out of its cache."""
+WORK_AT_ONCE = 2**25
+"""``task_chunk=auto`` on a CPU: rows × parameters × examples of a gradient that hides the cost of calling the library.
+
+Measured (results/bench_chunks.csv): with less, calls cost time; with more, memory grows and time does not fall.
+"""
 
 
-def chunk_size(tasks: int, learner: Learner, rows_per_task: int) -> int:
-    """How many of ``tasks`` to solve at once (``task_chunk=auto``): all on a GPU, what fits the cache on a CPU."""
+def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
+    """How many of ``tasks`` to solve at once (``task_chunk=auto``): all on a GPU, what keeps a CPU busy elsewhere.
+
+    For a meta-gradient by ``estimator``, or None: to adapt to the support set only.
+    """
     if learner.device.type != "cpu":
-        return tasks
-    at_once = max(1, STACKED_PARAMETERS // (learner.parameter_count * rows_per_task))
-    return math.ceil(tasks / math.ceil(tasks / at_once))  # chunks of equal size
+        return len(tasks)
+    support, query = tasks.support_x.shape[1], tasks.query_x.shape[1]
+    rows, examples = 1, support
+    if estimator is not None:
+        rows, examples = estimator.rows_per_task, support + query * estimator.query_in_inner_problem
+    at_once = math.ceil(WORK_AT_ONCE / (rows * examples * learner.parameter_count))
+    return math.ceil(len(tasks) / math.ceil(len(tasks) / at_once))  # chunks of equal size
 
 
 def estimate(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskBatch,

@@ -27,6 +27,8 @@ class FiniteDifference(Estimator):
     Raises ValueError unless λ > 0, ν > 0 and the weights sum to zero.
     """
 
+    query_in_inner_problem = True
+
     def __init__(self, solver: Solver, lam: float, nu: float, offsets: tuple[int, ...], weights: tuple[float, ...]):
         super().__init__(solver, lam)
         self.nu = number("nu", nu, above=0.0)
@@ -40,12 +42,12 @@ class FiniteDifference(Estimator):
         nu = self.nu * theta.new_tensor(offsets)
         weights = theta.new_tensor([self.stencil[o] for o in offsets])
         perturbed = self.solver.solve(InnerProblem(learner, theta, tasks, self.lam, nu))
-        phi = perturbed.phi.view(len(tasks), len(offsets), -1)
+        displacement = perturbed.displacement.view(len(tasks), len(offsets), -1)
         centre = self.adapt(learner, theta, tasks) if 0 in self.stencil else None
-        # Differences from θ rather than the solutions themselves: the weights sum to zero, and rounding is smaller.
-        difference = torch.einsum("j,tjp->tp", weights, phi - theta)
+        # Displacements φ − θ rather than the solutions: the weights sum to zero, and rounding is smaller.
+        difference = torch.einsum("j,tjp->tp", weights, displacement)
         if centre is not None:
-            difference += self.stencil[0] * (centre.phi - theta)
+            difference += self.stencil[0] * centre.displacement
 
         def adapted() -> Solution:
             return self.adapt(learner, theta, tasks) if centre is None else centre

@@ -40,4 +40,4 @@ class Reptile(Estimator):
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         solution = self.adapt(learner, theta, tasks)
-        return Estimate(theta - solution.phi, lambda: solution)
+        return Estimate(-solution.displacement, lambda: solution)

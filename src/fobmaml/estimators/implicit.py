@@ -33,7 +33,7 @@ class IMAML(Estimator):
         return Estimate(self.lam * solve.x, lambda: solution)
 
     def solve_linear(self, learner: Learner, solution: Solution, tasks: TaskBatch) -> LinearSolve:
-        hessian = solution.problem.hessian_product(solution.phi)  # of h, so with λI
+        _, hessian = solution.problem.linearize(solution.phi)  # of h, so with λI
         return conjugate_gradients(hessian, learner.query_gradient(solution.phi, tasks), self.cg_steps, self.cg_tol)
 
 

@@ -44,7 +44,7 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
         return Bias(None, None, "none", "lam=0 and a solver without differentiable steps leave no reference")
     try:
         # In chunks that fit the cache, and so that no task waits for a slower one where the network is large.
-        chunk = chunk_size(len(tasks), precise, rows_per_task=1)
+        chunk = chunk_size(precise, tasks)
         exact = estimate(reference, precise, theta.double(), tasks.to(dtype=torch.float64), chunk, False).gradient
     except NotConverged as error:
         return Bias(None, None, name, str(error))

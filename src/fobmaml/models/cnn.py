@@ -1,7 +1,6 @@
-"""A one-dimensional CNN, as a plain module and on stacked parameters."""
+"""A one-dimensional CNN."""
 
 import math
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.models.activations import activation_function
+from fobmaml.models.stacked import Convolution, Dense
 
 HALVINGS = 3
 
@@ -18,7 +18,7 @@ class CNN1d(nn.Module):
 
     The first convolution has 5 taps, the others 3; the first three have stride 2, later ones keep the length. Depth 3
     and width 25 give MNIST-1D's reference CNN (Greydanus & Kobak 2024, arXiv:2011.14439). Weights are stored
-    [taps, channels in, channels out], the layout in which a window of a channels-last signal is one matrix row.
+    [channels out, taps, channels in], the layout of the windows of a channels-last signal.
 
     Raises ValueError for inputs that are not sequences, or too short.
     """
@@ -38,84 +38,26 @@ class CNN1d(nn.Module):
             taps = 5 if layer == 0 else 3
             self._add(taps, channels, width)
             length, channels = (length + 2 - taps) // stride + 1, width
-        self._add(1, length * channels, outputs)
+        self._add(length, channels, outputs)
 
     def _add(self, taps: int, channels_in: int, channels_out: int) -> None:
         bound = 1.0 / math.sqrt(taps * channels_in)  # as torch.nn.Conv1d and Linear do
-        self.weights.append(nn.Parameter(torch.empty(taps, channels_in, channels_out).uniform_(-bound, bound)))
+        self.weights.append(nn.Parameter(torch.empty(channels_out, taps, channels_in).uniform_(-bound, bound)))
         self.biases.append(nn.Parameter(torch.empty(channels_out).uniform_(-bound, bound)))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.unsqueeze(1)  # [N, channels, length]
         for weight, bias, stride in zip(self.weights, self.biases, self.strides, strict=False):
-            h = self.activation(F.conv1d(h, weight.permute(2, 1, 0), bias, stride=stride, padding=1))
-        return h.transpose(1, 2).flatten(1) @ self.weights[-1][0] + self.biases[-1]
+            h = self.activation(F.conv1d(h, weight.mT, bias, stride=stride, padding=1))
+        return F.linear(h.mT.flatten(1), self.weights[-1].flatten(1), self.biases[-1])
 
-    def forward_stacked(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Row r of ``parameters`` applied to row r of ``x``: [R, N, length] -> [R, N, outputs].
-
-        One batched matrix product a layer; ``torch.func.vmap`` of ``forward`` would be a grouped convolution, several
-        times slower on a CPU.
-        """
-        rows, examples, _ = x.shape
-        h = x.unsqueeze(-1)  # [R, N, length, channels]
-        for layer, stride in enumerate(self.strides):
-            weight, bias = parameters[f"weights.{layer}"], parameters[f"biases.{layer}"]
-            windows = Windows.apply(h, weight.shape[1], stride)
-            h = self.activation(torch.baddbmm(bias.unsqueeze(1), windows, weight.flatten(1, 2)))
-            h = h.view(rows, examples, -1, weight.shape[-1])
+    def stacked_layers(self) -> list[Convolution | Dense]:
+        """The same network for ``StackedNetwork``; a signal there is [length, channels]."""
         last = len(self.strides)
-        weight, bias = parameters[f"weights.{last}"], parameters[f"biases.{last}"]
-        return torch.baddbmm(bias.unsqueeze(1), h.flatten(2), weight.flatten(1, 2))
+        return [*(Convolution(f"weights.{i}", f"biases.{i}", stride, self.activation)
+                  for i, stride in enumerate(self.strides)), Dense(f"weights.{last}", f"biases.{last}", None)]
 
+    def stacked_inputs(self, x: Tensor) -> Tensor:
+        """[R, N, length] -> [R, N, length, 1 channel]."""
+        return x.unsqueeze(-1)
 
-class Windows(torch.autograd.Function):
-    """All windows of a channels-last signal padded by one zero on each side.
-
-    [R, N, length, C] -> [R, N · length_out, taps · C]. Its transpose is ``WindowsTransposed``, so that both can be
-    differentiated as often as needed.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, taps: int, stride: int) -> Tensor:  # type: ignore[no-untyped-def]
-        rows, examples, length, channels = x.shape
-        ctx.geometry = taps, stride, length, examples
-        out = (length + 2 - taps) // stride + 1
-        windows = x.new_empty(rows, examples, out, taps, channels)
-        for tap in range(taps):
-            inside, source = _reach(tap, stride, length, out)
-            windows[:, :, : inside.start, tap] = 0.0
-            windows[:, :, inside.stop :, tap] = 0.0
-            windows[:, :, inside, tap] = x[:, :, source]
-        return windows.view(rows, examples * out, taps * channels)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
-        return WindowsTransposed.apply(gradient, *ctx.geometry), None, None
-
-
-class WindowsTransposed(torch.autograd.Function):
-    """The transpose of ``Windows``: every window entry is added to the place that it was taken from."""
-
-    @staticmethod
-    def forward(ctx, windows: Tensor, taps: int, stride: int, length: int, examples: int) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.geometry = taps, stride
-        rows, out = windows.shape[0], (length + 2 - taps) // stride + 1
-        windows = windows.view(rows, examples, out, taps, -1)
-        x = windows.new_zeros(rows, examples, length, windows.shape[-1])
-        for tap in range(taps):
-            inside, source = _reach(tap, stride, length, out)
-            x[:, :, source] += windows[:, :, inside, tap]
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def]
-        return Windows.apply(gradient, *ctx.geometry), None, None, None, None
-
-
-def _reach(tap: int, stride: int, length: int, out: int) -> tuple[slice, slice]:
-    """The windows whose ``tap`` lies inside the signal, and the positions that it reads there."""
-    first = 1 if tap == 0 else 0  # tap 0 of window 0 is the padding on the left
-    last = min(out - 1, (length - tap) // stride)
-    start = first * stride + tap - 1
-    return slice(first, last + 1), slice(start, last * stride + tap, stride)

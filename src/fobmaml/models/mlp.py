@@ -1,14 +1,13 @@
-"""A multilayer perceptron, as a plain module and on stacked parameters."""
+"""A multilayer perceptron."""
 
 import math
-from collections.abc import Mapping
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import whole_number
 from fobmaml.models.activations import activation_function
+from fobmaml.models.stacked import Convolution, Dense
 
 
 class MLP(nn.Module):
@@ -28,12 +27,12 @@ class MLP(nn.Module):
             h = self.activation(layer(h))
         return self.layers[-1](h)
 
-    def forward_stacked(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Row r of ``parameters`` applied to row r of ``x``: [R, N, ...] -> [R, N, outputs]."""
-        h = x.flatten(2)
+    def stacked_layers(self) -> list[Convolution | Dense]:
+        """The same network for ``StackedNetwork``; a signal there is one place of all units."""
         last = len(self.layers) - 1
-        for layer in range(last + 1):
-            weight, bias = parameters[f"layers.{layer}.weight"], parameters[f"layers.{layer}.bias"]
-            h = torch.baddbmm(bias.unsqueeze(1), h, weight.transpose(1, 2))
-            h = self.activation(h) if layer < last else h
-        return h
+        return [Dense(f"layers.{i}.weight", f"layers.{i}.bias", self.activation if i < last else None)
+                for i in range(last + 1)]
+
+    def stacked_inputs(self, x: Tensor) -> Tensor:
+        """[R, N, ...] -> [R, N, 1, values]."""
+        return x.flatten(2).unsqueeze(2)
