@@ -38,8 +38,15 @@ reproduce: setup ## run the experiments behind results/ again (what is complete 
 	@$(BIN)/python scripts/reproduce.py $(ARGS)
 	@$(MAKE) --no-print-directory figures
 
-bench: setup ## time and memory of one meta-gradient for every estimator, into results/
-	@$(BIN)/python benchmarks/meta_gradient.py $(ARGS)
+bench: setup .venv/bench ## time and memory of one meta-gradient, other libraries' too, into results/; QUICK=1: a small try
+	@$(BIN)/python benchmarks/meta_gradient.py $(if $(QUICK),--quick) $(ARGS)
+	@$(if $(QUICK),,$(BIN)/python benchmarks/breakdown.py)
+	@$(BIN)/python scripts/figure_bench.py $(if $(QUICK),outputs/bench-quick)
+
+.venv/bench: .venv/complete
+	@echo "installing the libraries to compare with into .venv"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	@touch $@
 
 clean: ## remove .venv and caches; outputs and results stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

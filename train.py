@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from fobmaml.allocator import keep_freed_memory
 from fobmaml.arguments import number, one_of, refuse
 from fobmaml.estimators import NotConverged
 from fobmaml.files import CheckpointError, EventLog, load_checkpoint, read_events, save_checkpoint, write_json
@@ -320,6 +321,7 @@ def one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors then arrive here instead of being printed by Hydra
     try:
         main()

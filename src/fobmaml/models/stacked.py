@@ -152,9 +152,11 @@ class _Layer:
         self.stride, self.lengths = getattr(layer, "stride", 1), (length_in, length)
         self.narrow = self.split < out
 
-        c = source.new_zeros(rows, examples, places, self.split + 1)
+        c = source.new_empty(rows, examples, places, self.split + 1)
+        c[..., -1] = 0.0
         c[:, :, :length, -1] = 1.0
         self.copies = self._copies(c, source)
+        self._clear_outside(c)
         if not below:
             _fill(self.copies)
         self.c = c.view(*windows, -1)
@@ -182,6 +184,14 @@ class _Layer:
             columns = slice(tap * self.channels, (tap + 1) * self.channels)
             parts.append((windows[:, :, inside, columns], signal[:, :, reached]))
         return parts
+
+    def _clear_outside(self, windows: Tensor) -> None:
+        """Zero where nothing is copied to."""
+        for tap in range(self.copied_taps):
+            inside, _ = _reach(tap, self.stride, *self.lengths)
+            columns = slice(tap * self.channels, (tap + 1) * self.channels)
+            windows[:, :, : inside.start, columns] = 0.0
+            windows[:, :, inside.stop :, columns] = 0.0
 
     def pairs(self, parts: list[Tensor], folded: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The same numbers in packed and in plain order, as views."""
@@ -255,8 +265,11 @@ class _Layer:
         self.h_tangent = torch.empty_like(self.h) if self.layer.activation else self.z_tangent.view_as(self.h)
         self.h_tangent_rows = self.h_tangent.view_as(self.z)
         if self.below:
-            self.c_tangent = torch.zeros_like(self.c)
-            self.tangent_copies = self._copies(self.c_tangent.view(*self.h.shape[:3], -1), self.below.h_tangent)
+            self.c_tangent = torch.empty_like(self.c)
+            self.c_tangent[..., -1] = 0.0
+            windows = self.c_tangent.view(*self.h.shape[:3], -1)
+            self.tangent_copies = self._copies(windows, self.below.h_tangent)
+            self._clear_outside(windows)
             self.v_tangent = None if self.v is None else self.below.h_tangent.view(self.v.shape)
 
     def tangent(self, direction: list[Tensor]) -> None:
