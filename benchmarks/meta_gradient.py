@@ -48,11 +48,11 @@ from fobmaml.training import MetaTraining
 ROOT = Path(__file__).parents[1]
 TASKS = 16
 INNER_LR = 0.1
-SHORT = 10
-"""Up to so many inner steps all tasks are measured; beyond, as many as are solved at once: the rest costs the same."""
+SHORT, FEW = 10, 2
+"""Up to SHORT inner steps all tasks are measured; beyond, FEW at most: every other costs the same."""
 CHUNKS = (1, 2, 4, 8, 16)
 PATIENCE = 4.0
-"""Chunks that take so many times as long as the best at once are not worth repeating."""
+"""Chunks that at first take so many times as long as the best are not timed further."""
 MATRIX = 2048
 TOLERANCE = 1e-4
 """Of the relative distance between another library's MAML and ours."""
@@ -111,21 +111,17 @@ def take_turns(calls: Mapping[str, Callable[[], object]], repeats: int,
                patience: float = float("inf")) -> dict[str, list[tuple[float, float]]]:
     """Seconds of each call and the rate (operations a second) of a matrix product around it, round after round.
 
-    The first round warms up; a call that takes ``patience`` times as long there as the quickest so far drops out.
+    The first round warms up; a call that takes more than ``patience`` times the quickest there drops out.
     """
     matrix, out = torch.randn(MATRIX, MATRIX), torch.empty(MATRIX, MATRIX)
 
     def rate() -> float:
         return 2 * MATRIX**3 / seconds(lambda: torch.mm(matrix, matrix, out=out))
 
-    measured: dict[str, list[tuple[float, float]]] = {}
-    quickest = float("inf")
-    for name, call in calls.items():
-        spent = seconds(call)
-        quickest = min(quickest, spent)
-        if spent <= patience * quickest:
-            measured[name] = []
+    first = {name: seconds(call) for name, call in calls.items()}
     rate()
+    measured: dict[str, list[tuple[float, float]]] = {
+        name: [] for name, spent in first.items() if spent <= patience * min(first.values())}
     for _ in range(repeats):
         before = rate()
         for name, rounds in measured.items():
@@ -151,6 +147,8 @@ def spread(values: Sequence[float]) -> Row:
 def by_estimator(width: int, steps: int, repeats: int) -> list[Row]:
     """The rows of bench.csv for one width and number of inner steps."""
     setting = Setting(width, steps)
+    if steps > SHORT:
+        setting.tasks = setting.tasks[:FEW]
     candidates = {**{name: setting.ours(name) for name in ESTIMATORS}, **{name: setting.peer(name) for name in PEERS}}
     parts = {name: setting.tasks[:TASKS if steps <= SHORT else c.at_once] for name, c in candidates.items()}
     errors = {name: gradient_error(name, width, steps) for name in PEERS}
@@ -178,8 +176,8 @@ def by_chunk(width: int, name: str, repeats: int) -> list[Row]:
     setting = Setting(width, SHORT)
     candidates = {"auto": setting.ours(name), **{str(chunk): setting.ours(name, chunk) for chunk in CHUNKS}}
     calls = {chunk: partial(c.gradient, setting.tasks) for chunk, c in candidates.items()}
-    measured = take_turns(calls, repeats, PATIENCE)
-    timings = {chunk: spread([spent for spent, _ in rounds]) for chunk, rounds in measured.items()}
+    timings = {chunk: spread([spent for spent, _ in rounds])
+               for chunk, rounds in take_turns(calls, repeats, PATIENCE).items()}
     best = min(timing["seconds_median"] for chunk, timing in timings.items() if chunk != "auto")
     return [{"estimator": name, "width": width, "inner_steps": SHORT, "tasks": TASKS,
              "task_chunk": candidates[chunk].at_once, "auto": str(chunk == "auto").lower(), **timing,
@@ -208,10 +206,10 @@ def by_part(steps: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         settings = (f"steps={steps}", "device=cpu", f"eval.every={steps}", "eval.tasks=2", "bias.every=0",
                     "wandb.mode=offline", f"hydra.run.dir={folder}")
-        with (patch.object(fobmaml.training, "estimate", clocked("gradient", estimate)),
+        with (contextlib.redirect_stdout(io.StringIO()), patch.object(sys, "argv", ["train.py", *settings]),
+              patch.object(fobmaml.training, "estimate", clocked("gradient", estimate)),
               patch.object(MetaTraining, "validate", clocked("validation", MetaTraining.validate)),
-              patch.object(MetaTraining, "train", clocked_loop),
-              patch.object(sys, "argv", ["train.py", *settings]), contextlib.redirect_stdout(io.StringIO())):
+              patch.object(MetaTraining, "train", clocked_loop)):
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     counted = loop["all"] - loop["validation"]
     parts = {"gradient": loop["gradient"], "rest": counted - loop["gradient"], "validation": loop["validation"]}

@@ -24,7 +24,29 @@ def accuracy() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy}
+def speed() -> str:
+    rows = read_csv(ROOT / "results" / "bench.csv")
+    widths, steps = ([*dict.fromkeys(int(row[key]) for row in rows)] for key in ("width", "inner_steps"))
+    cells = {(row["estimator"], int(row["width"]), int(row["inner_steps"])): row for row in rows}
+
+    def seconds(name: str, width: int) -> str:
+        row = cells[name, width, steps[0]]
+        return f"{1e3 * float(row['seconds_16_tasks']):.0f} ms, {100 * float(row['fraction_of_limit']):.0f} %"
+
+    def megabytes(name: str, count: int) -> str:
+        row = cells[name, widths[-1], count]
+        return f"{float(row['peak_bytes']) / float(row['tasks_at_once']) / 1e6:.0f}"
+
+    header = [f"one meta-gradient of 16 tasks, {steps[0]} inner steps", *(f"{width} channels" for width in widths),
+              f"MB a task alive, {widths[-1]} channels, {' / '.join(map(str, steps))} inner steps"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for name in dict.fromkeys(row["estimator"] for row in rows):
+        lines.append(" | ".join([f"| {method(name).label}", *(seconds(name, width) for width in widths),
+                                 " / ".join(megabytes(name, count) for count in steps) + " |"]))
+    return "\n".join(lines)
+
+
+TABLES = {"accuracy": accuracy, "speed": speed}
 
 
 def main() -> None:

@@ -234,7 +234,7 @@ class NewtonCG(Solver):
         phi = problem.theta
         taken = torch.zeros(problem.rows, dtype=torch.long, device=phi.device)
         for _ in range(self.steps):
-            gradient = problem.gradient(phi)
+            gradient, hessian_product = problem.linearize(phi)
             residual = gradient.norm(dim=1)
             active = residual > self.tol
             if not active.any():
@@ -243,7 +243,7 @@ class NewtonCG(Solver):
             # A finished row asks for nothing: its right-hand side is zero.
             target = -gradient * active.unsqueeze(1)
             forcing = residual.sqrt().clamp(max=0.5)
-            step = conjugate_gradients(problem.linearize(phi)[1], target, self.cg_steps, forcing).x
+            step = conjugate_gradients(hessian_product, target, self.cg_steps, forcing).x
             step = torch.where(step.any(dim=1, keepdim=True), step, target)
             phi = phi + self._length(problem, phi, step, gradient).unsqueeze(1) * step
         return Solution(problem, phi - problem.theta, taken)
