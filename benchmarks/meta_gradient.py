@@ -49,7 +49,8 @@ ROOT = Path(__file__).parents[1]
 TASKS = 16
 INNER_LR = 0.1
 SHORT, FEW = 10, 2
-"""Up to SHORT inner steps all tasks are measured; beyond, FEW at most: every other costs the same."""
+"""Up to SHORT inner steps all tasks are measured; beyond, FEW at most, to save time: memory a task is the same, and so
+are seconds a task where task_chunk=auto is no more than FEW."""
 CHUNKS = (1, 2, 4, 8, 16)
 PATIENCE = 4.0
 """Chunks that at first take so many times as long as the best are not timed further."""

@@ -12,13 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
 from fobmaml.files import read_csv
-from fobmaml.plotting import METHODS, Method, new_figure
+from fobmaml.plotting import METHODS, new_figure
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = ("width", "inner_steps", "tasks_at_once", "seconds_median", "seconds_q25", "seconds_q75", "seconds_16_tasks",
            "multiply_adds", "matrix_product_gflops", "fraction_of_limit", "peak_bytes")
-LOOKS = {**METHODS, "maml_checkpoint": Method("MAML, checkpointed", METHODS["maml"].colour, METHODS["maml"].marker),
-         "higher": Method("MAML by higher", "#555555", "x"), "torchopt": Method("MAML by TorchOpt", "#999999", "h")}
 PEERS = ("higher", "torchopt")
 HOLLOW = {"maml_checkpoint": ":", "torchopt": "--"}
 """Those that lie on others' lines, with a line that lets these through."""
@@ -89,12 +87,12 @@ def draw_seconds(ax: Axes, rows: list[Row]) -> None:
     if name == "symmetric":
         limit = [scale * 2e-9 * row["multiply_adds"] / row["matrix_product_gflops"]
                  for row, scale in zip(rows, scales, strict=True)]
-        ax.plot(widths, limit, color=LOOKS[name].colour, linestyle="--", linewidth=1.0,
+        ax.plot(widths, limit, color=METHODS[name].colour, linestyle="--", linewidth=1.0,
                 label="arithmetic limit of symmetric")
 
 
 def style(name: str) -> Row:
-    look, hollow = LOOKS[name], name in HOLLOW
+    look, hollow = METHODS[name], name in HOLLOW
     return {"color": look.colour, "marker": look.marker, "label": look.label, "linewidth": 1.0,
             "markersize": 6.0 if name == "torchopt" else 4.0, "markerfacecolor": "none" if hollow else look.colour,
             "linestyle": HOLLOW.get(name, "-")}

@@ -125,6 +125,25 @@ def test_frozen_parameters_are_not_part_of_theta():
     assert not any("frozen" in name for name in learner.names)
 
 
+class Doubled(CNN1d):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [CNN1d, Doubled])
+def test_passes_by_hand_are_for_the_listed_network_only(kind):
+    model = kind((40,), 5, width=4).double()
+    assert Learner(CNN1d((40,), 5, width=4), F.cross_entropy).by_hand
+    if kind is CNN1d:
+        model.biases[1].requires_grad_(False)
+    learner, tasks = Learner(model, F.cross_entropy), _batch()
+    assert not learner.by_hand
+    rows = learner.theta().expand(3, -1)
+    gradient = InnerProblem(learner, rows, tasks, 0.0).gradient(rows)
+    support, _ = plain_losses(learner, tasks, 0)
+    torch.testing.assert_close(gradient[0], torch.func.grad(support)(rows[0]), rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(8), nn.SyncBatchNorm(8), nn.BatchNorm1d(8, track_running_stats=False),
                                    nn.InstanceNorm1d(8, track_running_stats=True), nn.Dropout(0.1)])
 def test_impure_layers_are_refused(layer):

@@ -49,7 +49,6 @@ class Learner:
     def __init__(self, model: nn.Module, loss_fn: LossFn, by_hand: bool = True):
         _check_pure(model)
         self.model, self.loss_fn = model, loss_fn
-        self.by_hand = by_hand and hasattr(model, "stacked_layers")
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError("model: takes a module with trainable parameters, got none")
@@ -60,6 +59,7 @@ class Learner:
         self.names = list(trainable)
         self.shapes = [p.shape for p in trainable.values()]
         self.sizes = [p.numel() for p in trainable.values()]
+        self.by_hand = by_hand and _lists_its_layers(model, set(trainable))
 
     @property
     def parameter_count(self) -> int:
@@ -178,6 +178,15 @@ class _ByAutograd:
 
     def hessian_product(self, v: Tensor) -> Tensor:
         return moved(self.g, self.phi, v)
+
+
+def _lists_its_layers(model: nn.Module, trainable: set[str]) -> bool:
+    """Whether ``stacked_layers`` is the model: it stands beside ``forward``, and all that it names is trainable."""
+    kind = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
+    if "stacked_layers" not in vars(kind):
+        return False
+    listed: Any = model
+    return {name for layer in listed.stacked_layers() for name in (layer.weight, layer.bias)} == trainable
 
 
 def _check_pure(model: nn.Module) -> None:
