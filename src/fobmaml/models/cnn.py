@@ -42,7 +42,9 @@ class CNN1d(nn.Module):
 
     def _add(self, taps: int, channels_in: int, channels_out: int) -> None:
         bound = 1.0 / math.sqrt(taps * channels_in)  # as torch.nn.Conv1d and Linear do
-        self.weights.append(nn.Parameter(torch.empty(channels_out, taps, channels_in).uniform_(-bound, bound)))
+        # Drawn in this order so that a seed stands for the network that the measurements in results/ began with.
+        drawn = torch.empty(taps, channels_in, channels_out).uniform_(-bound, bound)
+        self.weights.append(nn.Parameter(drawn.permute(2, 0, 1).contiguous()))
         self.biases.append(nn.Parameter(torch.empty(channels_out).uniform_(-bound, bound)))
 
     def forward(self, x: Tensor) -> Tensor:
