@@ -115,8 +115,8 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
     started = time.time()
     try:
         with stop_requests() as stop:
-            meta_train(training, record, checkpoint, stop)
-            log.info("measuring accuracy on %d meta-test tasks, and memory", training.settings.eval_tasks)
+            meta_train(training, state is None, record, checkpoint, stop)
+            log.info("measuring memory, and accuracy on %d meta-test tasks", training.settings.eval_tasks)
             record({**training.test(), **training.measure_memory()})
         summary["status"] = "completed"
     except BaseException as error:
@@ -137,9 +137,10 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
         events.close()
         write_json(summary_path, summary)
         wandb_run.finish(measured, exit_code=0 if summary["status"] == "completed" else 1)
-    learning_curve(read_events(folder / "metrics.jsonl"), summary, folder / "learning_curve.png")
+    if summary["val/loss"] is not None:
+        learning_curve(read_events(folder / "metrics.jsonl"), summary, folder / "learning_curve.png")
     report(summary, folder)
-    return cast(float | None, training.latest["val/accuracy"])
+    return cast(float | None, training.latest.get("val/accuracy"))
 
 
 def build(cfg: DictConfig) -> MetaTraining:
@@ -148,10 +149,11 @@ def build(cfg: DictConfig) -> MetaTraining:
         device = choose_device(cfg.device)
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
         one_of("wandb.mode", cfg.wandb.mode, ("offline", "online", "disabled"))
-        settings = Settings(**{key: cfg[key] for key in ("steps", "seed", "meta_batch", "task_chunk", "memory_limit_mb",
-                                                         "schedule", "log_every", "checkpoint_every")},
-                            **{f"eval_{key}": value for key, value in cfg.eval.items()},
-                            **{f"bias_{key}": value for key, value in cfg.bias.items()})
+        settings = Settings(**{key: cfg[key] for key in ("steps", "seed", "meta_batch", "fixed_tasks", "task_chunk",
+                                                         "memory_limit_mb", "schedule", "log_every",
+                                                         "checkpoint_every")},
+                            **{f"{group}_{key}": value for group in ("eval", "bias", "smoothness", "curvature")
+                               for key, value in cfg[group].items()})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # differences need all digits
     dataset = build_part(cfg, "dataset")
@@ -183,7 +185,7 @@ def bad_values_named() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ConfigError(re.sub("^(eval|bias)_", r"\1.", str(error))) from error
+        raise ConfigError(re.sub("^(eval|bias|smoothness|curvature)_", r"\1.", str(error))) from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -217,30 +219,26 @@ def sweep_name() -> str | None:
     return Path(config.sweep.dir).as_posix() if config.mode == RunMode.MULTIRUN else None
 
 
-def meta_train(training: MetaTraining, record: Callable[[Event], None], checkpoint: Callable[[], None],
+def meta_train(training: MetaTraining, fresh: bool, record: Callable[[Event], None], checkpoint: Callable[[], None],
                stop: "StopRequest") -> None:
-    """The loop: meta-steps, and after each what is due."""
+    """The loop: meta-steps, and after each what is due; what is due at the start, if it is ``fresh``."""
     s = training.settings
-    if "val/loss" not in training.latest:
-        record(training.validate())
+    if fresh:
+        record(training.measure(first=True))
         checkpoint()
     on_terminal = sys.stderr.isatty()
     with (logging_redirect_tqdm() if on_terminal else nullcontext(),
           tqdm(total=s.steps, initial=training.step, unit="step", disable=not on_terminal, dynamic_ncols=True,
                desc="meta-training") as bar):
         for event in training.train():
-            due = {name: every and (training.step % every == 0 or training.step == s.steps)
-                   for name, every in (("eval", s.eval_every), ("bias", s.bias_every), ("save", s.checkpoint_every))}
-            if due["eval"]:
-                event |= training.validate()
-            if due["bias"]:
-                event |= training.measure_bias()
+            measured = training.measure()
+            event |= measured
             record(event)
-            if due["save"] or stop.requested:
+            if training.step % s.checkpoint_every == 0 or training.step == s.steps or stop.requested:
                 checkpoint()
             bar.set_postfix(progress(training), refresh=False)
             bar.update()
-            if due["eval"] and not on_terminal:
+            if measured and not on_terminal:
                 log.info("step %d/%d, %s, %.0f s left", training.step, s.steps,
                          ", ".join(f"{key} {value}" for key, value in progress(training).items()),
                          (s.steps - training.step) * statistics.median(training.step_seconds))

@@ -28,9 +28,10 @@ KINDS = {"matrix products": ("aten::bmm", "aten::baddbmm"), "activations": ("ate
 
 def shares(width: int, repeats: int) -> list[dict[str, object]]:
     """Medians over ``repeats`` of each kind's seconds, and of the rate of the matrix products."""
-    tasks = MNIST1D().sample("train", 16, torch.Generator().manual_seed(0)).to(dtype=torch.float32)
+    source = MNIST1D()
+    tasks = source.sample("train", 16, torch.Generator().manual_seed(0)).to(dtype=torch.float32)
     torch.manual_seed(0)
-    learner = Learner(CNN1d((40,), 5, width=width), MNIST1D.loss_fn)
+    learner = Learner(CNN1d((40,), 5, width=width), source.loss_fn)
     estimator, theta = Symmetric(GradientDescent()), learner.theta()
     chunk = chunk_size(learner, tasks, estimator)
 

@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import dense_meta_gradient, relative_error, tasks_of
+from conftest import dense_meta_gradient, plain_losses, relative_error, tasks_of
 
 from fobmaml import Learner
 from fobmaml.estimators import FOMAML, MAML, Reptile, Symmetric, estimate
-from fobmaml.measure import bias, peak_bytes
+from fobmaml.measure import bias, curvature, peak_bytes, smoothness
 from fobmaml.models import CNN1d
 from fobmaml.solvers import BarzilaiBorwein, GradientDescent, NewtonCG
+from fobmaml.tasks import MNIST1D
 
 MB = 2**20
 
@@ -135,3 +136,63 @@ def test_bias_that_cannot_be_had_says_why(mnist1d, monkeypatch):
     assert found.relative_error is None
     assert found.cosine is None
     assert found.reason.startswith("inner solve: 4 of 4 tasks")
+
+
+def test_smoothness_of_a_quadratic_is_its_hessian_along_the_gradient():
+    """Least squares and a linear model: after K steps F is still a quadratic, and its Hessian A is constant."""
+    learner, tasks = tasks_of("least_squares")
+    solver = GradientDescent(steps=3, lr=0.1)
+
+    def objective(theta):
+        total = 0.0
+        for task in range(len(tasks)):
+            support, query = plain_losses(learner, tasks, task)
+            phi = theta
+            for _ in range(3):
+                phi = phi - 0.1 * torch.func.grad(support)(phi)
+            total = total + query(phi) / len(tasks)
+        return total
+
+    theta = learner.theta()
+    a, g = torch.func.jacrev(torch.func.grad(objective))(theta), torch.func.grad(objective)(theta)
+    for radius in (1e-3, 1.0):
+        found = smoothness(MAML(solver), learner, tasks, radius)
+        assert found.local == pytest.approx(float((a @ g).norm() / g.norm()), rel=1e-9)
+        assert found.gradient_norm == pytest.approx(float(g.norm()), rel=1e-12)
+    with pytest.raises(ValueError, match=r"^radius=0: takes a finite number above 0"):
+        smoothness(MAML(solver), learner, tasks, 0)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_curvature_is_that_of_the_dense_hessian_and_jacobian(loss):
+    source = MNIST1D(ways=3, shots=2, queries=2, loss=loss)
+    tasks = source.sample("train", 2, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    learner = Learner(CNN1d((40,), 3, width=4).double(), source.loss_fn)
+    theta, solver = learner.theta(), GradientDescent(steps=4, lr=0.2)
+    found = curvature(learner, tasks, solver)
+    wanted = []
+    for task in range(2):
+        hessian = torch.func.hessian(plain_losses(learner, tasks, task)[0])(theta)
+        outputs = lambda flat, x=tasks.support_x[task]: torch.func.functional_call(  # noqa: E731
+            learner.model, learner.fold(flat), (x,))
+        j, m = torch.func.jacrev(outputs)(theta), outputs(theta)  # [N, C, P], [N, C]
+        p = m.softmax(-1)
+        b = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1) if loss == "cross_entropy" else 2 / 3 * torch.eye(3)
+        gauss_newton = torch.einsum("ncp,ncd,ndq->pq", j, b.expand(len(m), 3, 3).to(j), j) / len(m)
+        spectra = [torch.linalg.eigvalsh(part) for part in (hessian, gauss_newton, hessian - gauss_newton)]
+        wanted.append([s.abs().max() for s in spectra] + [spectra[0].min()])
+    values = torch.tensor(wanted, dtype=torch.float64).mean(0).tolist()
+    assert [found.hessian, found.gauss_newton, found.network, found.lowest] == pytest.approx(values, rel=1e-6)
+    exact, first_order = (estimate(kind(solver), learner, theta, tasks).gradient for kind in (MAML, FOMAML))
+    assert found.fomaml_error == pytest.approx(relative_error(first_order, exact), rel=1e-9)
+    assert 0 < found.gauss_newton_error < found.fomaml_error
+
+
+def test_a_linear_model_has_no_curvature_of_its_own():
+    learner, tasks = tasks_of("logistic")
+    found = curvature(learner, tasks, GradientDescent(steps=3, lr=0.5))
+    assert found.network < 1e-12 * found.hessian
+    assert found.gauss_newton_error < 1e-12 < 1e-3 < found.fomaml_error
+    with pytest.raises(ValueError, match=r"^momentum=0.5: takes 0"):
+        curvature(learner, tasks, GradientDescent(steps=3, momentum=0.5))

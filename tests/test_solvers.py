@@ -7,7 +7,7 @@ from conftest import newton, plain_losses, tasks_of
 
 from fobmaml import Learner
 from fobmaml.models import CNN1d
-from fobmaml.solvers import BarzilaiBorwein, GradientDescent, InnerProblem, NewtonCG, conjugate_gradients
+from fobmaml.solvers import BarzilaiBorwein, GradientDescent, Inexact, InnerProblem, NewtonCG, conjugate_gradients
 
 LAM = 0.5
 
@@ -107,3 +107,18 @@ def test_conjugate_gradients_row_by_row():
 def test_bad_arguments(make, text):
     with pytest.raises(ValueError, match=f"^{text}"):
         make()
+
+
+def test_inexact_is_off_by_delta_and_never_the_same_way():
+    learner, tasks = tasks_of("logistic")
+    problem = InnerProblem(learner, learner.theta(), tasks, 1.0)
+    exact = NewtonCG(tol=1e-14).solve(problem).phi
+    solver = Inexact(delta=1e-3)
+    errors = [solver.solve(problem).phi - exact for _ in range(2)]
+    for error in errors:
+        torch.testing.assert_close(error.norm(dim=1), torch.full((len(tasks),), 1e-3, dtype=torch.float64), rtol=1e-6,
+                                   atol=0)
+    assert torch.nn.functional.cosine_similarity(errors[0], errors[1]).abs().max() < 0.99
+    assert torch.equal(Inexact(delta=1e-3).solve(problem).phi - exact, errors[0])
+    with pytest.raises(ValueError, match=r"^delta=-1: takes a finite number of at least 0"):
+        Inexact(delta=-1)

@@ -148,3 +148,12 @@ def test_task_batch_checks_its_tensors():
                 [x[:, :0], y[:, :0], x, y]):
         with pytest.raises(ValueError, match="takes"):
             TaskBatch(*bad)
+
+
+def test_mean_squared_error_is_to_one_hot_targets():
+    source = MNIST1D(loss="mse")
+    outputs, targets = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0, 2])
+    wanted = torch.nn.functional.mse_loss(outputs, torch.nn.functional.one_hot(targets).double())
+    torch.testing.assert_close(source.loss_fn(outputs, targets), wanted)
+    with pytest.raises(ValueError, match=r"^loss=l1: takes one of cross_entropy, mse"):
+        MNIST1D(loss="l1")

@@ -18,7 +18,8 @@ from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings
 QUICK = {"steps": 1, "seed": 0, "meta_batch": 16, "task_chunk": "auto",
          "memory_limit_mb": None, "schedule": "cosine", "log_every": 10,
          "checkpoint_every": 100, "eval_every": 100, "eval_tasks": 8, "eval_validation_tasks": 8, "bias_every": 0,
-         "bias_tasks": 2, "bias_tol": 1e-8}
+         "bias_tasks": 2, "bias_tol": 1e-8, "fixed_tasks": False, "smoothness_every": 0, "smoothness_tasks": 2,
+         "smoothness_radius": 1e-3, "curvature_every": 0, "curvature_tasks": 2}
 
 
 def _training(source, steps: int = 8, seed: int = 0, optimizer=SNGDM, lr: float = 0.1, estimator=None, **settings):
@@ -165,6 +166,38 @@ def test_memory_limit_bounds_what_is_alive(mnist1d):
         _training(mnist1d, memory_limit_mb=5, task_chunk=2)
 
 
+def test_fixed_tasks_are_the_same_everywhere(mnist1d):
+    training = _training(mnist1d, fixed_tasks=True)
+    reference = training.tasks("train", 4, 0)
+    for split, seed, step in (("train", 0, 7), ("validation", 5, 0), ("test", 0, 1)):
+        assert torch.equal(training.tasks(split, 4, seed, step).query_x, reference.query_x)
+
+
+def test_what_is_due(mnist1d):
+    """At the start all that is on, then every so many steps, and at the end."""
+    training = _training(mnist1d, steps=5, eval_every=2, bias_every=0, smoothness_every=4, curvature_every=3,
+                         estimator=MAML(solvers.GradientDescent(2)))
+    seen = [sorted({key.split("/")[0] for key in training.measure(first=True)})]
+    for _ in training.train():
+        seen.append(sorted({key.split("/")[0] for key in training.measure()}))
+    everything = ["curvature", "smoothness", "time", "val"]
+    assert seen == [everything, [], ["time", "val"], ["curvature"], ["smoothness", "time", "val"], everything]
+
+
+def test_measuring_without_training_or_tasks(mnist1d):
+    training = _training(mnist1d, steps=0, eval_tasks=0, eval_validation_tasks=0, bias_every=1)
+    assert list(training.train()) == []
+    assert set(training.measure(first=True)) == {"bias/relative_error", "bias/cosine", "bias/reference", "bias/reason",
+                                                 "bias/exact_norm"}
+    assert training.test() == {}
+    assert training.measure_memory()["memory/peak_bytes"] > 0
+
+
+def test_curvature_needs_plain_gradient_descent(mnist1d):
+    with pytest.raises(ValueError, match=r"^curvature_every=1: takes solver=gd without momentum"):
+        _training(mnist1d, curvature_every=1, estimator=Symmetric(solvers.GradientDescent(momentum=0.5)))
+
+
 @pytest.mark.slow
 def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
     """A ratio, with a wide margin: sampling is some half a millisecond, a default meta-step over a hundred."""
@@ -181,9 +214,9 @@ def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
 
 
 @pytest.mark.parametrize(("setting", "value"), [
-    ("steps", 0), ("steps", 2.5), ("meta_batch", 0), ("task_chunk", "some"), ("task_chunk", 0), ("schedule", "linear"),
+    ("steps", -1), ("steps", 2.5), ("meta_batch", 0), ("task_chunk", "some"), ("task_chunk", 0), ("schedule", "linear"),
     ("eval_every", 0), ("eval_tasks", 1), ("bias_every", -1), ("bias_tol", 0), ("seed", -1), ("checkpoint_every", 0),
-    ("memory_limit_mb", 0),
+    ("memory_limit_mb", 0), ("fixed_tasks", 1), ("smoothness_radius", 0), ("curvature_every", -1),
 ])
 def test_bad_settings(setting, value):
     with pytest.raises(ValueError, match=f"^{setting}={value}: takes"):

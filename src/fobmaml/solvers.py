@@ -262,6 +262,27 @@ class NewtonCG(Solver):
         return length
 
 
+class Inexact(NewtonCG):
+    """A solve of known precision: ``NewtonCG``'s solution, moved by exactly ``delta`` in a random direction a row.
+
+    For measuring how an estimator's bias depends on δ = ‖φ − φ*‖ where the errors of different offsets have nothing in
+    common, which is the theory's case; a real solver's errors partly cancel. The directions come from a generator
+    that ``seed`` starts, so that no two solves share one. Cost: that of ``NewtonCG``, whose ``tol`` must be far below
+    λ · ``delta``. Raises ValueError unless delta ≥ 0.
+    """
+
+    def __init__(self, delta: float = 1e-3, seed: int = 0, steps: int = 100, tol: float = 1e-13, cg_steps: int = 250):
+        super().__init__(steps, tol, cg_steps)
+        self.delta = number("delta", delta, at_least=0.0)
+        self.generator = torch.Generator().manual_seed(whole_number("seed", seed, at_least=0))
+
+    def solve(self, problem: InnerProblem) -> Solution:
+        exact = super().solve(problem)
+        away = torch.randn(exact.displacement.shape, generator=self.generator, dtype=torch.float64)
+        away *= self.delta / away.norm(dim=1, keepdim=True)
+        return Solution(problem, exact.displacement + away.to(exact.displacement), exact.steps)
+
+
 @dataclass(frozen=True)
 class LinearSolve:
     """``x`` [R, P]; ``relative_residual`` [R]; ``negative_curvature`` [R], True where the matrix was found not to be

@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.learner import Learner
-from fobmaml.measure import bias, peak_bytes
+from fobmaml.measure import bias, curvature, peak_bytes, smoothness
+from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import Split, TaskBatch, TaskSource
 
 EVALUATION_SEED = 0
@@ -37,6 +38,7 @@ class Settings:
     steps: int
     seed: int
     meta_batch: int
+    fixed_tasks: bool
     task_chunk: int | str
     memory_limit_mb: float | None
     schedule: str
@@ -48,14 +50,24 @@ class Settings:
     bias_every: int
     bias_tasks: int
     bias_tol: float
+    smoothness_every: int
+    smoothness_tasks: int
+    smoothness_radius: float
+    curvature_every: int
+    curvature_tasks: int
 
     def __post_init__(self) -> None:
-        for name in ("steps", "meta_batch", "log_every", "checkpoint_every", "eval_every", "bias_tasks"):
+        for name in ("meta_batch", "log_every", "checkpoint_every", "eval_every", "bias_tasks", "smoothness_tasks",
+                     "curvature_tasks"):
             whole_number(name, getattr(self, name))
-        for name in ("eval_tasks", "eval_validation_tasks"):  # an interval needs two
-            whole_number(name, getattr(self, name), at_least=2)
-        for name in ("seed", "bias_every"):
+        for name in ("steps", "seed", "eval_tasks", "eval_validation_tasks", "bias_every", "smoothness_every",
+                     "curvature_every"):
             whole_number(name, getattr(self, name), at_least=0)
+        for name in ("eval_tasks", "eval_validation_tasks"):  # an interval needs two
+            if getattr(self, name) == 1:
+                raise refuse(name, 1, "a whole number of at least 2, or 0 for none")
+        if not isinstance(self.fixed_tasks, bool):
+            raise refuse("fixed_tasks", self.fixed_tasks, "true or false")
         if self.task_chunk != "auto":
             try:
                 whole_number("task_chunk", self.task_chunk)
@@ -67,6 +79,7 @@ class Settings:
                 raise refuse("memory_limit_mb", self.memory_limit_mb, "task_chunk=auto, which it limits")
         one_of("schedule", self.schedule, ("cosine", "constant"))
         number("bias_tol", self.bias_tol, above=0.0)
+        number("smoothness_radius", self.smoothness_radius, above=0.0)
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,9 @@ class MetaTraining:
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         _ = self._at_most  # a limit that is too low is refused here
+        if settings.curvature_every and not (isinstance(estimator.solver, GradientDescent)
+                                             and estimator.solver.momentum == 0.0):
+            raise refuse("curvature_every", settings.curvature_every, "solver=gd without momentum, or 0 for never")
         self.step = 0
         self.latest: Event = {"model/parameters": self.learner.parameter_count}
         self.step_seconds: list[float] = []
@@ -106,7 +122,9 @@ class MetaTraining:
         return 0.5 * (1.0 + math.cos(math.pi * step / self.settings.steps))
 
     def tasks(self, split: Split, count: int, seed: int, step: int = 0) -> TaskBatch:
-        """Tasks as a function of (split, seed, step), in float64 on the CPU."""
+        """Tasks as a function of (split, seed, step), in float64 on the CPU; with ``fixed_tasks`` of count alone."""
+        if self.settings.fixed_tasks:
+            split, seed, step = "train", self.settings.seed, 0
         entropy = np.random.SeedSequence([seed, ("train", "validation", "test").index(split), step])
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
         return self.source.sample(split, count, generator)
@@ -189,7 +207,8 @@ class MetaTraining:
 
     def validate(self) -> Event:
         score = self.evaluate("validation", self.settings.eval_validation_tasks)
-        return self._record({"val/accuracy": score.accuracy, "val/loss": score.loss})
+        return self._record({"val/accuracy": score.accuracy, "val/loss": score.loss,
+                             "time/train_s": math.fsum(self.step_seconds)})
 
     def measure_bias(self) -> Event:
         """The bias at the present θ on fixed validation tasks."""
@@ -197,10 +216,38 @@ class MetaTraining:
         tasks = self.tasks("validation", s.bias_tasks, EVALUATION_SEED, step=1).to(self.learner.device)
         b = bias(self.estimator, self.learner, tasks, s.bias_tol)
         return self._record({"bias/relative_error": b.relative_error, "bias/cosine": b.cosine,
-                             "bias/reference": b.reference, "bias/reason": b.reason})
+                             "bias/reference": b.reference, "bias/reason": b.reason,
+                             "bias/exact_norm": b.exact_norm})
+
+    def measure_smoothness(self) -> Event:
+        """The local smoothness of the estimator's F at the present θ on fixed validation tasks."""
+        s = self.settings
+        tasks = self._placed(self.tasks("validation", s.smoothness_tasks, EVALUATION_SEED, step=2))
+        found = smoothness(self.estimator, self.learner, tasks, s.smoothness_radius)
+        return self._record({"smoothness/local": found.local, "smoothness/gradient_norm": found.gradient_norm})
+
+    def measure_curvature(self) -> Event:
+        """The support loss's curvature at the present θ on fixed validation tasks, and FO-MAML's error there."""
+        tasks = self._placed(self.tasks("validation", self.settings.curvature_tasks, EVALUATION_SEED, step=3))
+        solver = self.estimator.solver
+        assert isinstance(solver, GradientDescent)
+        found = curvature(self.learner, tasks, solver)
+        return self._record({f"curvature/{name}": value for name, value in asdict(found).items()})
+
+    def measure(self, first: bool = False) -> Event:
+        """What is due after the present step, or at the start: ``first``."""
+        s, event = self.settings, Event()
+        for every, measurement in ((s.eval_every if s.eval_validation_tasks else 0, self.validate),
+                                   (s.bias_every, self.measure_bias), (s.smoothness_every, self.measure_smoothness),
+                                   (s.curvature_every, self.measure_curvature)):
+            if every and (first or self.step % every == 0 or self.step == s.steps):
+                event |= measurement()
+        return event
 
     def test(self) -> Event:
         """The score on the meta-test tasks, which every estimator and seed shares. Look at it once."""
+        if not self.settings.eval_tasks:
+            return {}
         score = self.evaluate("test", self.settings.eval_tasks)
         return self._record({"test/accuracy": score.accuracy, "test/accuracy_ci95": score.accuracy_ci95,
                              "test/loss": score.loss})

@@ -15,13 +15,14 @@ from fobmaml.tasks.batch import TaskBatch
 class Bias:
     """``relative_error`` ‖g − ∇F‖/‖∇F‖ and ``cosine`` of g and ∇F for the mean over tasks, or None with a ``reason``.
 
-    ``reference`` says what ∇F was.
+    ``reference`` says what ∇F was, ``exact_norm`` is ‖∇F‖.
     """
 
     relative_error: float | None
     cosine: float | None
     reference: str
     reason: str | None = None
+    exact_norm: float | None = None
 
 
 def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 1e-8) -> Bias:
@@ -53,4 +54,5 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     if norm == 0 or not torch.isfinite(norm):
         return Bias(None, None, name, f"the exact meta-gradient has norm {float(norm)}")
     relative_error = float((returned - exact).norm() / norm)
-    return Bias(relative_error, float(torch.nn.functional.cosine_similarity(returned, exact, dim=0)), name)
+    return Bias(relative_error, float(torch.nn.functional.cosine_similarity(returned, exact, dim=0)), name,
+                exact_norm=float(norm))

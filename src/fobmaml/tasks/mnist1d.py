@@ -11,12 +11,22 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from fobmaml.arguments import refuse, whole_number
+from fobmaml.arguments import one_of, refuse, whole_number
 from fobmaml.files import write_atomically
+from fobmaml.losses import LossFn
 from fobmaml.tasks.batch import Split, TaskBatch
 
 VALIDATION_EXAMPLES_PER_CLASS = 80
 Arrays = dict[str, NDArray[np.float64]]
+
+
+def mean_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(outputs − one-hot targets)², the mean over examples and classes: [N, C], [N] -> scalar."""
+    one_hot = targets.unsqueeze(-1) == torch.arange(outputs.shape[-1], device=targets.device)
+    return (outputs - one_hot.to(outputs.dtype)).square().mean()  # mse_loss fails under jvp of grad
+
+
+LOSSES: dict[str, LossFn] = {"cross_entropy": F.cross_entropy, "mse": mean_squared_error}
 
 
 def generate_arrays() -> Arrays:
@@ -75,17 +85,19 @@ class MNIST1D:
     examples, all distinct. Meta-test tasks come from the 1000 published test examples, meta-validation tasks from 80
     training examples a digit (the last ones), meta-train tasks from the rest.
 
+    ``loss``: ``cross_entropy``, or ``mse``: the mean squared distance of the outputs to one-hot targets.
     Raises ValueError if a split has too few classes or examples.
     """
 
     input_shape = (40,)
     classification = True
-    loss_fn = staticmethod(F.cross_entropy)
 
-    def __init__(self, ways: int = 5, shots: int = 5, queries: int = 15, cache: Path | None = None):
+    def __init__(self, ways: int = 5, shots: int = 5, queries: int = 15, loss: str = "cross_entropy",
+                 cache: Path | None = None):
         self.ways = self.outputs = whole_number("ways", ways, at_least=2, at_most=10)
         self.shots = whole_number("shots", shots)
         self.queries = whole_number("queries", queries)
+        self.loss_fn: LossFn = LOSSES[one_of("loss", loss, tuple(LOSSES))]
         arrays = load_arrays(cache)
         held_out = VALIDATION_EXAMPLES_PER_CLASS
         x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])

@@ -1,0 +1,100 @@
+"""The curvature that first-order methods drop: the Hessian of the support loss and its two parts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+
+from fobmaml.learner import Learner
+from fobmaml.solvers import GradientDescent
+from fobmaml.tasks.batch import TaskBatch
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Means over tasks at θ. With M the network's outputs and ℓ the loss of its outputs, the Hessian of the support
+    loss is JᵀBJ + Σⱼ (∂ℓ/∂Mⱼ) ∇²Mⱼ: the Gauss–Newton part (B = ∂²ℓ/∂M²), and the network's own curvature.
+
+    ``hessian``, ``gauss_newton``, ``network``: spectral norms of the sum and of the two parts; ``lowest``: the least
+    eigenvalue of the sum. ``fomaml_error``: ‖g − ∇F‖/‖∇F‖ of FO-MAML's g, ∇F the gradient of MAML's K-step objective;
+    ``gauss_newton_error``: the same for a g that drops the network's own curvature only.
+    """
+
+    hessian: float
+    gauss_newton: float
+    network: float
+    lowest: float
+    fomaml_error: float
+    gauss_newton_error: float
+
+
+def curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> Curvature:
+    """At the model's present parameters, by dense matrices: for networks of a few thousand parameters, in float64.
+
+    ``solver``: gradient descent without momentum, whose K steps MAML's objective takes. Cost, a task: P
+    Hessian-vector products and three eigenvalue decompositions [P, P], and 2K products.
+    Reference: Schraudolph 2002 (Gauss–Newton products); Finn et al. 2017, arXiv:1703.03400, section 5.2.
+    Raises ValueError for a solver with momentum.
+    """
+    if solver.momentum:
+        raise ValueError(f"momentum={solver.momentum}: takes 0, the steps that MAML's formula is written for")
+    theta = learner.theta()
+    exact, first_order, without_network = [], [], []
+    spectra = torch.zeros(4, dtype=torch.float64)
+    for task in tasks.split(1):
+        support = _Loss(learner, task.support_x[0], task.support_y[0])
+        query = _Loss(learner, task.query_x[0], task.query_y[0])
+        eye = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
+        hessian = vmap(support.hessian_product(theta), chunk_size=256)(eye)
+        gauss_newton = support.gauss_newton(theta)
+        eigenvalues = [torch.linalg.eigvalsh(part) for part in (hessian, gauss_newton, hessian - gauss_newton)]
+        spectra += torch.stack([*(e.abs().max() for e in eigenvalues), eigenvalues[0].min()]).cpu() / len(tasks)
+        path = [theta]
+        for _ in range(solver.steps):
+            path.append(path[-1] - solver.lr * grad(support)(path[-1]))
+        g = grad(query)(path.pop())
+        by_hessian, by_gauss_newton = g, g
+        for phi in reversed(path):
+            by_hessian = by_hessian - solver.lr * support.hessian_product(phi)(by_hessian)
+            by_gauss_newton = by_gauss_newton - solver.lr * support.gauss_newton_product(phi)(by_gauss_newton)
+        exact.append(by_hessian)
+        first_order.append(g)
+        without_network.append(by_gauss_newton)
+    meta_gradient = torch.stack(exact).mean(0)
+
+    def error(rows: list[Tensor]) -> float:
+        return float((torch.stack(rows).mean(0) - meta_gradient).norm() / meta_gradient.norm())
+
+    hessian_norm, gauss_newton_norm, network_norm, lowest = spectra.tolist()
+    return Curvature(hessian_norm, gauss_newton_norm, network_norm, lowest, error(first_order), error(without_network))
+
+
+class _Loss:
+    """One example set's loss as a function of flat parameters, and products with its curvature."""
+
+    def __init__(self, learner: Learner, x: Tensor, y: Tensor):
+        self.outputs: Function = lambda phi: functional_call(learner.model, learner.fold(phi), (x,)).flatten()
+        shape = self.outputs(learner.theta()).view(len(y), -1).shape if y.dim() == 1 else y.shape
+        self.loss: Function = lambda m: learner.loss_fn(m.view(shape), y)
+
+    def __call__(self, phi: Tensor) -> Tensor:
+        return self.loss(self.outputs(phi))
+
+    def hessian_product(self, phi: Tensor) -> Function:
+        return lambda v: jvp(grad(self), (phi,), (v,))[1]
+
+    def gauss_newton_product(self, phi: Tensor) -> Function:
+        def product(v: Tensor) -> Tensor:
+            m, pushed = cast(tuple[Tensor, Tensor], jvp(self.outputs, (phi,), (v,)))
+            return vjp(self.outputs, phi)[1](jvp(grad(self.loss), (m,), (pushed,))[1])[0]
+
+        return product
+
+    def gauss_newton(self, phi: Tensor) -> Tensor:
+        j = jacrev(self.outputs)(phi)
+        return j.T @ jacrev(grad(self.loss))(self.outputs(phi)) @ j

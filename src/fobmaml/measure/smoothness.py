@@ -1,0 +1,32 @@
+"""How fast the meta-gradient changes: the local smoothness of F where training passes."""
+
+from dataclasses import dataclass
+
+from fobmaml.arguments import number
+from fobmaml.estimators import Estimator, chunk_size, estimate
+from fobmaml.learner import Learner
+from fobmaml.tasks.batch import TaskBatch
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """``local``: ‖∇F(θ + d) − ∇F(θ)‖ / ‖d‖ with d along −∇F(θ), the way a gradient step goes; ``gradient_norm``:
+    ‖∇F(θ)‖."""
+
+    local: float
+    gradient_norm: float
+
+
+def smoothness(estimator: Estimator, learner: Learner, tasks: TaskBatch, radius: float = 1e-3) -> Smoothness:
+    """At the model's present parameters, with ∇F by ``estimator`` and ‖d‖ = ``radius``.
+
+    It is the F of the estimator: use ``MAML``, whose gradient is that of its K-step objective, or ``Exact``, in
+    float64. Cost: two meta-gradients. Reference: Zhang, He, Sra & Jadbabaie 2020, arXiv:1905.11881, section 5, who
+    measure the smoothness of training losses so. Raises ValueError unless radius > 0.
+    """
+    number("radius", radius, above=0.0)
+    theta, chunk = learner.theta(), chunk_size(learner, tasks, estimator)
+    here = estimate(estimator, learner, theta, tasks, chunk, diagnose=False).gradient
+    norm = here.norm()
+    there = estimate(estimator, learner, theta - radius / norm * here, tasks, chunk, diagnose=False).gradient
+    return Smoothness(float((there - here).norm() / radius), float(norm))
