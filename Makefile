@@ -31,7 +31,7 @@ lint: setup ## check style and types
 	@$(BIN)/mypy
 
 figures: setup ## redraw every figure, and README's tables, from results/
-	@for script in scripts/figure_*.py; do $(BIN)/python $$script || exit 1; done
+	@$(BIN)/python scripts/figures.py
 	@$(BIN)/python scripts/tables.py
 
 reproduce: setup ## run the experiments behind results/ again (what is complete is not run twice), then draw
@@ -41,7 +41,7 @@ reproduce: setup ## run the experiments behind results/ again (what is complete 
 bench: setup .venv/bench ## time and memory of one meta-gradient, other libraries' too, into results/; QUICK=1: a small try
 	@$(BIN)/python benchmarks/meta_gradient.py $(if $(QUICK),--quick) $(ARGS)
 	@$(if $(QUICK),,$(BIN)/python benchmarks/breakdown.py)
-	@$(BIN)/python scripts/figure_bench.py $(if $(QUICK),outputs/bench-quick)
+	@$(BIN)/python scripts/figure_time.py $(if $(QUICK),outputs/bench-quick)
 
 .venv/bench: .venv/complete
 	@echo "installing the libraries to compare with into .venv"

@@ -1,36 +1,31 @@
-"""Draws results/figures/accuracy.png and .pdf: validation accuracy by meta-step, test accuracy at the end."""
+"""Draws accuracy.png and .pdf: validation accuracy by meta-step and by training time, every method."""
 
-import sys
-from pathlib import Path
+from figures import groups, legend_below, load, save, style
+from statistics_of_runs import interval
 
-from fobmaml.files import read_csv
-from fobmaml.plotting import method, new_figure
-
-RESULTS = Path(__file__).parents[1] / "results"
+from fobmaml.plotting import new_figure
 
 
 def main() -> None:
-    tables = [RESULTS / "accuracy.csv", RESULTS / "accuracy_curves.csv"]
-    for table in tables:
-        if not table.exists():
-            sys.exit(f"error: {table.relative_to(RESULTS.parent)} is missing: make reproduce ARGS=accuracy makes it")
-    runs, curves = map(read_csv, tables)
-    figure, (ax,) = new_figure(width_in=3.5, height_in=2.8)
-    for run in runs:
-        look = method(run["estimator"])
-        points = [(int(row["step"]), 100 * float(row["val/accuracy"])) for row in curves if row["run"] == run["run"]]
-        accuracy, half = 100 * float(run["test/accuracy"]), 100 * float(run["test/accuracy_ci95"])
-        ax.plot(*zip(*points, strict=True), color=look.colour, marker=look.marker, markevery=4, markersize=3.5,
-                linewidth=1.0, label=f"{look.label}\ntest {accuracy:.1f} ± {half:.1f} %")
-    ax.set_xlabel("meta-step")
-    ax.set_ylabel("validation accuracy (%)")
-    ax.set_title("MNIST-1D, 5-way 5-shot", fontsize=8)
-    ax.legend(fontsize=8, frameon=False, loc="lower right")
-    (RESULTS / "figures").mkdir(exist_ok=True)
-    for suffix in ("png", "pdf"):
-        path = RESULTS / "figures" / f"accuracy.{suffix}"
-        figure.savefig(path, metadata={"CreationDate": None} if suffix == "pdf" else {"Software": None})
-        print(path.relative_to(RESULTS.parent))
+    rows = [row for row in load("accuracy_curves", columns=("seed", "time/train_s")) if row["val/accuracy"] is not None]
+    figure, axes = new_figure(columns=2, width_in=7.0, height_in=3.1)
+    seeds = len({row["seed"] for row in rows})
+    for name, found in groups(rows, "estimator").items():
+        steps = groups(found, "step")
+        bands = [interval([100 * row["val/accuracy"] for row in at]) for at in steps.values()]
+        seconds = [sum(row["time/train_s"] for row in at) / len(at) for at in steps.values()]
+        for ax, x in zip(axes, (list(steps), seconds), strict=True):
+            ax.plot(x, [mean for mean, _ in bands], **style(name, markevery=4))
+            ax.fill_between(x, [mean - half for mean, half in bands], [mean + half for mean, half in bands],
+                            color=style(name)["color"], alpha=0.15, linewidth=0)
+    axes[0].set_xlabel("meta-step")
+    axes[1].set_xlabel("seconds of training (one thread)")
+    axes[1].set_xscale("log")
+    axes[1].set_xlim(left=3)
+    axes[0].set_ylabel("validation accuracy (%)")
+    axes[0].set_title(f"mean and 95 % interval over {seeds} seeds", fontsize=8)
+    legend_below(figure, axes, 4)
+    save(figure, "accuracy")
 
 
 if __name__ == "__main__":

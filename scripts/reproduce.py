@@ -1,14 +1,20 @@
 """Runs the experiments behind results/ and collects them: python scripts/reproduce.py [experiment ...]
 
-Each run has a folder below outputs/reproduce/. One that is complete is not run again, one that was stopped continues.
-``--collect`` only collects what is there.
+An experiment is a sweep, configs/experiment/NAME.yaml, its jobs below outputs/experiments/NAME. A job that is complete
+is not run again, one that was stopped continues. ``--collect``: only collect what is there. ``--fast``: smaller sweeps,
+below outputs/fast, which leave results/ alone.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,88 +23,153 @@ from tqdm import tqdm
 from fobmaml.files import read_events, write_csv, write_json
 
 ROOT = Path(__file__).parents[1]
-RUNS = ROOT / "outputs" / "reproduce"
-RESULTS = ROOT / "results"
 
-# Ten settings (optimizer, its learning rate, inner learning rate) for each method: a grid of eight, and two beyond the
-# edge at which the method's best lay.
-GRID = [(optimizer, lr, inner) for optimizer, rates in (("adam", (0.003, 0.01)), ("sngdm", (0.1, 0.3)))
-        for lr in rates for inner in (0.1, 0.3)]
-TUNING = {"symmetric": [*GRID, ("sngdm", 1.0, 0.1), ("sngdm", 1.0, 0.3)],
-          "maml": [*GRID, ("sngdm", 0.03, 0.1), ("adam", 0.001, 0.1)]}
-
-EXPERIMENTS: dict[str, dict[str, list[str]]] = {
-    "tuning": {f"{e}-{o}-{lr}-{inner}": [f"estimator={e}", f"optimizer={o}", f"optimizer.lr={lr}", f"solver.lr={inner}"]
-               for e, tried in TUNING.items() for o, lr, inner in tried},
-    # The defaults of each method, which are what tuning chose.
-    "accuracy": {"symmetric-s0": ["estimator=symmetric"], "maml-s0": ["estimator=maml"]},
+TRAINING = "eval.every=20 eval.validation_tasks=50 bias.every=0"
+EXPERIMENTS = {
+    "tuning_adam": f"steps=30 optimizer.lr=0.003 solver.lr=0.1 {TRAINING}",
+    "tuning_sngdm": f"steps=30 optimizer.lr=0.1,0.3 solver.lr=0.1 {TRAINING}",
+    "accuracy": f"steps=60 seed=0,1 eval.tasks=100 {TRAINING}",
+    "accuracy_1shot": f"steps=60 seed=0,1 estimator=symmetric,maml eval.tasks=100 {TRAINING}",
+    "inner_steps": f"steps=60 seed=0,1 solver.steps=5,10 eval.tasks=100 {TRAINING}",
+    "memory": "width=25,100,250 solver.steps=10",
+    "memory_steps": "solver.steps=1,10,50",
+    "memory_depth": "depth=2,6",
+    "bias_floor": "solver.delta=1e-6,1e-3",
+    "bias_delta": "solver.delta=1e-6,1e-3 estimator.nu=1e-3,1e-2,0.1,0.3",
+    "bias_steps": "solver.steps=5,20,100",
+    "nu": "estimator=symmetric estimator.nu=1e-4,1e-2,1.0",
+    "smoothness": "steps=100 seed=0",
+    "smoothness_logistic": "steps=100 seed=0",
+    "optimizers": "steps=30 seed=0 optimizer.lr=0.01,0.1,1.0",
+    "convergence": "steps=100",
+    "curvature": "steps=50 seed=0 curvature.every=50 curvature.tasks=1",
 }
+"""The experiments in results/, each with its settings for ``--fast``."""
 
+MEASURED = ("val/", "test/", "train/", "memory/", "bias/", "inner/", "time/", "smoothness/", "curvature/")
+CURVES = ("val/", "bias/", "smoothness/", "curvature/", "time/train_s")
 INTERRUPTED = 130
-
-SETTINGS = ("choices.estimator", "choices.optimizer", "config.optimizer.lr", "config.solver.lr", "config.solver.steps",
-            "config.estimator.lam", "config.estimator.nu", "config.width", "config.seed", "config.steps",
-            "provenance.threads")
-MEASURED = ("val/accuracy", "val/loss", "test/accuracy", "test/accuracy_ci95", "test/loss", "memory/peak_bytes",
-            "bias/relative_error", "bias/cosine", "bias/reference", "bias/reason", "inner/residual", "time/meta_step_s",
-            "seconds")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; default: all")
-    parser.add_argument("--collect", action="store_true", help="run nothing, collect what is complete")
+    parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"{', '.join(EXPERIMENTS)}; default: all")
+    parser.add_argument("--collect", action="store_true", help="run nothing, collect what is there")
+    parser.add_argument("--fast", action="store_true", help="smaller sweeps, below outputs/fast")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="sweeps at once, on one core each")
     arguments = parser.parse_args()
-    unknown = set(arguments.experiments) - EXPERIMENTS.keys()
-    if unknown:
+    names = arguments.experiments or list(EXPERIMENTS)
+    if unknown := set(names) - EXPERIMENTS.keys():
         sys.exit(f"error: {', '.join(sorted(unknown))}: takes {', '.join(EXPERIMENTS)}")
-    for name in arguments.experiments or EXPERIMENTS:
-        if not arguments.collect:
-            for run, overrides in tqdm(EXPERIMENTS[name].items(), desc=name, unit="run"):
-                status = subprocess.run([sys.executable, str(ROOT / "train.py"), f"experiment={name}", *overrides,
-                                         f"hydra.run.dir={RUNS / name / run}"], stdout=subprocess.DEVNULL).returncode
-                if status == INTERRUPTED:
-                    sys.exit(status)  # the same command continues
-        collect(name)
+    if arguments.jobs < 1:
+        sys.exit(f"error: --jobs={arguments.jobs}: takes a whole number of at least 1")
+    outputs = ROOT / "outputs" / ("fast" if arguments.fast else "experiments")
+    if not arguments.collect:
+        sweep({name: EXPERIMENTS[name].split() if arguments.fast else [] for name in names}, outputs, arguments.jobs)
+    for name in names:
+        collect(name, outputs / name, outputs if arguments.fast else ROOT / "results")
 
 
-def collect(name: str) -> None:
-    """Writes results/NAME.csv (a row a run), NAME_curves.csv (validation by step) and NAME.json (provenance)."""
-    runs = {run: json.loads(path.read_text()) for run in EXPERIMENTS[name]
-            if (path := RUNS / name / run / "summary.json").exists()}
+def sweep(overrides: Mapping[str, list[str]], outputs: Path, at_once: int) -> None:
+    """Runs the sweeps, some at once, with a bar of jobs. Ends the program where it is interrupted."""
+    waiting, running = list(overrides), dict[str, subprocess.Popen[bytes]]()
+    with tqdm(unit="job", dynamic_ncols=True, smoothing=0.1) as bar, stopping_too(running):
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name = waiting.pop(0)
+                (outputs / name).mkdir(parents=True, exist_ok=True)
+                with (outputs / name / "sweep.log").open("wb") as log:
+                    running[name] = subprocess.Popen(
+                        [sys.executable, str(ROOT / "train.py"), "-m", f"experiment={name}", *overrides[name],
+                         f"hydra.sweep.dir={outputs / name}"],
+                        stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                        start_new_session=True)
+            time.sleep(0.5)
+            started = [name for name in overrides if name not in waiting]
+            launches = [re.search(rb"Launching (\d+) jobs", (outputs / name / "sweep.log").read_bytes())
+                        for name in started]
+            bar.total = sum(int(found[1]) for found in launches if found)
+            bar.n = sum(len(list((outputs / name).glob("*/summary.json"))) for name in started)
+            bar.set_description(", ".join(running))
+            for name, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode == INTERRUPTED:
+                    raise KeyboardInterrupt
+                if process.returncode:
+                    last = (outputs / name / "sweep.log").read_text(errors="replace").strip().splitlines()[-1:]
+                    bar.write(f"{name}: {' '.join(last)} (all of it: {outputs / name / 'sweep.log'})")
+
+
+@contextlib.contextmanager
+def stopping_too(running: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Where this program is asked to stop, the sweeps are: each writes a checkpoint."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def collect(name: str, folder: Path, results: Path) -> None:
+    """Writes NAME.csv (a row a job: the settings that vary, and what was measured), NAME_curves.csv (what was measured
+    during training, by step) and NAME.json (provenance and common settings)."""
+    runs = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/summary.json"))}
     runs = {run: summary for run, summary in runs.items() if summary["status"] != "interrupted"}
     if not runs:
         print(f"{name}: no run is complete")
         return
-    # What an experiment leaves out is left out here: tuning never looks at the meta-test tasks or the bias.
-    measured = [key for key in MEASURED if not (name == "tuning" and key.startswith(("test/", "bias/")))]
-    rows = [{"run": run, "status": summary["status"], "step": summary["step"],
-             **{key.split(".", 1)[1]: _at(summary, key) for key in SETTINGS},
-             **{key: summary[key] if summary["status"] == "completed" else None for key in measured},
-             "reason": (summary.get("reason") or "").split(":")[0]} for run, summary in runs.items()]
-    write_csv(RESULTS / f"{name}.csv", rows)
-    curves = [{"run": run, "estimator": runs[run]["choices"]["estimator"], "seed": runs[run]["config"]["seed"],
-               "step": event["step"], "val/accuracy": event["val/accuracy"], "val/loss": event["val/loss"]}
-              for run in runs for event in read_events(RUNS / name / run / "metrics.jsonl") if "val/loss" in event]
-    write_csv(RESULTS / f"{name}_curves.csv", curves)
-    write_json(RESULTS / f"{name}.json", {
-        "command": f"make reproduce ARGS={name}",
-        "seconds": round(sum(summary["seconds"] for summary in runs.values())),
-        "runs": {run: {"overrides": [f"experiment={name}", *EXPERIMENTS[name][run]],
-                       "provenance": summary["provenance"], "config": summary["config"]}
-                 for run, summary in runs.items()}})
-    print(f"{name}: {len(runs)} of {len(EXPERIMENTS[name])} runs in results/{name}.csv")
+    settings = {run: summary["choices"] | dict(flat(summary["config"])) for run, summary in runs.items()}
+    known = dict.fromkeys(key for found in settings.values() for key in found)
+    varied = [key for key in known if len({json.dumps(found.get(key)) for found in settings.values()}) > 1]
+    measured = [key for key in dict.fromkeys(key for summary in runs.values() for key in summary)
+                if key.startswith(MEASURED) and any(summary.get(key) is not None for summary in runs.values())]
+    write_csv(results / f"{name}.csv", [
+        {"run": run, "estimator": summary["choices"]["estimator"], **{key: settings[run].get(key) for key in varied},
+         "status": summary["status"], "step": summary["step"], "seconds": summary["seconds"],
+         **{key: summary.get(key) if summary["status"] == "completed" else None for key in measured},
+         "reason": (summary.get("reason") or "").split(":")[0]} for run, summary in runs.items()])
+    curves = [{"run": run, "estimator": summary["choices"]["estimator"],
+               **{key: settings[run].get(key) for key in varied}, **event}
+              for run, summary in runs.items() for event in read_events(folder / run / "metrics.jsonl")
+              if any(key.startswith(CURVES) for key in event)]
+    if any(row["step"] for row in curves):
+        columns = dict.fromkeys(key for row in curves for key in row
+                                if key in ("run", "estimator", "step", *varied) or key.startswith(CURVES))
+        write_csv(results / f"{name}_curves.csv", [{key: row.get(key) for key in columns} for row in curves])
+    first = settings[next(iter(settings))]
+    made_with: list[Any] = []
+    for summary in runs.values():
+        if summary["provenance"] not in made_with:
+            made_with.append(summary["provenance"])
+    write_json(results / f"{name}.json", {
+        "command": f"make reproduce ARGS={name}", "jobs": len(runs),
+        "seconds": round(sum(summary["seconds"] for summary in runs.values())), "provenance": made_with,
+        "settings": {key: value for key, value in first.items() if key not in varied},
+        "varied": {key: list(dict.fromkeys(found.get(key) for found in settings.values())) for key in varied}})
+    failed = sum(summary["status"] == "failed" for summary in runs.values())
+    print(f"{name}: {len(runs)} jobs{f', {failed} of them failed,' * bool(failed)} in {results.name}/{name}.csv")
 
 
-def _at(summary: Mapping[str, Any], path: str) -> Any:
-    value: Any = summary
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings by their names on the command line; not what is said by a group's choice, nor where it logs."""
+    for key, value in config.items():
+        if key in ("_target_", "wandb", "resume"):
+            continue
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # the run under way has written its checkpoint
-        sys.exit("stopped; the same command continues")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        sys.exit(INTERRUPTED)

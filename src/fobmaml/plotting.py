@@ -17,6 +17,7 @@ class Method:
     label: str
     colour: str
     marker: str
+    linestyle: str = "-"
 
 
 METHODS = {
@@ -28,9 +29,9 @@ METHODS = {
     "symmetric": Method("FO-B-MAML, symmetric", "#0072B2", "o"),
     "exact": Method("exact meta-gradient", "#777777", "*"),
     "central4": Method("FO-B-MAML, central 4", "#D55E00", "P"),
-    "maml_checkpoint": Method("MAML, checkpointed", "#000000", "s"),
+    "maml_checkpoint": Method("MAML, checkpointed", "#000000", "s", ":"),
     "higher": Method("MAML by higher", "#555555", "x"),
-    "torchopt": Method("MAML by TorchOpt", "#999999", "h"),
+    "torchopt": Method("MAML by TorchOpt", "#999999", "h", "--"),
 }
 
 

@@ -1,0 +1,55 @@
+"""Draws bias.png and .pdf: bias by inner precision δ at the best ν, with fitted slopes, and by inner steps."""
+
+from collections.abc import Sequence
+
+from figures import FOLDER, Row, groups, legend_below, load, logarithmic, save, style
+from statistics_of_runs import slope
+
+from fobmaml.files import write_csv
+from fobmaml.plotting import new_figure
+
+THEORY = {"forward": "1/2", "symmetric": "2/3", "central4": "4/5"}
+
+
+def best_nu(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Of each method and δ the row with the least bias."""
+    return {name: [min(at, key=lambda row: row["bias/relative_error"])
+                   for _, at in sorted(groups(found, "solver.delta").items())]
+            for name, found in groups(rows, "estimator").items()}
+
+
+def main() -> None:
+    best, floor, steps = best_nu(load("bias_delta")), load("bias_floor"), load("bias_steps")
+    figure, (left, right) = new_figure(columns=2, width_in=7.0, height_in=3.4)
+    fitted = []
+    for name, rows in best.items():
+        delta, error = ([row[key] for row in rows] for key in ("solver.delta", "bias/relative_error"))
+        rate, half, intercept = slope(delta, error)
+        fitted.append({"estimator": name, "slope": rate, "slope_ci95": half, "theory": THEORY[name],
+                       "deltas": len(delta)})
+        left.plot(delta, error, **style(name, linestyle="none"))
+        left.plot(delta, [10**intercept * d**rate for d in delta], color=style(name)["color"], linewidth=1.0)
+        left.annotate(f"{rate:.2f} ± {half:.2f}\n(theory {THEORY[name]})", (delta[0], error[0]), fontsize=8,
+                      xytext=(4, 6), textcoords="offset points", color=style(name)["color"], va="bottom")
+    for name, rows in groups(floor, "estimator").items():
+        rows = sorted(rows, key=lambda row: row["solver.delta"])
+        left.plot([row["solver.delta"] for row in rows], [row["bias/relative_error"] for row in rows], **style(name))
+    write_csv(FOLDER / "bias_slopes.csv", fitted)
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_xlabel("inner precision δ = ‖φ − φ*‖")
+    left.set_ylabel("bias, ‖g − ∇F‖ / ‖∇F‖")
+    left.set_title("(a) logistic tasks, best ν, random errors", fontsize=8)
+    for name, rows in groups([row for row in steps if row["bias/relative_error"] is not None], "estimator").items():
+        rows = sorted(rows, key=lambda row: row["solver.steps"])
+        right.plot([row["solver.steps"] for row in rows], [row["bias/relative_error"] for row in rows], **style(name))
+    logarithmic(right, [row["solver.steps"] for row in steps])
+    right.set_yscale("log")
+    right.set_xlabel("inner steps K")
+    right.set_title("(b) MNIST-1D, CNN, λ = 2, float64", fontsize=8)
+    legend_below(figure, [left, right], 4)
+    save(figure, "bias")
+
+
+if __name__ == "__main__":
+    main()

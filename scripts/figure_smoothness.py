@@ -1,0 +1,32 @@
+"""Draws smoothness.png and .pdf: local smoothness of F against the norm of its gradient, along training."""
+
+import numpy as np
+from figures import load, save
+from statistics_of_runs import slope
+
+from fobmaml.plotting import method, new_figure
+
+
+def main() -> None:
+    tables = [("(a) MNIST-1D, CNN, MAML's objective", load("smoothness_curves"), "maml"),
+              ("(b) logistic tasks, proximal objective", load("smoothness_logistic_curves"), "exact")]
+    figure, axes = new_figure(columns=2, width_in=7.0, height_in=2.8)
+    for ax, (title, rows, name) in zip(axes, tables, strict=True):
+        points = [(row["smoothness/gradient_norm"], row["smoothness/local"]) for row in rows
+                  if row["smoothness/local"] is not None]
+        norms, local = zip(*points, strict=True)
+        rate, half, intercept = slope(norms, local, logarithmic=False)
+        ax.scatter(norms, local, s=6, color=method(name).colour, alpha=0.5, linewidth=0, label="along training")
+        x = np.linspace(0, max(norms), 2)
+        ax.plot(x, intercept + rate * x, color="#D55E00", linewidth=1.2,
+                label=f"L = {intercept:.2g} + ({rate:.2g} ± {half:.2g}) ‖∇F‖")
+        ax.set_title(f"{title} ({len(points)} points)", fontsize=8)
+        ax.set_xlabel("‖∇F(θ)‖")
+        ax.set_ylim(bottom=0)
+        ax.legend(fontsize=8, frameon=False)
+    axes[0].set_ylabel("‖∇F(θ + d) − ∇F(θ)‖ / ‖d‖")
+    save(figure, "smoothness")
+
+
+if __name__ == "__main__":
+    main()

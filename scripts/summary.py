@@ -1,0 +1,260 @@
+"""Writes results/README.md, claim by claim, from the tables: python scripts/summary.py [FOLDER] (--check: only says
+whether it is up to date)."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from figure_bias import THEORY, best_nu
+from figures import FOLDER, Row, groups, load
+from statistics_of_runs import interval, paired, slope
+
+from fobmaml.files import write_atomically
+from fobmaml.plotting import method
+
+HOLDS, IN_PART, DOES_NOT = "holds", "holds in part", "does not hold"
+
+
+@dataclass(frozen=True)
+class Finding:
+    measured: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``paper``: what is claimed; ``examine``: what the tables say of it."""
+
+    title: str
+    paper: str
+    figure: str
+    examine: Callable[[], Finding]
+
+
+def against_maml(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """symmetric − MAML in points of test accuracy, paired by seed: mean, half width of its interval, p-value."""
+    scores = {name: {row["seed"]: 100 * row["test/accuracy"] for row in found if row["test/accuracy"] is not None}
+              for name, found in groups(rows, "estimator").items()}
+    seeds = sorted(scores["symmetric"].keys() & scores["maml"].keys())
+    return paired([scores["symmetric"][seed] for seed in seeds], [scores["maml"][seed] for seed in seeds])
+
+
+def accuracy(table: str) -> Finding:
+    rows = load(table)
+    mean, half, p = against_maml(rows)
+    parts = []
+    for name, found in groups(rows, "estimator").items():
+        centre, width = interval([100 * row["test/accuracy"] for row in found if row["test/accuracy"] is not None])
+        parts.append(f"{method(name).label} {centre:.1f} ± {width:.1f} %")
+    return Finding(f"symmetric − MAML = {mean:+.1f} ± {half:.1f} points over {len({row['seed'] for row in rows})} seeds "
+                   f"(paired t test, p = {p:.2g}). Meta-test accuracy: {', '.join(parts)}.",
+                   HOLDS if mean + half >= 0 else DOES_NOT)
+
+
+def inner_steps() -> Finding:
+    parts, level = [], []
+    for steps, rows in sorted(groups(load("inner_steps"), "solver.steps").items()):
+        mean, half, _ = against_maml(rows)
+        level.append(mean + half >= 0)
+        parts.append(f"K = {steps:.0f}: {mean:+.1f} ± {half:.1f}")
+    return Finding(f"symmetric − MAML in points: {'; '.join(parts)}.",
+                   HOLDS if all(level) else IN_PART if any(level) else DOES_NOT)
+
+
+def memory() -> Finding:
+    steps = groups(load("memory_steps"), "estimator")
+    at = {name: {row["solver.steps"]: row["memory/peak_bytes"] for row in rows} for name, rows in steps.items()}
+    short, long = 10, max(at["symmetric"])
+    growth = {name: sizes[long] / sizes[short] for name, sizes in at.items()}
+    wide = {(row["estimator"], row["width"], row["solver.steps"]): row["memory/peak_bytes"] for row in load("memory")}
+    top, most = max(row["width"] for row in load("memory")), max(row["solver.steps"] for row in load("memory"))
+    ratio = wide["maml", top, most] / wide["symmetric", top, most]
+    rival = wide["maml_checkpoint", top, most] / wide["symmetric", top, most]
+    return Finding(
+        f"From K = {short} to {long:.0f}, peak memory of a task grows {growth['symmetric']:.3f}-fold for symmetric, "
+        f"{growth['maml']:.1f}-fold for MAML and {growth['maml_checkpoint']:.1f}-fold for MAML with checkpointing (64 "
+        f"channels). At {top:.0f} channels and K = {most:.0f}, MAML takes {ratio:.1f} times symmetric's memory, "
+        f"checkpointed {rival:.1f} times.", HOLDS if growth["symmetric"] < 1.05 and ratio > 1 else DOES_NOT)
+
+
+def seconds() -> Finding:
+    rows = load("bench", "make bench")
+    steps = min(row["inner_steps"] for row in rows)
+    at = {(row["estimator"], row["width"]): row["seconds_16_tasks"] for row in rows if row["inner_steps"] == steps}
+    widths = sorted({row["width"] for row in rows})
+    ratios = ", ".join(f"{at['symmetric', w] / at['maml', w]:.2f}" for w in widths)
+    peers = ", ".join(f"{at['symmetric', w] / min(at['higher', w], at['torchopt', w]):.2f}" for w in widths)
+    return Finding(f"Time of symmetric over MAML's (ours, made fast): {ratios}; over the faster of higher's and "
+                   f"TorchOpt's MAML: {peers} (at {', '.join(f'{w:.0f}' for w in widths)} channels, {steps:.0f} inner "
+                   "steps).", HOLDS if all(at["symmetric", w] < 1.5 * at["maml", w] for w in widths) else IN_PART)
+
+
+def bias() -> Finding:
+    parts, good = [], []
+    for name, rows in best_nu(load("bias_delta")).items():
+        rate, half, _ = slope([row["solver.delta"] for row in rows], [row["bias/relative_error"] for row in rows])
+        a, b = THEORY[name].split("/")
+        good.append(abs(rate - int(a) / int(b)) < max(half, 0.05))
+        parts.append(f"{name} {rate:.3f} ± {half:.3f} (theory {THEORY[name]})")
+    floor = groups(load("bias_floor"), "estimator")
+    least = {name: min(row["bias/relative_error"] for row in rows) for name, rows in floor.items()}
+    return Finding(f"Fitted exponents of δ at the best ν: {', '.join(parts)}. Least bias at any δ: FO-MAML "
+                   f"{least['fomaml']:.2f}, Reptile {least['reptile']:.2f} of ‖∇F‖.",
+                   HOLDS if all(good) and min(least["fomaml"], least["reptile"]) > 0.01 else IN_PART)
+
+
+def bias_of_steps() -> Finding:
+    rows = groups([row for row in load("bias_steps") if row["bias/relative_error"] is not None], "estimator")
+    last = {name: max(found, key=lambda row: row["solver.steps"]) for name, found in rows.items()}
+    parts = ", ".join(f"{method(name).label} {row['bias/relative_error']:.2g}" for name, row in last.items())
+    steps = max(row["solver.steps"] for row in last.values())
+    return Finding(f"After {steps:.0f} inner steps: {parts}.",
+                   HOLDS if last["symmetric"]["bias/relative_error"] < 0.01 < last["fomaml"]["bias/relative_error"]
+                   else IN_PART)
+
+
+def trade_off() -> Finding:
+    parts = []
+    for name, rows in groups(load("nu"), "estimator", "dtype").items():
+        known = [row for row in rows if row["bias/relative_error"] is not None]
+        best = min(known, key=lambda row: row["bias/relative_error"])
+        parts.append(f"{name[0]}, {name[1]}: {best['bias/relative_error']:.1e} at ν = {best['estimator.nu']:g}")
+    logistic = groups(load("bias_delta"), "estimator", "solver.delta")
+    inside = all(1 < sorted(row["estimator.nu"] for row in rows).index(
+        min(rows, key=lambda row: row["bias/relative_error"])["estimator.nu"]) + 1 <= len(rows)
+        for rows in logistic.values())
+    return Finding(f"On MNIST-1D the least bias is {'; '.join(parts)}.", HOLDS if inside else IN_PART)
+
+
+def smoothness() -> Finding:
+    parts, positive = [], []
+    for name, label in (("smoothness_curves", "MNIST-1D"), ("smoothness_logistic_curves", "logistic tasks")):
+        rows = [row for row in load(name) if row["smoothness/local"] is not None]
+        rate, half, intercept = slope([row["smoothness/gradient_norm"] for row in rows],
+                                      [row["smoothness/local"] for row in rows], logarithmic=False)
+        positive.append(rate - half > 0)
+        parts.append(f"{label}: {intercept:.2g} + ({rate:.2g} ± {half:.2g})‖∇F‖, {len(rows)} points")
+    return Finding(f"Fitted lines: {'; '.join(parts)}.",
+                   HOLDS if all(positive) else IN_PART if any(positive) else DOES_NOT)
+
+
+def optimizers() -> Finding:
+    parts, spans = [], {}
+    rows = load("optimizers")
+    least = min(row["val/loss"] for row in rows if row["val/loss"] is not None)
+    for name, found in groups(rows, "optimizer").items():
+        rates = sorted(rate for rate, at in groups(found, "optimizer.lr").items()
+                       if all(row["status"] == "completed" and row["val/loss"] < least + 0.15 for row in at))
+        best = min((row for row in found if row["val/loss"] is not None), key=lambda row: row["val/loss"])
+        failed = sum(row["status"] != "completed" for row in found)
+        spans[name] = rates[-1] / rates[0] if rates else 0.0
+        parts.append(f"{name}: least loss {best['val/loss']:.2f} at {best['optimizer.lr']:g}, {len(rates)} rates within "
+                     f"0.15 of the best loss of all, {failed} of {len(found)} runs stopped by a meta-gradient that was "
+                     "not finite")
+    return Finding("; ".join(parts) + ".",
+                   HOLDS if max(spans["sngdm"], spans["clipped_sgd"]) > spans["sgd"] else IN_PART)
+
+
+def convergence() -> Finding:
+    ends = {name: max(rows, key=lambda row: row["step"])["bias/exact_norm"]
+            for name, rows in groups([row for row in load("convergence_curves") if row["bias/exact_norm"] is not None],
+                                     "estimator").items()}
+    parts = ", ".join(f"{method(name).label} {value:.1e}" for name, value in ends.items())
+    return Finding(f"‖∇F‖ at the end: {parts}.",
+                   HOLDS if 10 * ends["symmetric"] < min(ends["fomaml"], ends["reptile"]) else IN_PART)
+
+
+def curvature() -> Finding:
+    rows = [row for row in load("curvature_curves") if row["curvature/hessian"] is not None]
+    parts = []
+    for loss, found in groups(rows, "dataset.loss").items():
+        for step in (0, max(row["step"] for row in found)):
+            at = [row for row in found if row["step"] == step]
+            mean = {key: sum(row[f"curvature/{key}"] for row in at) / len(at)
+                    for key in ("hessian", "gauss_newton", "network", "fomaml_error", "gauss_newton_error")}
+            parts.append(f"{loss} at step {step:.0f}: norms {mean['hessian']:.2g} (Hessian), {mean['gauss_newton']:.2g} "
+                         f"(Gauss–Newton), {mean['network']:.2g} (network); error of FO-MAML "
+                         f"{mean['fomaml_error']:.2f}, without the network's own curvature alone "
+                         f"{mean['gauss_newton_error']:.2f}")
+    smaller = all(row["curvature/gauss_newton_error"] < row["curvature/fomaml_error"] for row in rows)
+    return Finding("; ".join(parts) + ".", HOLDS if smaller else IN_PART)
+
+
+def tuning() -> str:
+    rows = load("tuning_adam") + load("tuning_sngdm")
+    lines = ["| method | trials | failed | best on validation tasks | outer steps | inner lr |", "|---|---|---|---|---|---|"]
+    for name, found in groups(rows, "estimator").items():
+        best = best_trial(found)
+        lines.append(f"| {method(name).label} | {len(found)} | {sum(row['status'] == 'failed' for row in found)} | "
+                     f"{100 * best['val/accuracy']:.1f} % | {outer(best)} | {best['solver.lr']:g} |")
+    return "\n".join(lines)
+
+
+def best_trial(rows: list[Row]) -> Row:
+    return max((row for row in rows if row["val/accuracy"] is not None), key=lambda row: row["val/accuracy"])
+
+
+def outer(row: Row) -> str:
+    name = "sngdm" if "optimizer=sngdm" in row["run"] else "adam"
+    return f"{name}, lr {row['optimizer.lr']:g}"
+
+
+CLAIMS = [
+    Claim("Accuracy", "FO-B-MAML with the symmetric estimator is level with second-order MAML.", "accuracy", partial(accuracy, "accuracy")),
+    Claim("Accuracy, one shot", "The same with one support example a class.", "",
+          partial(accuracy, "accuracy_1shot")),
+    Claim("Longer inner loops", "The same at every number of inner steps.", "inner_steps", inner_steps),
+    Claim("Memory", "FO-B-MAML's memory does not grow with inner steps; MAML's does.", "memory", memory),
+    Claim("Time", "A symmetric meta-gradient costs about as much as MAML's.", "time", seconds),
+    Claim("Bias against inner precision", "forward O(δ^{1/2}), symmetric O(δ^{2/3}), order 4 O(δ^{4/5}); FO-MAML and "
+          "Reptile keep a bias.", "bias", bias),
+    Claim("Bias against inner steps", "The same on a network: with more inner steps FO-B-MAML's bias falls to its "
+          "truncation error, FO-MAML's and Reptile's stays.", "bias", bias_of_steps),
+    Claim("Bias against ν", "Truncation against the solver's error and rounding: the bias has a minimum in ν.", "nu",
+          trade_off),
+    Claim("Smoothness", "The smoothness of the meta-objective grows with the norm of its gradient.", "smoothness",
+          smoothness),
+    Claim("Outer optimizers", "So normalized and clipped steps stand a wider range of learning rates than plain "
+          "gradient descent.", "optimizers", optimizers),
+    Claim("Convergence", "FO-B-MAML comes close to a stationary point, FO-MAML and Reptile level off.", "convergence",
+          convergence),
+    Claim("What FO-MAML drops", "Of the Hessian that FO-MAML drops, the network's own curvature is the lesser part.",
+          "curvature", curvature),
+]
+
+
+def page() -> str:
+    sections, verdicts = [], ["| claim | verdict |", "|---|---|"]
+    for claim in CLAIMS:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                found = claim.examine()
+        except SystemExit as missing:
+            found = Finding(str(missing).removeprefix("error: ") + ".", "not measured")
+        verdicts.append(f"| {claim.title} | {found.verdict} |")
+        picture = f"\n\n![{claim.title}](figures/{claim.figure}.png)" if claim.figure else ""
+        sections.append(f"## {claim.title}: {found.verdict}\n\n*Claim:* {claim.paper}\n\n*Measured:* {found.measured}"
+                        f"{picture}\n")
+    return ("# What was claimed and what was measured\n\nWritten by `make figures` from the tables beside it; each "
+            "`NAME.json` has the commit, versions, machine and settings of `NAME.csv`, and `make reproduce ARGS=NAME` "
+            "makes it again. Intervals are 95 %.\n\n" + "\n".join(verdicts) + "\n\n" + "\n".join(sections)
+            + "\n## Tuning\n\nThe same trials for every method, on validation tasks, one seed, "
+            "[tuning_adam.csv](tuning_adam.csv) and [tuning_sngdm.csv](tuning_sngdm.csv).\n\n" + tuning() + "\n")
+
+
+def main() -> None:
+    path, text = FOLDER / "README.md", page()
+    if "--check" in sys.argv:
+        if not path.exists() or path.read_text() != text:
+            sys.exit(f"error: {os.path.relpath(path)} differs from the tables: make figures")
+    else:
+        write_atomically(path, lambda file: file.write(text.encode()))
+        print(os.path.relpath(path))
+
+
+if __name__ == "__main__":
+    main()
