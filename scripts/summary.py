@@ -21,6 +21,8 @@ HOLDS, IN_PART, DOES_NOT = "holds", "holds in part", "does not hold"
 
 @dataclass(frozen=True)
 class Finding:
+    """What was measured, in words, and the verdict on the claim."""
+
     measured: str
     verdict: str
 
@@ -50,8 +52,9 @@ def accuracy(table: str) -> Finding:
     for name, found in groups(rows, "estimator").items():
         centre, width = interval([100 * row["test/accuracy"] for row in found if row["test/accuracy"] is not None])
         parts.append(f"{method(name).label} {centre:.1f} ± {width:.1f} %")
-    return Finding(f"symmetric − MAML = {mean:+.1f} ± {half:.1f} points over {len({row['seed'] for row in rows})} seeds "
-                   f"(paired t test, p = {p:.2g}). Meta-test accuracy: {', '.join(parts)}.",
+    seeds = len({row["seed"] for row in rows})
+    return Finding(f"symmetric − MAML = {mean:+.1f} ± {half:.1f} points over {seeds} seeds (paired t test, p = "
+                   f"{p:.2g}). Meta-test accuracy: {', '.join(parts)}.",
                    HOLDS if mean + half >= 0 else DOES_NOT)
 
 
@@ -152,9 +155,9 @@ def optimizers() -> Finding:
         best = min((row for row in found if row["val/loss"] is not None), key=lambda row: row["val/loss"])
         failed = sum(row["status"] != "completed" for row in found)
         spans[name] = rates[-1] / rates[0] if rates else 0.0
-        parts.append(f"{name}: least loss {best['val/loss']:.2f} at {best['optimizer.lr']:g}, {len(rates)} rates within "
-                     f"0.15 of the best loss of all, {failed} of {len(found)} runs stopped by a meta-gradient that was "
-                     "not finite")
+        parts.append(f"{name}: least loss {best['val/loss']:.2f} at {best['optimizer.lr']:g}, {len(rates)} rates "
+                     f"within 0.15 of the best loss of all, {failed} of {len(found)} runs stopped by a meta-gradient "
+                     "that was not finite")
     return Finding("; ".join(parts) + ".",
                    HOLDS if max(spans["sngdm"], spans["clipped_sgd"]) > spans["sgd"] else IN_PART)
 
@@ -176,8 +179,8 @@ def curvature() -> Finding:
             at = [row for row in found if row["step"] == step]
             mean = {key: sum(row[f"curvature/{key}"] for row in at) / len(at)
                     for key in ("hessian", "gauss_newton", "network", "fomaml_error", "gauss_newton_error")}
-            parts.append(f"{loss} at step {step:.0f}: norms {mean['hessian']:.2g} (Hessian), {mean['gauss_newton']:.2g} "
-                         f"(Gauss–Newton), {mean['network']:.2g} (network); error of FO-MAML "
+            parts.append(f"{loss} at step {step:.0f}: norms {mean['hessian']:.2g} (Hessian), "
+                         f"{mean['gauss_newton']:.2g} (Gauss–Newton), {mean['network']:.2g} (network); error of FO-MAML "
                          f"{mean['fomaml_error']:.2f}, without the network's own curvature alone "
                          f"{mean['gauss_newton_error']:.2f}")
     smaller = all(row["curvature/gauss_newton_error"] < row["curvature/fomaml_error"] for row in rows)
@@ -186,7 +189,8 @@ def curvature() -> Finding:
 
 def tuning() -> str:
     rows = load("tuning_adam") + load("tuning_sngdm")
-    lines = ["| method | trials | failed | best on validation tasks | outer steps | inner lr |", "|---|---|---|---|---|---|"]
+    lines = ["| method | trials | failed | best on validation tasks | outer steps | inner lr |",
+             "|---|---|---|---|---|---|"]
     for name, found in groups(rows, "estimator").items():
         best = best_trial(found)
         lines.append(f"| {method(name).label} | {len(found)} | {sum(row['status'] == 'failed' for row in found)} | "
@@ -204,7 +208,8 @@ def outer(row: Row) -> str:
 
 
 CLAIMS = [
-    Claim("Accuracy", "FO-B-MAML with the symmetric estimator is level with second-order MAML.", "accuracy", partial(accuracy, "accuracy")),
+    Claim("Accuracy", "FO-B-MAML with the symmetric estimator is level with second-order MAML.", "accuracy",
+          partial(accuracy, "accuracy")),
     Claim("Accuracy, one shot", "The same with one support example a class.", "",
           partial(accuracy, "accuracy_1shot")),
     Claim("Longer inner loops", "The same at every number of inner steps.", "inner_steps", inner_steps),
