@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test lint figures reproduce bench clean
+.PHONY: help setup train test lint figures reproduce verify bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,13 +30,20 @@ lint: setup ## check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-figures: setup ## redraw every figure, and README's tables, from results/
+figures: setup ## redraw every figure, and the tables of the READMEs, from results/
 	@$(BIN)/python scripts/figures.py
+	@$(BIN)/python scripts/summary.py
 	@$(BIN)/python scripts/tables.py
 
-reproduce: setup ## run the experiments behind results/ again (what is complete is not run twice), then draw
-	@$(BIN)/python scripts/reproduce.py $(ARGS)
-	@$(MAKE) --no-print-directory figures
+reproduce: setup ## run the experiments behind results/ again (what is complete is not run twice), then draw; FAST=1: small ones
+	@$(BIN)/python scripts/reproduce.py $(if $(FAST),--fast) $(ARGS)
+	@$(if $(FAST),cp results/bench.csv outputs/fast/)
+	@$(BIN)/python scripts/figures.py $(if $(FAST),outputs/fast)
+	@$(BIN)/python scripts/summary.py $(if $(FAST),outputs/fast)
+	@$(if $(FAST),,$(BIN)/python scripts/tables.py)
+
+verify: setup ## run a little of the experiments again and compare it with results/
+	@$(BIN)/python scripts/verify.py
 
 bench: setup .venv/bench ## time and memory of one meta-gradient, other libraries' too, into results/; QUICK=1: a small try
 	@$(BIN)/python benchmarks/meta_gradient.py $(if $(QUICK),--quick) $(ARGS)

@@ -26,8 +26,10 @@ ROOT = Path(__file__).parents[1]
 
 TRAINING = "eval.every=20 eval.validation_tasks=50 bias.every=0"
 EXPERIMENTS = {
+    "verify": "",
     "tuning_adam": f"steps=30 optimizer.lr=0.003 solver.lr=0.1 {TRAINING}",
     "tuning_sngdm": f"steps=30 optimizer.lr=0.1,0.3 solver.lr=0.1 {TRAINING}",
+    "tuning_clipped": f"steps=30 optimizer.lr=0.1 {TRAINING}",
     "accuracy": f"steps=60 seed=0,1 eval.tasks=100 {TRAINING}",
     "accuracy_1shot": f"steps=60 seed=0,1 estimator=symmetric,maml eval.tasks=100 {TRAINING}",
     "inner_steps": f"steps=60 seed=0,1 solver.steps=5,10 eval.tasks=100 {TRAINING}",
@@ -117,7 +119,7 @@ def stopping_too(running: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[Non
 
 
 def collect(name: str, folder: Path, results: Path) -> None:
-    """Writes NAME.csv (a row a job: the settings that vary, and what was measured), NAME_curves.csv (what was measured
+    """Writes NAME.csv (a row a job: the settings that were swept or differ, and what was measured), NAME_curves.csv (what was measured
     during training, by step) and NAME.json (provenance and common settings)."""
     runs = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/summary.json"))}
     runs = {run: summary for run, summary in runs.items() if summary["status"] != "interrupted"}
@@ -126,7 +128,9 @@ def collect(name: str, folder: Path, results: Path) -> None:
         return
     settings = {run: summary["choices"] | dict(flat(summary["config"])) for run, summary in runs.items()}
     known = dict.fromkeys(key for found in settings.values() for key in found)
-    varied = [key for key in known if len({json.dumps(found.get(key)) for found in settings.values()}) > 1]
+    swept = {part.split("=")[0] for run in runs for part in run.split(",")} - {"estimator"}
+    varied = [key for key in known if key in swept
+              or len({json.dumps(found.get(key)) for found in settings.values()}) > 1]
     measured = [key for key in dict.fromkeys(key for summary in runs.values() for key in summary)
                 if key.startswith(MEASURED) and any(summary.get(key) is not None for summary in runs.values())]
     write_csv(results / f"{name}.csv", [

@@ -16,6 +16,7 @@ from statistics_of_runs import interval, paired, slope
 from fobmaml.files import write_atomically
 from fobmaml.plotting import method
 
+TUNING = ("tuning_adam", "tuning_sngdm", "tuning_clipped")
 HOLDS, IN_PART, DOES_NOT = "holds", "holds in part", "does not hold"
 
 
@@ -180,31 +181,27 @@ def curvature() -> Finding:
             mean = {key: sum(row[f"curvature/{key}"] for row in at) / len(at)
                     for key in ("hessian", "gauss_newton", "network", "fomaml_error", "gauss_newton_error")}
             parts.append(f"{loss} at step {step:.0f}: norms {mean['hessian']:.2g} (Hessian), "
-                         f"{mean['gauss_newton']:.2g} (Gauss–Newton), {mean['network']:.2g} (network); error of FO-MAML "
-                         f"{mean['fomaml_error']:.2f}, without the network's own curvature alone "
+                         f"{mean['gauss_newton']:.2g} (Gauss–Newton), {mean['network']:.2g} (network); error of "
+                         f"FO-MAML {mean['fomaml_error']:.2f}, without the network's own curvature alone "
                          f"{mean['gauss_newton_error']:.2f}")
     smaller = all(row["curvature/gauss_newton_error"] < row["curvature/fomaml_error"] for row in rows)
     return Finding("; ".join(parts) + ".", HOLDS if smaller else IN_PART)
 
 
 def tuning() -> str:
-    rows = load("tuning_adam") + load("tuning_sngdm")
+    rows = [row for table in TUNING for row in load(table)]
     lines = ["| method | trials | failed | best on validation tasks | outer steps | inner lr |",
              "|---|---|---|---|---|---|"]
     for name, found in groups(rows, "estimator").items():
         best = best_trial(found)
         lines.append(f"| {method(name).label} | {len(found)} | {sum(row['status'] == 'failed' for row in found)} | "
-                     f"{100 * best['val/accuracy']:.1f} % | {outer(best)} | {best['solver.lr']:g} |")
+                     f"{100 * best['val/accuracy']:.1f} % | {best['optimizer']}, lr "
+                     f"{best['optimizer.lr']:g} | {best['solver.lr']:g} |")
     return "\n".join(lines)
 
 
 def best_trial(rows: list[Row]) -> Row:
     return max((row for row in rows if row["val/accuracy"] is not None), key=lambda row: row["val/accuracy"])
-
-
-def outer(row: Row) -> str:
-    name = "sngdm" if "optimizer=sngdm" in row["run"] else "adam"
-    return f"{name}, lr {row['optimizer.lr']:g}"
 
 
 CLAIMS = [
@@ -248,7 +245,7 @@ def page() -> str:
             "`NAME.json` has the commit, versions, machine and settings of `NAME.csv`, and `make reproduce ARGS=NAME` "
             "makes it again. Intervals are 95 %.\n\n" + "\n".join(verdicts) + "\n\n" + "\n".join(sections)
             + "\n## Tuning\n\nThe same trials for every method, on validation tasks, one seed, "
-            "[tuning_adam.csv](tuning_adam.csv) and [tuning_sngdm.csv](tuning_sngdm.csv).\n\n" + tuning() + "\n")
+            f"{', '.join(f'[{t}.csv]({t}.csv)' for t in TUNING)}.\n\n" + tuning() + "\n")
 
 
 def main() -> None:

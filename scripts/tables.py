@@ -1,7 +1,13 @@
 """Writes the README's tables from results/: python scripts/tables.py (--check: only says whether they are)."""
 
+import json
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from figures import FOLDER, Row, groups, load
+from statistics_of_runs import interval
 
 from fobmaml.files import read_csv, write_atomically
 from fobmaml.plotting import method
@@ -10,18 +16,30 @@ ROOT = Path(__file__).parents[1]
 
 
 def accuracy() -> str:
-    runs = read_csv(ROOT / "results" / "accuracy.csv")
-    lines = [f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {runs[0]['width']}, {runs[0]['steps']} meta-steps of 16 "
-             f"tasks, {runs[0]['solver.steps']} inner steps, 600 meta-test tasks; settings chosen by the same number "
-             "of trials for each method on validation tasks ([results/tuning.csv](results/tuning.csv)).", "",
-             "| method | seed | meta-test accuracy | memory of a meta-gradient | a meta-step, on "
-             f"{runs[0]['threads']} thread{'s' * (runs[0]['threads'] != '1')} | outer steps |",
-             "|---|---|---|---|---|---|"]
-    lines += [f"| {method(run['estimator']).label} | {run['seed']} | {100 * float(run['test/accuracy']):.1f} ± "
-              f"{100 * float(run['test/accuracy_ci95']):.1f} % | {float(run['memory/peak_bytes']) / 1e6:.0f} MB | "
-              f"{1e3 * float(run['time/meta_step_s']):.0f} ms | {run['optimizer']}, lr {run['optimizer.lr']}; "
-              f"inner lr {run['solver.lr']} |" for run in runs]
+    rows, one_shot = load("accuracy"), groups(load("accuracy_1shot"), "estimator")
+    settings = json.loads((FOLDER / "accuracy.json").read_text())["settings"]
+    seeds = len({row["seed"] for row in rows})
+    lines = [f"MNIST-1D, 5-way 15-query, CNN of width {settings['width']}, {settings['steps']} meta-steps of "
+             f"{settings['meta_batch']} tasks, {settings['solver.steps']} inner steps, {settings['eval.tasks']} "
+             f"meta-test tasks; mean and 95 % interval over {seeds} seeds; settings chosen by the same trials for each "
+             "method on validation tasks.", "",
+             "| method | meta-test accuracy, 5-shot | 1-shot | a meta-step, on one thread | outer steps |",
+             "|---|---|---|---|---|"]
+    for name, found in groups(rows, "estimator").items():
+        cells = [method(name).label, percent(found), percent(one_shot.get(name, [])),
+                 f"{1e3 * statistics.median(row['time/meta_step_s'] for row in found):.0f} ms",
+                 f"{found[0]['optimizer']}, lr {found[0]['optimizer.lr']:g}; inner lr "
+                 f"{found[0].get('solver.lr', settings.get('solver.lr')):g}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def percent(rows: Sequence[Row]) -> str:
+    values = [100 * row["test/accuracy"] for row in rows if row["test/accuracy"] is not None]
+    if not values:
+        return ""
+    mean, half = interval(values)
+    return f"{mean:.1f} ± {half:.1f} %"
 
 
 def speed() -> str:
