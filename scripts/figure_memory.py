@@ -20,6 +20,8 @@ def main() -> None:
     axes[1].set_xlabel("inner steps")
     axes[1].set_title("(b) 64 channels", fontsize=8)
     axes[2].set_xlabel("convolutions")
+    axes[2].set_xticks(sorted({row["depth"] for row in depth}))
+    axes[2].xaxis.set_major_formatter("{x:g}")
     axes[2].set_title("(c) 64 channels, 10 inner steps", fontsize=8)
     axes[0].set_ylabel("peak memory, one task (MB)")
     legend_below(figure, axes, 3)

@@ -3,6 +3,7 @@
 FOLDER: where the tables are, by default results/; figures go to FOLDER/figures.
 """
 
+import math
 import os
 import runpy
 import sys
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
 from fobmaml.files import read_csv
-from fobmaml.plotting import method
+from fobmaml.plotting import METHODS, method
 
 SCRIPTS = Path(__file__).parent
 FOLDER = next((Path(given) for given in sys.argv[1:] if not given.startswith("-")), SCRIPTS.parent / "results")
@@ -32,6 +33,8 @@ def load(name: str, made_by: str | None = None, columns: Iterable[str] = ()) -> 
     if not path.exists():
         sys.exit(f"error: {os.path.relpath(path)} is missing: {command} makes it")
     rows = [{key: parse(value) for key, value in row.items()} for row in read_csv(path)]
+    order = [*METHODS]
+    rows.sort(key=lambda row: order.index(row["estimator"]) if row.get("estimator") in order else len(order))
     missing = [column for column in columns if column not in rows[0]]
     if missing:
         sys.exit(f"error: {os.path.relpath(path)} lacks {', '.join(missing)}: {command} makes it anew")
@@ -68,11 +71,17 @@ def style(name: str, **changes: Any) -> Row:
 
 
 def logarithmic(ax: Axes, x: Sequence[float] | None = None, y: bool = False) -> None:
-    """A logarithmic x axis with ticks at the values that were measured, or a y axis with plain numbers."""
+    """A logarithmic x axis with ticks where it was measured and there is room, or a y axis with plain numbers."""
     if x is not None:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.set_xticks(sorted(set(x)))
+        ticks = sorted(set(x))
+        apart = 0.1 * math.log(ticks[-1] / ticks[0])
+        shown = [ticks[-1]]
+        for tick in reversed(ticks[:-1]):
+            if math.log(shown[-1] / tick) > apart:
+                shown.append(tick)
+        ax.set_xticks(shown)
         ax.xaxis.set_minor_locator(NullLocator())
     if y:
         ax.set_yscale("log")

@@ -31,7 +31,7 @@ EXPERIMENTS = {
     "tuning_sngdm": f"steps=30 optimizer.lr=0.1,0.3 solver.lr=0.1 {TRAINING}",
     "tuning_clipped": f"steps=30 optimizer.lr=0.1 {TRAINING}",
     "accuracy": f"steps=60 seed=0,1 eval.tasks=100 {TRAINING}",
-    "accuracy_1shot": f"steps=60 seed=0,1 estimator=symmetric,maml eval.tasks=100 {TRAINING}",
+    "accuracy_1shot": f"steps=60 seed=0,1 tuned=symmetric,maml eval.tasks=100 {TRAINING}",
     "inner_steps": f"steps=60 seed=0,1 solver.steps=5,10 eval.tasks=100 {TRAINING}",
     "memory": "width=25,100,250 solver.steps=10",
     "memory_steps": "solver.steps=1,10,50",
@@ -119,8 +119,8 @@ def stopping_too(running: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[Non
 
 
 def collect(name: str, folder: Path, results: Path) -> None:
-    """Writes NAME.csv (a row a job: the settings that were swept or differ, and what was measured), NAME_curves.csv (what was measured
-    during training, by step) and NAME.json (provenance and common settings)."""
+    """Writes NAME.csv (a row a job: the settings that were swept or differ, what was measured), NAME_curves.csv (what
+    was measured during training, by step) and NAME.json (provenance and common settings)."""
     runs = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/summary.json"))}
     runs = {run: summary for run, summary in runs.items() if summary["status"] != "interrupted"}
     if not runs:
@@ -166,7 +166,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
         if key in ("_target_", "wandb", "resume"):
             continue
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from ((name, inner) for name, inner in flat(value, f"{prefix}{key}.")
+                        if config.get(name.split(".")[-1]) != inner)  # model.width is width
         else:
             yield f"{prefix}{key}", value
 
