@@ -33,8 +33,8 @@ def load(name: str, made_by: str | None = None, columns: Iterable[str] = ()) -> 
     if not path.exists():
         sys.exit(f"error: {os.path.relpath(path)} is missing: {command} makes it")
     rows = [{key: parse(value) for key, value in row.items()} for row in read_csv(path)]
-    order = [*METHODS]
-    rows.sort(key=lambda row: order.index(row["estimator"]) if row.get("estimator") in order else len(order))
+    order = {name: place for place, name in enumerate(METHODS)}
+    rows.sort(key=lambda row: order.get(str(row.get("estimator")), len(order)))
     missing = [column for column in columns if column not in rows[0]]
     if missing:
         sys.exit(f"error: {os.path.relpath(path)} lacks {', '.join(missing)}: {command} makes it anew")

@@ -11,7 +11,8 @@ from functools import partial
 
 from figure_bias import THEORY, best_nu
 from figures import FOLDER, Row, groups, load
-from statistics_of_runs import interval, paired, slope
+from statistics_of_runs import paired, slope
+from tables import percent
 
 from fobmaml.files import write_atomically
 from fobmaml.plotting import method
@@ -49,10 +50,7 @@ def against_maml(rows: Sequence[Row]) -> tuple[float, float, float]:
 def accuracy(table: str) -> Finding:
     rows = load(table)
     mean, half, p = against_maml(rows)
-    parts = []
-    for name, found in groups(rows, "estimator").items():
-        centre, width = interval([100 * row["test/accuracy"] for row in found if row["test/accuracy"] is not None])
-        parts.append(f"{method(name).label} {centre:.1f} ± {width:.1f} %")
+    parts = [f"{method(name).label} {percent(found)}" for name, found in groups(rows, "estimator").items()]
     seeds = len({row["seed"] for row in rows})
     return Finding(f"symmetric − MAML = {mean:+.1f} ± {half:.1f} points over {seeds} seeds (paired t test, p = "
                    f"{p:.2g}). Meta-test accuracy: {', '.join(parts)}.",

@@ -35,11 +35,13 @@ def accuracy() -> str:
 
 
 def percent(rows: Sequence[Row]) -> str:
+    """Mean test accuracy and its interval over the runs that ended, and how many did not."""
     values = [100 * row["test/accuracy"] for row in rows if row["test/accuracy"] is not None]
+    failed = f" ({len(rows) - len(values)} of {len(rows)} runs diverged)" if len(values) < len(rows) else ""
     if not values:
-        return ""
+        return failed.strip()
     mean, half = interval(values)
-    return f"{mean:.1f} ± {half:.1f} %"
+    return f"{mean:.1f} ± {half:.1f} %{failed}"
 
 
 def speed() -> str:
