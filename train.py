@@ -116,7 +116,7 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
     try:
         with stop_requests() as stop:
             meta_train(training, state is None, record, checkpoint, stop)
-            log.info("measuring memory, and accuracy on %d meta-test tasks", training.settings.eval_tasks)
+            log.info("measuring memory and %d meta-test tasks", training.settings.eval_tasks)
             record({**training.test(), **training.measure_memory()})
         summary["status"] = "completed"
     except BaseException as error:
@@ -300,8 +300,9 @@ def report(summary: Mapping[str, Any], folder: Path) -> None:
         ("bias, cosine", given("bias/cosine", ".4f")),
         ("time of a meta-step", given("time/meta_step_s", ".4f") + " s"),
         ("meta-steps", f"{summary['step']}"),
-        ("learning curve", str(folder / "learning_curve.png")),
     ]
+    if summary["val/loss"] is not None:
+        rows.append(("learning curve", str(folder / "learning_curve.png")))
     width = max(len(label) for label, _ in rows)
     print("\n" + "\n".join(f"  {label:<{width}}  {value}" for label, value in rows) + "\n", flush=True)
 

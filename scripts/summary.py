@@ -3,6 +3,7 @@ whether it is up to date)."""
 
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -227,6 +228,18 @@ CLAIMS = [
 ]
 
 
+def costs() -> str:
+    """What each experiment took."""
+    lines = ["| table | jobs | minutes, one thread each | commit |", "|---|---|---|---|"]
+    for path in sorted(FOLDER.glob("*.json")):
+        about = json.loads(path.read_text())
+        if "jobs" in about:
+            commits = dict.fromkeys(made["commit"][:7] for made in about["provenance"])
+            lines.append(f"| [{path.stem}]({path.stem}.csv) | {about['jobs']} | {about['seconds'] / 60:.0f} | "
+                         f"{', '.join(commits)} |")
+    return "\n".join(lines)
+
+
 def page() -> str:
     sections, verdicts = [], ["| claim | verdict |", "|---|---|"]
     for claim in CLAIMS:
@@ -243,7 +256,8 @@ def page() -> str:
             "`NAME.json` has the commit, versions, machine and settings of `NAME.csv`, and `make reproduce ARGS=NAME` "
             "makes it again. Intervals are 95 %.\n\n" + "\n".join(verdicts) + "\n\n" + "\n".join(sections)
             + "\n## Tuning\n\nThe same trials for every method, on validation tasks, one seed, "
-            f"{', '.join(f'[{t}.csv]({t}.csv)' for t in TUNING)}.\n\n" + tuning() + "\n")
+            f"{', '.join(f'[{t}.csv]({t}.csv)' for t in TUNING)}.\n\n" + tuning()
+            + "\n\n## What it took\n\n" + costs() + "\n")
 
 
 def main() -> None:
