@@ -27,5 +27,5 @@ def slope(x: Sequence[float], y: Sequence[float], logarithmic: bool = True) -> t
     if logarithmic:
         x, y = [math.log10(v) for v in x], [math.log10(v) for v in y]
     fit = stats.linregress(x, y)
-    half = float(stats.t.ppf(0.975, len(x) - 2)) * fit.stderr if len(x) > 2 else math.nan
+    half = float(stats.t.ppf(0.975, len(x) - 2) * fit.stderr) if len(x) > 2 else math.nan
     return float(fit.slope), half, float(fit.intercept)
