@@ -15,14 +15,14 @@ def main() -> None:
         points = [(row["smoothness/gradient_norm"], row["smoothness/local"]) for row in rows
                   if row["smoothness/local"] is not None]
         norms, local = zip(*points, strict=True)
-        rate, half, intercept = slope(norms, local, logarithmic=False)
+        power, half, intercept = slope(norms, local)
         ax.scatter(norms, local, s=6, color=method(name).colour, alpha=0.5, linewidth=0, label="along training")
-        x = np.linspace(0, max(norms), 2)
-        ax.plot(x, intercept + rate * x, color="#D55E00", linewidth=1.2,
-                label=f"L = {intercept:.2g} + ({rate:.2g} ± {half:.2g}) ‖∇F‖")
+        x = np.array([min(norms), max(norms)])
+        ax.plot(x, 10**intercept * x**power, color="#D55E00", linewidth=1.2, label=f"power {power:.2f} ± {half:.2f}")
+        ax.set_xscale("log")
+        ax.set_yscale("log")
         ax.set_title(f"{title} ({len(points)} points)", fontsize=8)
         ax.set_xlabel("‖∇F(θ)‖")
-        ax.set_ylim(bottom=0)
         ax.legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("‖∇F(θ + d) − ∇F(θ)‖ / ‖d‖")
     save(figure, "smoothness")
