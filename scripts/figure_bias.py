@@ -29,8 +29,9 @@ def main() -> None:
                        "deltas": len(delta)})
         left.plot(delta, error, **style(name, linestyle="none"))
         left.plot(delta, [10**intercept * d**rate for d in delta], color=style(name)["color"], linewidth=1.0)
-        left.annotate(f"{rate:.2f} ± {half:.2f}\n(theory {THEORY[name]})", (delta[0], error[0]), fontsize=8,
-                      xytext=(4, 6), textcoords="offset points", color=style(name)["color"], va="bottom")
+        left.text(0.97, 0.02 + 0.07 * len(best) - 0.07 * len(fitted),
+                  f"power {rate:.2f} ± {half:.2f} (theory {THEORY[name]})", color=style(name)["color"], fontsize=8,
+                  transform=left.transAxes, ha="right")
     for name, rows in groups(floor, "estimator").items():
         rows = sorted(rows, key=lambda row: row["solver.delta"])
         left.plot([row["solver.delta"] for row in rows], [row["bias/relative_error"] for row in rows], **style(name))

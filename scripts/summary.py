@@ -133,8 +133,8 @@ def trade_off() -> Finding:
         tried = sorted(row["estimator.nu"] for row in rows)
         best = min(rows, key=lambda row: row["bias/relative_error"])
         inside.append(tried[0] < best["estimator.nu"] < tried[-1])
-    return Finding(f"On MNIST-1D the least bias is {'; '.join(parts)}. On the logistic tasks the best ν lies inside the "
-                   f"range tried for {sum(inside)} of {len(inside)} pairs of method and δ.",
+    return Finding(f"On MNIST-1D the least bias is {'; '.join(parts)}. On the logistic tasks the best ν lies inside "
+                   f"the range tried for {sum(inside)} of {len(inside)} pairs of method and δ.",
                    HOLDS if all(inside) else IN_PART)
 
 
