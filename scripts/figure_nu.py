@@ -1,5 +1,7 @@
 """Draws nu.png and .pdf: bias by ν, with the optimum that the theory gives, and in both precisions."""
 
+import math
+
 from figures import groups, legend_below, load, save, style
 
 from fobmaml.plotting import method, new_figure
@@ -22,7 +24,8 @@ def main() -> None:
         b = error[ruled] / nu[ruled] ** p
         optimum = (a / (p * b)) ** (1 / (p + 1))
         left.axvline(optimum, color=method(name).colour, linewidth=0.8, linestyle="--")
-    left.set_title(f"(a) logistic tasks, δ = {SHOWN_DELTA:g}, float64\n(dashed: optimum of a/ν + bνᵖ)", fontsize=8)
+    exponent = round(math.log10(SHOWN_DELTA))
+    left.set_title(f"(a) logistic tasks, δ = 10$^{{{exponent}}}$, float64\n(dashed: optimum of a/ν + bνᵖ)", fontsize=8)
     left.set_ylabel("bias, ‖g − ∇F‖ / ‖∇F‖")
     for (name, dtype), rows in groups(network, "estimator", "dtype").items():
         rows = sorted((row for row in rows if row["bias/relative_error"] is not None),

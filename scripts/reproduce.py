@@ -30,6 +30,7 @@ EXPERIMENTS = {
     "tuning_adam": f"steps=30 optimizer.lr=0.003 solver.lr=0.1 {TRAINING}",
     "tuning_sngdm": f"steps=30 optimizer.lr=0.1,0.3 solver.lr=0.1 {TRAINING}",
     "tuning_clipped": f"steps=30 optimizer.lr=0.1 {TRAINING}",
+    "tuning_long": f"steps=30 {TRAINING}",
     "accuracy": f"steps=60 seed=0,1 eval.tasks=100 {TRAINING}",
     "accuracy_1shot": f"steps=60 seed=0,1 eval.tasks=100 {TRAINING}",
     "inner_steps": f"steps=60 seed=0,1 solver.steps=5,10 eval.tasks=100 {TRAINING}",
