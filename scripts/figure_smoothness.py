@@ -2,6 +2,7 @@
 
 import numpy as np
 from figures import load, save
+from matplotlib.ticker import LogLocator, NullFormatter
 from statistics_of_runs import slope
 
 from fobmaml.plotting import method, new_figure
@@ -21,6 +22,12 @@ def main() -> None:
         ax.plot(x, 10**intercept * x**power, color="#D55E00", linewidth=1.2, label=f"power {power:.2f} ± {half:.2f}")
         ax.set_xscale("log")
         ax.set_yscale("log")
+        ax.set_ylim(min(local) / 4, max(local) * 6)
+        if max(norms) < 10 * min(norms):
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(NullFormatter())
         ax.set_title(f"{title} ({len(points)} points)", fontsize=8)
         ax.set_xlabel("‖∇F(θ)‖")
         ax.legend(fontsize=8, frameon=False)
