@@ -190,6 +190,8 @@ def curvature() -> Finding:
                          f"{mean['gauss_newton']:.2g} (Gauss–Newton), {mean['network']:.2g} (network); error of "
                          f"FO-MAML {mean['fomaml_error']:.2f}, without the network's own curvature alone "
                          f"{mean['gauss_newton_error']:.2f}")
+    lr = json.loads((FOLDER / "curvature.json").read_text())["settings"]["solver.lr"]
+    parts.append(f"inner gradient descent with steps of {lr:g} is unstable where the Hessian's norm exceeds {2 / lr:g}")
     smaller = all(row["curvature/gauss_newton_error"] < row["curvature/fomaml_error"] for row in rows)
     return Finding("; ".join(parts) + ".", HOLDS if smaller else IN_PART)
 
