@@ -97,5 +97,11 @@ def legend_below(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
 
 
 if __name__ == "__main__":
+    missing = []
     for script in sorted(SCRIPTS.glob("figure_*.py")):
-        runpy.run_path(str(script), run_name="__main__")
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stopped:
+            missing.append(str(stopped))
+    if missing:
+        sys.exit("\n".join(missing))

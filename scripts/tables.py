@@ -16,17 +16,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def accuracy() -> str:
-    rows, one_shot = load("accuracy"), groups(load("accuracy_1shot"), "estimator")
+    rows = load("accuracy")
     settings = json.loads((FOLDER / "accuracy.json").read_text())["settings"]
-    seeds = len({row["seed"] for row in rows})
-    lines = [f"MNIST-1D, 5-way 15-query, CNN of width {settings['width']}, {settings['steps']} meta-steps of "
+    lines = [f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {settings['width']}, {settings['steps']} meta-steps of "
              f"{settings['meta_batch']} tasks, {settings['solver.steps']} inner steps, {settings['eval.tasks']} "
-             f"meta-test tasks; mean and 95 % interval over {seeds} seeds; settings chosen by the same trials for each "
-             "method on validation tasks.", "",
-             "| method | meta-test accuracy, 5-shot | 1-shot | a meta-step, on one thread | outer steps |",
+             f"meta-test tasks; mean and 95 % interval over seeds; settings chosen by the same trials for each method "
+             "on validation tasks.", "",
+             "| method | seeds | meta-test accuracy | a meta-step, on one thread | outer steps |",
              "|---|---|---|---|---|"]
     for name, found in groups(rows, "estimator").items():
-        cells = [method(name).label, percent(found), percent(one_shot.get(name, [])),
+        cells = [method(name).label, str(len(found)), percent(found),
                  f"{1e3 * statistics.median(row['time/meta_step_s'] for row in found):.0f} ms",
                  f"{found[0]['optimizer']}, lr {found[0]['optimizer.lr']:g}; inner lr "
                  f"{found[0].get('solver.lr', settings.get('solver.lr')):g}"]
