@@ -1,7 +1,6 @@
 """Writes the README's tables from results/: python scripts/tables.py (--check: only says whether they are)."""
 
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,10 @@ def accuracy() -> str:
              f"{settings['meta_batch']} tasks, {settings['solver.steps']} inner steps, {settings['eval.tasks']} "
              f"meta-test tasks; mean and 95 % interval over seeds; settings chosen by the same trials for each method "
              "on validation tasks.", "",
-             "| method | seeds | meta-test accuracy | a meta-step, on one thread | outer steps |",
-             "|---|---|---|---|---|"]
+             "| method | seeds | meta-test accuracy | outer steps |",
+             "|---|---|---|---|"]
     for name, found in groups(rows, "estimator").items():
         cells = [method(name).label, str(len(found)), percent(found),
-                 f"{1e3 * statistics.median(row['time/meta_step_s'] for row in found):.0f} ms",
                  f"{found[0]['optimizer']}, lr {found[0]['optimizer.lr']:g}; inner lr "
                  f"{found[0].get('solver.lr', settings.get('solver.lr')):g}"]
         lines.append(f"| {' | '.join(cells)} |")

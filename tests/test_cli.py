@@ -107,7 +107,8 @@ def test_the_table_is_printed(run_train, tmp_path):
 
 @pytest.mark.parametrize(("overrides", "line"), [
     (["estimator=foo"],
-     "estimator=foo: takes one of central4, exact, fomaml, forward, imaml, maml, reptile, symmetric"),
+     "estimator=foo: takes one of central4, exact, fomaml, forward, imaml, maml, maml_checkpoint, reptile, "
+     "symmetric"),
     (["dataset=foo"], "dataset=foo: takes one of logistic, mnist1d, sinusoid"),
     (["width=0"], "width=0: takes a whole number of at least 1"),
     (["width=abc"], "width=abc: takes a whole number of at least 1"),
@@ -120,6 +121,9 @@ def test_the_table_is_printed(run_train, tmp_path):
     (["resume=missing.pt"], "resume=missing.pt: takes a checkpoint file, and there is none"),
     (["optimizer.lr=-1"], "optimizer.lr=-1: takes a finite number above 0"),
     (["eval.every=0"], "eval.every=0: takes a whole number of at least 1"),
+    (["eval.tasks=1"], "eval.tasks=1: takes a whole number of at least 2, or 0 for none"),
+    (["dataset.loss=l1"], "dataset.loss=l1: takes one of cross_entropy, mse"),
+    (["curvature.every=1", "solver=bb"], "curvature.every=1: takes solver=gd without momentum, or 0 for never"),
     (["depht=3"], "depht: there is no such setting.*"),
     (["dataset=sinusoid", "model=cnn"], r"model=cnn: input_shape=\(1,\): takes one sequence of at least 3 values.*"),
     (["estimator=maml", "solver=bb"], "estimator=maml: solver=BarzilaiBorwein: takes a solver with differentiable.*"),
