@@ -48,6 +48,7 @@ class Settings:
     eval_tasks: int
     eval_validation_tasks: int
     bias_every: int
+    bias_at_start: bool
     bias_tasks: int
     bias_tol: float
     smoothness_every: int
@@ -66,8 +67,9 @@ class Settings:
         for name in ("eval_tasks", "eval_validation_tasks"):  # an interval needs two
             if getattr(self, name) == 1:
                 raise refuse(name, 1, "a whole number of at least 2, or 0 for none")
-        if not isinstance(self.fixed_tasks, bool):
-            raise refuse("fixed_tasks", self.fixed_tasks, "true or false")
+        for name in ("fixed_tasks", "bias_at_start"):
+            if not isinstance(getattr(self, name), bool):
+                raise refuse(name, getattr(self, name), "true or false")
         if self.task_chunk != "auto":
             try:
                 whole_number("task_chunk", self.task_chunk)
@@ -237,8 +239,9 @@ class MetaTraining:
     def measure(self, first: bool = False) -> Event:
         """What is due after the present step, or at the start: ``first``."""
         s, event = self.settings, Event()
+        bias_every = 0 if first and s.steps and not s.bias_at_start else s.bias_every
         for every, measurement in ((s.eval_every if s.eval_validation_tasks else 0, self.validate),
-                                   (s.bias_every, self.measure_bias), (s.smoothness_every, self.measure_smoothness),
+                                   (bias_every, self.measure_bias), (s.smoothness_every, self.measure_smoothness),
                                    (s.curvature_every, self.measure_curvature)):
             if every and (first or self.step % every == 0 or self.step == s.steps):
                 event |= measurement()
