@@ -23,8 +23,8 @@ def main() -> None:
         values = 0.5 * np.einsum("xyi,ij,xyj->xy", points, curvature, points) + (points + 0.5) @ G
         gradient = curvature @ (X - 0.5) + G
         error = float(np.linalg.norm(gradient - G) / np.linalg.norm(gradient))
-        angle = float(np.degrees(np.arccos(np.clip(gradient @ G / np.linalg.norm(gradient) / np.linalg.norm(G), -1,
-                                                   1))))
+        across = gradient[0] * G[1] - gradient[1] * G[0]
+        angle = float(np.degrees(np.arctan2(abs(across), gradient @ G)))
         table.append({"a": a, "b": b, "c": c, "gradient_1": gradient[0], "gradient_2": gradient[1],
                       "first_order_1": G[0], "first_order_2": G[1], "relative_error": error, "angle_degrees": angle})
         ax.contour(grid, grid, values, 12, colors="#999999", linewidths=0.6, linestyles="solid")
