@@ -76,7 +76,7 @@ def main() -> None:
 def sweep(overrides: Mapping[str, list[str]], outputs: Path, at_once: int) -> None:
     """Runs the sweeps, some at once, with a bar of jobs. Ends the program where it is interrupted."""
     waiting, running = list(overrides), dict[str, subprocess.Popen[bytes]]()
-    with tqdm(unit="job", dynamic_ncols=True, smoothing=0.1) as bar, stopping_too(running):
+    with tqdm(unit="job", dynamic_ncols=True, smoothing=0.1, disable=None) as bar, stopping_too(running):
         while waiting or running:
             while waiting and len(running) < at_once:
                 name = waiting.pop(0)
