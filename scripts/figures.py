@@ -22,7 +22,6 @@ SCRIPTS = Path(__file__).parent
 FOLDER = next((Path(given) for given in sys.argv[1:] if not given.startswith("-")), SCRIPTS.parent / "results")
 
 Row = dict[str, Any]
-Key = str
 
 
 def load(name: str, made_by: str | None = None, columns: Iterable[str] = ()) -> list[Row]:
@@ -56,7 +55,7 @@ def save(figure: Figure, name: str) -> None:
         print(os.path.relpath(path))
 
 
-def groups(rows: Sequence[Row], *keys: Key) -> dict[Any, list[Row]]:
+def groups(rows: Sequence[Row], *keys: str) -> dict[Any, list[Row]]:
     """The rows by the value of one key, or by the values of several."""
     found: dict[Any, list[Row]] = {}
     for row in rows:
