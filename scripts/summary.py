@@ -218,7 +218,8 @@ CLAIMS = [
           partial(accuracy, "accuracy")),
     Claim("Accuracy, one shot", "The same with one support example a class, at the settings tuned for five.", "",
           partial(accuracy, "accuracy_1shot")),
-    Claim("Longer inner loops", "The same at every number of inner steps, at the settings tuned for ten.", "inner_steps", inner_steps),
+    Claim("Longer inner loops", "The same at every number of inner steps, at the settings tuned for ten.",
+          "inner_steps", inner_steps),
     Claim("Memory", "FO-B-MAML's memory does not grow with inner steps; MAML's does.", "memory", memory),
     Claim("Time", "A symmetric meta-gradient costs about as much as MAML's.", "time", seconds),
     Claim("Bias against inner precision", "forward O(δ^{1/2}), symmetric O(δ^{2/3}), order 4 O(δ^{4/5}); FO-MAML and "
