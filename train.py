@@ -11,6 +11,7 @@ import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from fobmaml import distributed
 from fobmaml.allocator import keep_freed_memory
 from fobmaml.arguments import number, one_of, refuse
 from fobmaml.estimators import NotConverged
@@ -59,28 +61,49 @@ class Interrupted(KeyboardInterrupt):
 
 
 # What a user can put right: reported in one line. Set HYDRA_FULL_ERROR=1 for the traceback.
-EXPECTED = (ConfigError, CheckpointError, Diverged, NotConverged, HydraException, OmegaConfBaseException)
+EXPECTED = (ConfigError, CheckpointError, Diverged, NotConverged, distributed.ProcessLost, HydraException,
+            OmegaConfBaseException)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One job: a run in its own folder. Returns its last validation accuracy, for sweepers."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    hydra_config = HydraConfig.get()
+    folder, in_sweep = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
     try:
-        return run(cfg, folder)
+        with distributed.processes():
+            if distributed.rank() == 0:
+                return run(cfg, folder)
+            follow(cfg)
+            return None
     except EXPECTED as error:
         if not any((folder / kept).exists() for kept in ("checkpoint.pt", "summary.json", "metrics.jsonl")):
             shutil.rmtree(folder, ignore_errors=True)  # only Hydra's copy of the bad settings is in it
-        if TRACED or HydraConfig.get().mode == RunMode.MULTIRUN:  # a sweep goes on, and ends with the error
+        if TRACED or in_sweep:  # a sweep goes on, and ends with the error
             raise
         sys.exit(f"error: {one_line(error)}")
 
 
+def follow(cfg: DictConfig) -> None:
+    """A process that is not the first of its run."""
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asked, signal.SIG_IGN)  # the first one stops after its step, and then this one
+    try:
+        distributed.everywhere(lambda: build(cfg)).follow()
+    except (ConfigError, distributed.ProcessLost):
+        sys.exit(1)  # the first process says it
+
+
 def run(cfg: DictConfig, folder: Path) -> float | None:
     """Build, continue if there is a checkpoint, meta-train, measure, report."""
+    training = distributed.everywhere(lambda: build(cfg))
+    with distributed.leading(training.learner.device):
+        return lead(cfg, training, folder)
+
+
+def lead(cfg: DictConfig, training: MetaTraining, folder: Path) -> float | None:
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     same_run = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
-    training = build(cfg)
     source = checkpoint_to_continue(cfg, folder)
     try:
         state = load_checkpoint(source, same_run) if source else None
@@ -189,9 +212,11 @@ def bad_values_named() -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if found else "cpu"
+    if name == "cuda" and distributed.size() > 1:  # each of a machine's processes has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
         raise refuse("device", name, "auto, cpu, cuda or cuda:N")
     if name != "cpu" and int(f"{name}:0".split(":")[1]) >= found:
@@ -230,11 +255,11 @@ def meta_train(training: MetaTraining, fresh: bool, record: Callable[[Event], No
     with (logging_redirect_tqdm() if on_terminal else nullcontext(),
           tqdm(total=s.steps, initial=training.step, unit="step", disable=not on_terminal, dynamic_ncols=True,
                desc="meta-training") as bar):
-        for event in training.train():
+        for event in training.train(lambda: stop.requested):
             measured = training.measure()
             event |= measured
             record(event)
-            if training.step % s.checkpoint_every == 0 or training.step == s.steps or stop.requested:
+            if training.step % s.checkpoint_every == 0 or training.step == s.steps:
                 checkpoint()
             bar.set_postfix(progress(training), refresh=False)
             bar.update()
@@ -242,8 +267,9 @@ def meta_train(training: MetaTraining, fresh: bool, record: Callable[[Event], No
                 log.info("step %d/%d, %s, %.0f s left", training.step, s.steps,
                          ", ".join(f"{key} {value}" for key, value in progress(training).items()),
                          (s.steps - training.step) * statistics.median(training.step_seconds))
-            if stop.requested:
-                raise Interrupted(f"stopped by {stop.requested} at step {training.step}")
+    if stop.requested:
+        checkpoint()
+        raise Interrupted(f"stopped by {stop.requested} at step {training.step}")
 
 
 def progress(training: MetaTraining) -> dict[str, str]:
@@ -319,15 +345,28 @@ def one_line(error: Exception) -> str:
     return "; ".join(lines[:2])
 
 
-if __name__ == "__main__":
-    keep_freed_memory()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors then arrive here instead of being printed by Hydra
+def start() -> None:
+    """What ``main`` does, with every expected end told in one line."""
     try:
+        if distributed.size() > 1 and {"-m", "--multirun"} & set(sys.argv):
+            raise ConfigError("--multirun: takes one process, and torchrun started this one with others")
         main()
     except EXPECTED as error:
         if TRACED:
             raise
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {one_line(error)}" if distributed.rank() == 0 else 1)
     except Interrupted as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors then arrive here instead of being printed by Hydra
+    if distributed.rank() == 0:
+        start()
+    else:  # only the first process of a run writes and speaks
+        logging.disable()
+        with tempfile.TemporaryDirectory() as folder:
+            sys.argv += [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
+            start()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.learner import Learner
@@ -110,6 +111,8 @@ class MetaTraining:
         self.optimizer = make_optimizer(list(self.parameters.values()))
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        if settings.meta_batch < distributed.size():
+            raise refuse("meta_batch", settings.meta_batch, f"at least {distributed.size()}, a task for each process")
         _ = self._at_most  # a limit that is too low is refused here
         if settings.curvature_every and not (isinstance(estimator.solver, GradientDescent)
                                              and estimator.solver.momentum == 0.0):
@@ -156,33 +159,55 @@ class MetaTraining:
         return peak_bytes(lambda: estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose=False),
                           self.learner.device)
 
-    def train(self) -> Iterator[Event]:
-        """Meta-steps until ``settings.steps``, yielding what there is to log after each (often nothing).
+    def _meta_gradient(self, step: int, theta: Tensor, logged: bool) -> Tensor:
+        """Of a meta-step's tasks: the mean gradient [P]; if ``logged``, behind it the mean query loss and residual.
+
+        In the first process of several; each computes its share.
+        """
+        s = self.settings
+        tasks = self._placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
+        result = estimate(self.estimator, self.learner, theta, tasks, self._chunk(tasks, self.estimator),
+                          diagnose=logged)
+        values = result.gradient
+        if result.query_loss is not None and result.residual is not None:
+            values = torch.cat([values, result.query_loss.mean()[None], result.residual.mean()[None]])
+        return distributed.mean(values, len(tasks), s.meta_batch)
+
+    def follow(self) -> None:
+        """What the other processes of a run do until the first one is through: their shares (``distributed``)."""
+        theta = self.learner.theta()
+        for step, logged in distributed.turns(theta):
+            self._meta_gradient(step, theta, logged)
+
+    def train(self, stopping: Callable[[], object] = lambda: False) -> Iterator[Event]:
+        """Meta-steps until ``settings.steps``, or until ``stopping()``, yielding what there is to log after each (often
+        nothing).
 
         Raises Diverged, before the step is taken, if the meta-gradient is not finite.
         """
         s = self.settings
-        while self.step < s.steps:
+        while self.step < s.steps and not stopping():
             started = time.perf_counter()
             logged = (self.step + 1) % s.log_every == 0 or self.step + 1 in (1, s.steps)
-            tasks = self._placed(self.tasks("train", s.meta_batch, s.seed, self.step))
-            result = estimate(self.estimator, self.learner, self.learner.theta(), tasks,
-                              self._chunk(tasks, self.estimator), diagnose=logged)
-            norm = float(result.gradient.norm())
+            theta = self.learner.theta()
+            distributed.announce(self.step, logged, theta)
+            gradient, diagnosis = self._meta_gradient(self.step, theta, logged).split_with_sizes(
+                [len(theta), 2 * logged])
+            norm = float(gradient.norm())
             if not math.isfinite(norm):
                 raise Diverged(f"the meta-gradient at step {self.step + 1} is not finite: try a smaller solver.lr or "
                                "optimizer.lr, or a larger estimator.lam")
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self._learning_rate_factor(self.step)
-            for name, gradient in self.learner.fold(result.gradient).items():
-                self.parameters[name].grad = gradient
+            for name, part in self.learner.fold(gradient).items():
+                self.parameters[name].grad = part
             self.optimizer.step()
             self.step += 1
             self.step_seconds.append(time.perf_counter() - started)
             event: Event = {}
-            if result.query_loss is not None and result.residual is not None:
-                event = {"train/loss": float(result.query_loss.mean()), "meta_gradient/norm": norm,
-                         "inner/residual": float(result.residual.mean()),
+            if logged:
+                loss, residual = diagnosis.tolist()
+                event = {"train/loss": loss, "meta_gradient/norm": norm, "inner/residual": residual,
                          "optimizer/lr": self.optimizer.param_groups[0]["lr"],
                          "time/meta_step_s": statistics.median(self.step_seconds)}
             yield self._record(event)
@@ -256,9 +281,9 @@ class MetaTraining:
                              "test/loss": score.loss})
 
     def measure_memory(self) -> Event:
-        """Peak storage of one meta-gradient on a training meta-batch."""
+        """Peak storage of one meta-gradient on a training meta-batch, or on one process's share of it."""
         s = self.settings
-        tasks = self._placed(self.tasks("train", s.meta_batch, s.seed))
+        tasks = self._placed(distributed.share(self.tasks("train", s.meta_batch, s.seed)))
         return self._record({"memory/peak_bytes": self._peak_bytes(tasks, self._chunk(tasks, self.estimator))})
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,133 @@
+"""One run on several processes (torchrun): the first leads, and each computes its share of every meta-batch.
+
+The first process has the state and does all else. It announces each meta-step with the parameters and gets the mean
+meta-gradient back; the others keep nothing from one step to the next. Without torchrun there is one process, and
+nothing here communicates.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fobmaml.tasks import TaskBatch
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)
+"""The others wait while the first one measures. Where a process ends, the rest learn it at once, not so late."""
+END = -1
+_in_turn = False
+
+
+class ProcessLost(RuntimeError):
+    """Another process of this run has failed or ended."""
+
+
+def rank() -> int:
+    """0 in the first process."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def size() -> int:
+    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that torchrun started, on entry; alone, it does nothing."""
+    if size() > 1:
+        with _losses_named():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def leading(device: torch.device) -> Iterator[None]:
+    """Around all that the first process announces: on exit, the others' ``turns`` end."""
+    try:
+        yield
+    finally:
+        if not _in_turn:  # else this process failed in its share: the others learn it when it ends
+            with suppress(ProcessLost):
+                announce(END, False, torch.zeros(0, device=device))
+
+
+def everywhere(call: Callable[[], T]) -> T:
+    """What ``call()`` returns here, if it returns in every process. Raises its error, or ProcessLost with another's."""
+    if size() == 1:
+        return call()
+    errors: list[str | None] = [None] * size()
+    try:
+        result = call()
+    except Exception as error:
+        dist.all_gather_object(errors, str(error) or type(error).__name__)
+        raise
+    with _losses_named():
+        dist.all_gather_object(errors, None)
+    for process, text in enumerate(errors):
+        if text is not None:
+            raise ProcessLost(f"process {process} of {size()}: {text}")
+    return result
+
+
+def share(tasks: TaskBatch) -> TaskBatch:
+    """This process's tasks of a meta-batch: as equal parts as there are processes."""
+    edges = [len(tasks) * process // size() for process in (rank(), rank() + 1)]
+    return tasks[slice(*edges)]
+
+
+def announce(step: int, logged: bool, theta: Tensor) -> None:
+    """The first process says which meta-step is next, whether it is logged, and its parameters ``theta`` [P]; or that
+    there is none: ``END``."""
+    global _in_turn
+    if size() == 1:
+        return
+    _in_turn = True
+    with _losses_named():
+        dist.broadcast(torch.tensor([step, logged], device=theta.device), 0)
+        if step != END:
+            dist.broadcast(theta, 0)
+
+
+def turns(theta: Tensor) -> Iterator[tuple[int, bool]]:
+    """In the other processes: (step, logged) of every meta-step announced, its parameters in ``theta`` [P]."""
+    turn = torch.zeros(2, dtype=torch.int64, device=theta.device)
+    while True:
+        with _losses_named():
+            dist.broadcast(turn, 0)
+            step, logged = turn.tolist()
+            if step == END:
+                return
+            dist.broadcast(theta, 0)
+        yield step, bool(logged)
+
+
+def mean(values: Tensor, tasks: int, of: int) -> Tensor:
+    """In the first process: the mean over all ``of`` tasks of ``values``, here the mean over ``tasks`` of them."""
+    global _in_turn
+    if size() == 1:
+        return values
+    total = values * tasks
+    with _losses_named():
+        dist.reduce(total, 0)
+    _in_turn = False
+    return total / of
+
+
+@contextmanager
+def _losses_named() -> Iterator[None]:
+    """torch.distributed raises some RuntimeError where a process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost("another process of this run has ended") from error

@@ -1,0 +1,121 @@
+"""torchrun: a run does not depend on the number of its processes, and none of them outlives another."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+RUN = ("width=8", "steps=12", "meta_batch=7", "eval.every=5", "eval.tasks=20", "eval.validation_tasks=10",
+       "bias.every=0", "log_every=1", "wandb.mode=disabled")
+
+
+def _torchrun(folder: Path, processes: int, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             f"--nproc_per_node={processes}", str(ROOT / "train.py"), *overrides], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _ended(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def _assert_same_run(found: Path, wanted: Path, tolerance: float) -> None:
+    ours, plain = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (found, wanted))
+    for name, parameter in plain["model"].items():
+        torch.testing.assert_close(ours["model"][name], parameter, rtol=0.0, atol=tolerance)
+    ours, plain = (json.loads((folder / "summary.json").read_text()) for folder in (found, wanted))
+    assert ours["status"] == "completed"
+    assert ours["test/accuracy"] == plain["test/accuracy"]
+    for key in ("test/loss", "val/loss", "train/loss", "inner/residual", "meta_gradient/norm"):
+        assert ours[key] == pytest.approx(plain[key], rel=100 * tolerance)
+    events = [[(event["step"], sorted(event)) for event in map(json.loads, (folder / "metrics.jsonl").open())]
+              for folder in (found, wanted)]
+    assert events[0] == events[1]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance", "counts"), [
+    ("float64", 1e-10, [2]), pytest.param("float64", 1e-10, [1, 3], marks=pytest.mark.slow),
+    pytest.param("float32", 1e-5, [1, 2, 3], marks=pytest.mark.slow)])
+def test_the_number_of_processes_does_not_change_a_run(run_train, tmp_path, dtype, tolerance, counts):
+    run = (*RUN, f"dtype={dtype}")
+    assert run_train(*run, "hydra.run.dir=plain").returncode == 0
+    for count in counts:
+        code, out, err = _ended(_torchrun(tmp_path, count, *run, f"hydra.run.dir={count}"))
+        assert code == 0, err
+        assert out.count("meta-test accuracy") == 1  # one process speaks
+        _assert_same_run(tmp_path / str(count), tmp_path / "plain", tolerance)
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", *map(str, counts)}  # and writes
+
+
+@pytest.mark.parametrize(("overrides", "line"), [
+    (("meta_batch=1",), "error: meta_batch=1: takes at least 2, a task for each process"),
+    (("nothing=2",), "error: nothing: there is no such setting .*"),
+    (("-m", "seed=0,1"), "error: --multirun: takes one process, .*")])
+def test_bad_input_is_said_once(tmp_path, overrides, line):
+    code, out, err = _ended(_torchrun(tmp_path, 2, *overrides))
+    assert code != 0
+    said = [text for text in (out + err).splitlines() if "error: " in text]
+    assert len(said) == 1
+    assert re.fullmatch(line, said[0])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def _process_of_rank(rank: int, folder: Path) -> int:
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").readlink() == folder and f"\0RANK={rank}\0" in (entry / "environ").read_text():
+                return int(entry.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def _wait_for_steps(metrics: Path, count: int) -> None:
+    limit = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > count):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def test_killed_and_stopped_jobs_end_at_once_and_continue(run_train, tmp_path):
+    run = (*RUN, "steps=60", "checkpoint_every=5", "dtype=float64")
+    assert run_train(*run, "hydra.run.dir=plain").returncode == 0
+
+    job = _torchrun(tmp_path, 2, *run, "hydra.run.dir=run")
+    _wait_for_steps(tmp_path / "run" / "metrics.jsonl", 6)
+    os.kill(_process_of_rank(1, tmp_path), signal.SIGKILL)
+    started = time.monotonic()
+    code, _, err = _ended(job)
+    assert code != 0
+    assert time.monotonic() - started < 60  # not the day that collectives wait
+    assert "error: another process of this run has ended\n" in err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+    job = _torchrun(tmp_path, 3, *run, "hydra.run.dir=run")
+    _wait_for_steps(tmp_path / "run" / "metrics.jsonl", 12)
+    job.send_signal(signal.SIGTERM)  # torchrun hands it to all
+    code, _, err = _ended(job)
+    assert code != 0
+    assert re.search(r"stopped by SIGTERM at step \d+; the same command with hydra.run.dir=\S+ continues", err)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+
+    assert run_train(*run, "hydra.run.dir=run").returncode == 0
+    _assert_same_run(tmp_path / "run", tmp_path / "plain", 1e-10)
+
+
+def test_what_fails_in_one_process_is_said_and_ends_the_job(tmp_path):
+    """The exact estimator in float32 misses its tolerance in every share; each process finds out by itself."""
+    code, _, err = _ended(_torchrun(tmp_path, 2, *RUN, "estimator=exact", "solver=newton_cg", "solver.steps=1",
+                                    "hydra.run.dir=run"))
+    assert code != 0
+    assert re.search("error: .*the exact meta-gradient at step 1 is not available", err)
