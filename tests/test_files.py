@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fobmaml.files import CheckpointError, EventLog, load_checkpoint, read_events, save_checkpoint, write_json
+from fobmaml.files import (
+    CannotWrite,
+    CheckpointError,
+    EventLog,
+    FolderInUse,
+    load_checkpoint,
+    read_events,
+    save_checkpoint,
+    sole_user,
+    write_json,
+)
 
 CONFIG = {"width": 8, "estimator": {"lam": 0.5}}
 
@@ -33,6 +43,21 @@ def test_truncated(checkpoint, keep):
     with pytest.raises(CheckpointError, match="takes a whole checkpoint") as caught:
         load_checkpoint(checkpoint, CONFIG)
     assert "\n" not in str(caught.value)
+
+
+def test_one_changed_bit_is_refused_or_has_no_effect(checkpoint):
+    content, wanted = checkpoint.read_bytes(), load_checkpoint(checkpoint, CONFIG)
+    refused = 0
+    for place in range(0, len(content), 7):
+        checkpoint.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        try:
+            found = load_checkpoint(checkpoint, CONFIG)
+        except CheckpointError:
+            refused += 1
+            continue
+        assert found["step"] == wanted["step"]
+        assert torch.equal(found["model"]["w"], wanted["model"]["w"])
+    assert refused > 50
 
 
 class Malice:
@@ -67,10 +92,18 @@ def test_a_failed_write_leaves_the_last_good_file(checkpoint, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CannotWrite, match=r"checkpoint.pt: cannot be written \(No space left on device\)"):
         save_checkpoint(checkpoint, {"step": 4, "model": {}}, CONFIG)
     assert load_checkpoint(checkpoint, CONFIG)["step"] == 3
     assert [p.name for p in checkpoint.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_folder_has_one_user(tmp_path):
+    with sole_user(tmp_path), pytest.raises(FolderInUse, match="takes a folder in which no other process works"), \
+            sole_user(tmp_path):
+        pass
+    with sole_user(tmp_path):
+        pass
 
 
 def test_json_has_no_nan(tmp_path):

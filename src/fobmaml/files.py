@@ -1,13 +1,15 @@
 """Files that are whole or absent, whatever happens: checkpoints, summaries, event logs, tables."""
 
 import csv
+import fcntl
 import io
 import json
 import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,18 +22,51 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, cannot be read, or belongs to another configuration."""
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """``write(file)`` to a temporary neighbour, flushed to disk, which then takes the place of ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+class CannotWrite(RuntimeError):
+    """The disk is full, or the folder cannot be written."""
+
+
+class FolderInUse(RuntimeError):
+    """Another process works in a run's folder."""
+
+
+@contextmanager
+def _failures_named(path: Path) -> Iterator[None]:
     try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror}); what was written before is whole") from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """``write(file)`` to a temporary neighbour, flushed to disk, which then takes the place of ``path``.
+
+    Raises CannotWrite, and leaves ``path`` as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _failures_named(path):
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Holds a folder until the end, however it comes. Raises FolderInUse if another process does, CannotWrite."""
+    with _failures_named(folder):
+        file = (folder / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUse(f"hydra.run.dir={folder}: takes a folder in which no other process works") from None
+        yield
 
 
 def plain(value: Any) -> Any:
@@ -76,6 +111,9 @@ def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: takes a checkpoint file, and there is none")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch does not look
+                raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
@@ -97,7 +135,7 @@ def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class EventLog:
-    """``metrics.jsonl``: one JSON object a line, each with ``step``; flushed line by line."""
+    """``metrics.jsonl``: one JSON object a line, each with ``step``; written line by line."""
 
     def __init__(self, path: Path, continue_at: int | None = None, history: Path | None = None):
         """``continue_at``: keep the events up to this step, of ``history`` (default: of the file itself)."""
@@ -107,11 +145,12 @@ class EventLog:
                     if e["step"] <= continue_at and "test/loss" not in e]
         text = "".join(line + "\n" for line in kept)
         write_atomically(path, lambda file: file.write(text.encode()))
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, step: int, event: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **{k: plain(v) for k, v in event.items()}}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **{k: plain(v) for k, v in event.items()}}, allow_nan=False) + "\n"
+        with _failures_named(self._path):
+            self._file.write(line.encode())
 
     def close(self) -> None:
         self._file.close()
