@@ -23,7 +23,7 @@ setup: .venv/complete ## make .venv and install everything (nothing to do when i
 train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS="estimator=maml steps=2000"
 	@$(BIN)/python train.py $(ARGS)
 
-test: setup ## run the tests; with SLOW=1 those that take minutes too
+test: setup .venv/sweeps ## run the tests; with SLOW=1 those that take minutes too
 	@$(BIN)/python -m pytest $(if $(SLOW),,-m "not slow") $(ARGS)
 
 lint: setup ## check style and types
@@ -48,7 +48,13 @@ verify: setup ## run a little of the experiments again and compare it with resul
 bench: setup .venv/bench ## time and memory of one meta-gradient, other libraries' too, into results/; QUICK=1: a small try
 	@$(BIN)/python benchmarks/meta_gradient.py $(if $(QUICK),--quick) $(ARGS)
 	@$(if $(QUICK),,$(BIN)/python benchmarks/breakdown.py)
+	@$(if $(QUICK),,$(BIN)/python benchmarks/processes.py)
 	@$(BIN)/python scripts/figure_time.py $(if $(QUICK),outputs/bench-quick)
+
+.venv/sweeps: .venv/complete
+	@echo "installing the launchers of sweeps into .venv"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[sweeps]'
+	@touch $@
 
 .venv/bench: .venv/complete
 	@echo "installing the libraries to compare with into .venv"

@@ -30,11 +30,21 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fobmaml import distributed
+from fobmaml import distributed, sweeps
 from fobmaml.allocator import keep_freed_memory
 from fobmaml.arguments import number, one_of, refuse
 from fobmaml.estimators import NotConverged
-from fobmaml.files import CheckpointError, EventLog, load_checkpoint, read_events, save_checkpoint, write_json
+from fobmaml.files import (
+    CannotWrite,
+    CheckpointError,
+    EventLog,
+    FolderInUse,
+    load_checkpoint,
+    read_events,
+    save_checkpoint,
+    sole_user,
+    write_json,
+)
 from fobmaml.plotting import learning_curve, method
 from fobmaml.provenance import provenance
 from fobmaml.tracking import WandbRun
@@ -61,13 +71,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 # What a user can put right: reported in one line. Set HYDRA_FULL_ERROR=1 for the traceback.
-EXPECTED = (ConfigError, CheckpointError, Diverged, NotConverged, distributed.ProcessLost, HydraException,
-            OmegaConfBaseException)
+EXPECTED = (ConfigError, CannotWrite, CheckpointError, Diverged, FolderInUse, NotConverged, distributed.ProcessLost,
+            HydraException, OmegaConfBaseException)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One job: a run in its own folder. Returns its last validation accuracy, for sweepers."""
+    keep_freed_memory()
     hydra_config = HydraConfig.get()
     folder, in_sweep = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
     try:
@@ -77,7 +88,8 @@ def main(cfg: DictConfig) -> float | None:
             follow(cfg)
             return None
     except EXPECTED as error:
-        if not any((folder / kept).exists() for kept in ("checkpoint.pt", "summary.json", "metrics.jsonl")):
+        kept = any((folder / name).exists() for name in ("checkpoint.pt", "summary.json", "metrics.jsonl"))
+        if not kept and not isinstance(error, FolderInUse):
             shutil.rmtree(folder, ignore_errors=True)  # only Hydra's copy of the bad settings is in it
         if TRACED or in_sweep:  # a sweep goes on, and ends with the error
             raise
@@ -97,7 +109,7 @@ def follow(cfg: DictConfig) -> None:
 def run(cfg: DictConfig, folder: Path) -> float | None:
     """Build, continue if there is a checkpoint, meta-train, measure, report."""
     training = distributed.everywhere(lambda: build(cfg))
-    with distributed.leading(training.learner.device):
+    with distributed.leading(training.learner.device), sole_user(folder):
         return lead(cfg, training, folder)
 
 
@@ -118,7 +130,11 @@ def lead(cfg: DictConfig, training: MetaTraining, folder: Path) -> float | None:
             return cast(float | None, summary["val/accuracy"])
 
     if state and source:
-        training.load_state_dict(state)
+        try:
+            training.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"{source}: takes a whole checkpoint of this program, and this one's state does not "
+                                  f"fit ({one_line(error) or type(error).__name__})") from None
         log.info("continuing %s at step %d", source, training.step)
     events = EventLog(folder / "metrics.jsonl", training.step if state else None,
                       source.with_name("metrics.jsonl") if source else None)
@@ -146,7 +162,8 @@ def lead(cfg: DictConfig, training: MetaTraining, folder: Path) -> float | None:
         summary["reason"] = str(error) or type(error).__name__
         if isinstance(error, Interrupted):
             summary["status"] = "interrupted"
-            error.args = (f"{error}; the same command with hydra.run.dir={folder} continues",)
+            where = "" if sweep_name() else f" with hydra.run.dir={folder}"
+            error.args = (f"{error}; the same command{where} continues",)
         elif isinstance(error, NotConverged):
             error.args = (f"the exact meta-gradient at step {training.step + 1} is not available: {error}; try more "
                           "solver.steps or a larger estimator.lam",)
@@ -158,8 +175,10 @@ def lead(cfg: DictConfig, training: MetaTraining, folder: Path) -> float | None:
         summary |= {**measured, "choices": choices(), "seconds": round(time.time() - started, 1),
                     "provenance": provenance(training.learner.device), "config": config}
         events.close()
-        write_json(summary_path, summary)
-        wandb_run.finish(measured, exit_code=0 if summary["status"] == "completed" else 1)
+        try:
+            write_json(summary_path, summary)
+        finally:
+            wandb_run.finish(measured, exit_code=0 if summary["status"] == "completed" else 1)
     if summary["val/loss"] is not None:
         learning_curve(read_events(folder / "metrics.jsonl"), summary, folder / "learning_curve.png")
     report(summary, folder)
@@ -178,7 +197,6 @@ def build(cfg: DictConfig) -> MetaTraining:
                             **{f"{group}_{key}": value for group in ("eval", "bias", "smoothness", "curvature")
                                for key, value in cfg[group].items()})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # differences need all digits
     dataset = build_part(cfg, "dataset")
     torch.manual_seed(settings.seed)
     model = build_part(cfg, "model", input_shape=dataset.input_shape, outputs=dataset.outputs).to(device, dtype)
@@ -348,20 +366,32 @@ def one_line(error: Exception) -> str:
 def start() -> None:
     """What ``main`` does, with every expected end told in one line."""
     try:
-        if distributed.size() > 1 and {"-m", "--multirun"} & set(sys.argv):
-            raise ConfigError("--multirun: takes one process, and torchrun started this one with others")
+        if {"-m", "--multirun"} & set(sys.argv):
+            if distributed.size() > 1:
+                raise ConfigError("--multirun: takes one process, and torchrun started this one with others")
+            os.environ["FOBMAML_SWEEP"] = sweeps.name_of(sys.argv[1:])
+            if any(argument.startswith("hydra/launcher=") for argument in sys.argv):
+                os.environ.setdefault("OMP_NUM_THREADS", "1")  # jobs side by side do not fight for cores
         main()
     except EXPECTED as error:
         if TRACED:
             raise
-        sys.exit(f"error: {one_line(error)}" if distributed.rank() == 0 else 1)
-    except Interrupted as error:
-        print(f"\n{error}", file=sys.stderr)
+        if not sweeps.failures():
+            sys.exit(f"error: {one_line(error)}" if distributed.rank() == 0 else 1)
+    except OSError as error:  # Hydra's own files, before a run begins
+        if TRACED or error.errno is None:
+            raise
+        sys.exit(f"error: {error.filename or 'the output folder'}: cannot be written ({error.strerror})")
+    except KeyboardInterrupt as error:
+        print(f"\n{str(error) or 'stopped; the same command continues'}", file=sys.stderr)
         sys.exit(130)
+    if failed := sweeps.failures():
+        jobs = "\n".join(f"  {failure['job']}: {failure['reason']}" for failure in failed)
+        sys.exit(f"error: {len(failed)} of the jobs failed; the same command runs them again:\n{jobs}")
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
+    logging.raiseExceptions = False  # a log that cannot be written does not fill the screen
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors then arrive here instead of being printed by Hydra
     if distributed.rank() == 0:
         start()

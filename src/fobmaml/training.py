@@ -104,6 +104,7 @@ class MetaTraining:
 
     def __init__(self, model: nn.Module, source: TaskSource, estimator: Estimator, settings: Settings,
                  make_optimizer: Callable[[list[nn.Parameter]], Optimizer]):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # differences need all digits
         self.settings, self.source, self.estimator = settings, source, estimator
         self.learner = Learner(model, source.loss_fn)
         named = dict(model.named_parameters())
