@@ -43,8 +43,9 @@ def test_every_estimator_makes_a_complete_run(run_train, tmp_path):
     done = run_train("-m", f"estimator={','.join(names)}", "width=16", "steps=3", "eval.tasks=20",
                      "eval.validation_tasks=10", "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
-    for job, name in enumerate(names):
-        summary = _complete(tmp_path / "sweep" / str(job))
+    for name in names:
+        (folder,) = (tmp_path / "sweep").glob(f"*estimator={name},*")
+        summary = _complete(folder)
         assert summary["choices"]["estimator"] == name
         assert summary["step"] == 3
         assert summary["model/parameters"] == 2069
@@ -57,11 +58,11 @@ def test_multirun_makes_one_wandb_run_a_job(run_train, tmp_path):
     done = run_train("-m", "estimator=forward,symmetric", "width=16,32", "steps=3", "eval.tasks=20",
                      "eval.validation_tasks=10", "bias.every=0", "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
-    found = {(s["choices"]["estimator"], s["config"]["width"]) for s in
-             (_complete(tmp_path / "sweep" / str(job)) for job in range(4))}
+    folders = list((tmp_path / "sweep").glob("*/"))
+    found = {(s["choices"]["estimator"], s["config"]["width"]) for s in map(_complete, folders)}
     assert found == {(e, w) for e in ("forward", "symmetric") for w in (16, 32)}
     assert len(list(tmp_path.glob("sweep/*/wandb/offline-run-*"))) == 4
-    assert {read_run(tmp_path / "sweep" / str(job))["group"] for job in range(4)} == {"sweep"}
+    assert {read_run(folder)["group"] for folder in folders} == {"sweep"}
 
 
 @pytest.mark.slow
@@ -254,3 +255,57 @@ def test_wandb_without_a_place_to_write(run_train, tmp_path):
     done = run_train(*QUICK, "bias.every=0", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert _summary(tmp_path / "run")["status"] == "completed"
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments():
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "10"], text=True,
+                          capture_output=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "10 kills" in done.stdout
+
+
+@pytest.mark.parametrize("wandb", ["disabled", "offline"])
+def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, tmp_path, wandb):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=56k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        run = (*QUICK, "steps=120", "log_every=1", "checkpoint_every=2", "bias.every=0", f"wandb.mode={wandb}",
+               f"hydra.run.dir={disk}/run")
+        done = run_train(*run)
+        assert done.returncode == 1
+        assert re.fullmatch(r"error: \S+: cannot be written \(No space left on device\); what was written before is "
+                            "whole\n", done.stderr), done.stderr
+        state = torch.load(disk / "run" / "checkpoint.pt", weights_only=True)
+        assert 0 < state["step"] < 120
+        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        assert run_train(*run).returncode == 0
+        assert run_train(*run[:-2], "wandb.mode=disabled", "hydra.run.dir=plain").returncode == 0
+        assert _result(disk / "run") == _result(tmp_path / "plain")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        done = run_train(*run[:-1], f"hydra.run.dir={disk}/other")
+        assert done.returncode == 1
+        assert re.fullmatch(r"error: \S+: cannot be written \(Read-only file system\)\n", done.stderr), done.stderr
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(run_train, tmp_path):
+    """Resident memory over 5000 meta-steps, from the first hundred on."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "width=4", "steps=5000", "meta_batch=1",
+                                "solver.steps=2", "log_every=10", "eval.every=500", "eval.validation_tasks=10",
+                                "eval.tasks=0", "bias.every=0", "wandb.mode=disabled", "hydra.run.dir=run"],
+                               cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    resident, metrics = [], tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None:
+        step = int(metrics.read_text().rsplit('{"step": ', 1)[-1].split(",")[0]) if metrics.exists() else 0
+        pages = Path(f"/proc/{process.pid}/statm").read_text().split()
+        if step >= 100 and len(pages) > 1 and step < 5000:  # the plot comes after the last step
+            resident.append(int(pages[1]))
+        time.sleep(0.2)
+    assert process.returncode == 0
+    assert len(resident) > 20
+    assert resident[-1] < 1.03 * resident[0]

@@ -1,0 +1,98 @@
+"""Kills a run with SIGKILL at random moments and continues it: python scripts/kill_test.py [--kills 100]
+
+After every kill all files have to be readable, and a run that was continued to its end has to be the uninterrupted run,
+bit for bit: parameters, metrics and summary. The run writes a checkpoint after every step, so that kills meet it.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fobmaml.files import read_events
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+RUN = ("width=8", "steps=60", "log_every=1", "checkpoint_every=1", "eval.every=7", "bias.every=0",
+       "eval.tasks=20", "eval.validation_tasks=10")
+KILLS_A_RUN = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    moments = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as holder, tqdm(total=arguments.kills, unit="kill", disable=None) as bar:
+        folder = Path(holder)
+        started = time.monotonic()
+        subprocess.run(command(folder / "whole"), cwd=folder, check=True, capture_output=True)
+        seconds, wanted, runs = time.monotonic() - started, result(folder / "whole"), 0
+        while bar.n < arguments.kills:
+            for _ in range(min(KILLS_A_RUN, arguments.kills - bar.n)):
+                if not killed(folder / "run", moments, seconds):
+                    break  # it had ended before
+                check_files(folder / "run")
+                bar.update()
+            done = subprocess.run(command(folder / "run"), cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"error: a killed run does not continue: {done.stderr}")
+            if result(folder / "run") != wanted:
+                sys.exit("error: a killed and continued run differs from the uninterrupted one")
+            runs += 1
+            shutil.rmtree(folder / "run")
+    print(f"{arguments.kills} kills of {runs} runs: every file was whole, every run ended as the uninterrupted one")
+
+
+def command(folder: Path) -> list[str]:
+    return [sys.executable, str(TRAIN), *RUN, f"hydra.run.dir={folder}"]
+
+
+def killed(folder: Path, moments: random.Random, seconds: float) -> bool:
+    """Starts the run and kills it, at any moment of its life or, two times of three, after its first new checkpoint."""
+    checkpoint = folder / "checkpoint.pt"
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+    process = subprocess.Popen(command(folder), cwd=folder.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if moments.random() < 2 / 3:
+        while process.poll() is None and (checkpoint.stat().st_mtime_ns if checkpoint.exists() else None) == before:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0.0, 0.2 * seconds))
+    else:
+        time.sleep(moments.uniform(0.0, seconds))
+    process.kill()
+    return process.wait() < 0
+
+
+def check_files(folder: Path) -> None:
+    """Whatever is there is whole; only the last line of the log of events may be cut short."""
+    if (folder / "checkpoint.pt").exists():
+        torch.load(folder / "checkpoint.pt", weights_only=True)
+    for path in folder.glob("*.json"):
+        json.loads(path.read_text())
+    log = folder / "metrics.jsonl"
+    if log.exists() and len(log.read_text().splitlines()) - len(read_events(log)) > 1:
+        sys.exit(f"error: {log} has lines that are cut short")
+
+
+def result(folder: Path) -> tuple[Any, ...]:
+    """What has to be the same: all but times."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    summary = json.loads((folder / "summary.json").read_text())
+    events = [{key: value for key, value in event.items() if not key.startswith("time/")}
+              for event in read_events(folder / "metrics.jsonl")]
+    return ({name: parameter.numpy().tobytes() for name, parameter in state["model"].items()}, events,
+            {key: value for key, value in summary.items()
+             if ("/" in key and not key.startswith("time/")) or key in ("status", "step")})
+
+
+if __name__ == "__main__":
+    main()
