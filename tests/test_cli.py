@@ -166,7 +166,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(run_train, 
     assert read_run(tmp_path / "run")["exit_code"] == 1
 
 
-LONG = ("width=8", "steps=30", "log_every=1", "eval.every=7", "checkpoint_every=4", "bias.every=11", "bias.tasks=2",
+LONG = ("width=8", "steps=30", "log_every=1", "eval.every=7", "checkpoint_every=4", "bias.every=30", "bias.tasks=2",
         "eval.tasks=20", "eval.validation_tasks=10", "wandb.mode=disabled")
 
 
