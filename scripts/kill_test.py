@@ -21,8 +21,8 @@ from tqdm import tqdm
 from fobmaml.files import read_events
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-RUN = ("width=8", "steps=60", "log_every=1", "checkpoint_every=1", "eval.every=7", "bias.every=0",
-       "eval.tasks=20", "eval.validation_tasks=10")
+RUN = ("width=4", "steps=60", "log_every=1", "checkpoint_every=1", "eval.every=20", "bias.every=0", "eval.tasks=10",
+       "eval.validation_tasks=10")
 KILLS_A_RUN = 4
 
 

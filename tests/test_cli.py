@@ -259,10 +259,10 @@ def test_wandb_without_a_place_to_write(run_train, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments():
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "10"], text=True,
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "6"], text=True,
                           capture_output=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert "10 kills" in done.stdout
+    assert "6 kills" in done.stdout
 
 
 @pytest.mark.parametrize("wandb", ["disabled", "offline"])
@@ -301,7 +301,8 @@ def test_memory_does_not_grow(run_train, tmp_path):
                                cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     resident, metrics = [], tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None:
-        step = int(metrics.read_text().rsplit('{"step": ', 1)[-1].split(",")[0]) if metrics.exists() else 0
+        steps = re.findall(r'"step": (\d+)', metrics.read_text()) if metrics.exists() else []
+        step = int(steps[-1]) if steps else 0
         pages = Path(f"/proc/{process.pid}/statm").read_text().split()
         if step >= 100 and len(pages) > 1 and step < 5000:  # the plot comes after the last step
             resident.append(int(pages[1]))
