@@ -58,14 +58,20 @@ def command(folder: Path) -> list[str]:
 
 
 def killed(folder: Path, moments: random.Random, seconds: float) -> bool:
-    """Starts the run and kills it, at any moment of its life or, two times of three, after its first new checkpoint."""
+    """Starts the run and kills it: at any moment of its life or, two times of three, in one of its next steps."""
     checkpoint = folder / "checkpoint.pt"
-    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-    process = subprocess.Popen(command(folder), cwd=folder.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def written() -> int:
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+    last, process = written(), subprocess.Popen(command(folder), cwd=folder.parent, stdout=subprocess.DEVNULL,
+                                                stderr=subprocess.DEVNULL)
     if moments.random() < 2 / 3:
-        while process.poll() is None and (checkpoint.stat().st_mtime_ns if checkpoint.exists() else None) == before:
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0.0, 0.2 * seconds))
+        for _ in range(moments.randint(1, 15)):
+            while process.poll() is None and written() == last:
+                time.sleep(0.001)
+            last = written()
+        time.sleep(moments.uniform(0.0, 0.05))
     else:
         time.sleep(moments.uniform(0.0, seconds))
     process.kill()

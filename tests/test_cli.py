@@ -257,14 +257,6 @@ def test_wandb_without_a_place_to_write(run_train, tmp_path):
     assert _summary(tmp_path / "run")["status"] == "completed"
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments():
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "6"], text=True,
-                          capture_output=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "6 kills" in done.stdout
-
-
 @pytest.mark.parametrize("wandb", ["disabled", "offline"])
 def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, tmp_path, wandb):
     disk = tmp_path / "disk"
