@@ -24,7 +24,7 @@ train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS
 	@$(BIN)/python train.py $(ARGS)
 
 test: setup .venv/sweeps ## run the tests; with SLOW=1 those that take minutes too
-	@$(BIN)/python -m pytest $(if $(SLOW),,-m "not slow") $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if $(SLOW),,-m "not slow") $(ARGS)
 
 lint: setup ## check style and types
 	@$(BIN)/ruff check .
@@ -51,14 +51,9 @@ bench: setup .venv/bench ## time and memory of one meta-gradient, other librarie
 	@$(if $(QUICK),,$(BIN)/python benchmarks/processes.py)
 	@$(BIN)/python scripts/figure_time.py $(if $(QUICK),outputs/bench-quick)
 
-.venv/sweeps: .venv/complete
-	@echo "installing the launchers of sweeps into .venv"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[sweeps]'
-	@touch $@
-
-.venv/bench: .venv/complete
-	@echo "installing the libraries to compare with into .venv"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+.venv/sweeps .venv/bench: .venv/%: .venv/complete
+	@echo "installing the packages for $* into .venv"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[$*]'
 	@touch $@
 
 clean: ## remove .venv and caches; outputs and results stay

@@ -307,11 +307,14 @@ def stop_requests() -> Iterator[StopRequest]:
     """SIGINT and SIGTERM ask for a stop after the present step; a second one stops at once."""
     request = StopRequest()
 
+    alone = distributed.size() == 1  # else torchrun repeats a terminal's signal, and kills who takes too long
+
     def ask(number: int, _: object) -> None:
-        if request.requested:
+        if request.requested and alone:
             raise Interrupted("stopped at once")
-        request.requested = signal.Signals(number).name
-        log.warning("%s: stopping after this step (once more: at once)", request.requested)
+        if not request.requested:
+            request.requested = signal.Signals(number).name
+            log.warning("%s: stopping after this step%s", request.requested, " (once more: at once)" * alone)
 
     if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
         yield request
@@ -320,8 +323,9 @@ def stop_requests() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if alone:  # else to the end, so that torchrun's signal does not cut short what is said of a lost process
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def report(summary: Mapping[str, Any], folder: Path) -> None:

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from fobmaml.tasks import MNIST1D, Logistic
 ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(1)  # the problems are small, and threads cost more than they give
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too: tests run side by side
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +42,34 @@ def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
                               capture_output=True, timeout=1500, env={**os.environ, **(env or {})})
 
     return call
+
+
+def start_train(folder: Path, *overrides: str, by: tuple[str, ...] = (), **options: object) -> subprocess.Popen[str]:
+    """The command line in ``folder``, not waited for; ``by``: a module that starts it, and its arguments."""
+    return subprocess.Popen([sys.executable, *by, str(ROOT / "train.py"), *overrides], cwd=folder, text=True,
+                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+
+
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Until a process that goes on has done something; five minutes at most."""
+    limit = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, "the process has ended"
+        assert time.monotonic() < limit, "waited five minutes"
+        time.sleep(0.005)
+
+
+def processes_in(folder: Path) -> Iterator[tuple[int, str]]:
+    """Number and environment of every process whose working folder it is."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cwd").readlink() == folder:
+                yield int(entry.name), (entry / "environ").read_text()
+        except OSError:
+            continue
 
 
 def tasks_of(kind: str, count: int = 4) -> tuple[Learner, TaskBatch]:

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import QUIET, ROOT, processes_in, start_train, wait_until
+from kill_test import result
 from wandb_records import read_run
 
 SUMMARY_KEYS = {"status", "step", "test/accuracy", "test/accuracy_ci95", "test/loss", "memory/peak_bytes",
@@ -170,34 +172,23 @@ LONG = ("width=8", "steps=30", "log_every=1", "eval.every=7", "checkpoint_every=
         "eval.tasks=20", "eval.validation_tasks=10", "wandb.mode=disabled")
 
 
-def _result(folder: Path) -> tuple:
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    events = [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
-              for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = {k: v for k, v in _summary(folder).items() if k.startswith(("test/", "bias/", "memory/", "val/", "step"))}
-    return {k: v.numpy().tobytes() for k, v in state["model"].items()}, events, summary
-
-
 def _start_and_stop(folder: Path, stop: signal.Signals, after_step: int) -> subprocess.Popen:
     """A run in ``folder`` that gets a signal once it has logged ``after_step``."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *LONG, f"hydra.run.dir={folder}"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder.parent)
-    metrics, limit = folder / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and f'"step": {after_step},' in metrics.read_text()):
-        assert time.monotonic() < limit
-        time.sleep(0.002)
+    process = start_train(folder.parent, *LONG, f"hydra.run.dir={folder}")
+    metrics = folder / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and f'"step": {after_step},' in metrics.read_text(), process)
     process.send_signal(stop)
     return process
 
 
 def test_stopped_and_continued_is_uninterrupted_bit_for_bit(run_train, tmp_path):
     assert run_train(*LONG, "hydra.run.dir=whole").returncode == 0
-    wanted = _result(tmp_path / "whole")
+    wanted = result(tmp_path / "whole")
     # killed at once, started again in its folder
     killed = _start_and_stop(tmp_path / "killed", signal.SIGKILL, 6)
     killed.wait()
     assert run_train(*LONG, "hydra.run.dir=killed").returncode == 0
-    assert _result(tmp_path / "killed") == wanted
+    assert result(tmp_path / "killed") == wanted
     # asked to stop: writes a checkpoint, and says how to go on
     stopped = _start_and_stop(tmp_path / "stopped", signal.SIGTERM, 9)
     _, said = stopped.communicate()
@@ -206,7 +197,7 @@ def test_stopped_and_continued_is_uninterrupted_bit_for_bit(run_train, tmp_path)
     assert _summary(tmp_path / "stopped")["status"] == "interrupted"
     # continued elsewhere
     assert run_train(*LONG, "hydra.run.dir=elsewhere", "resume=stopped/checkpoint.pt").returncode == 0
-    assert _result(tmp_path / "elsewhere") == wanted
+    assert result(tmp_path / "elsewhere") == wanted
     # a complete run is not run again, and a run does not continue under other settings
     before = (tmp_path / "whole" / "summary.json").stat().st_mtime_ns
     again = run_train(*LONG, "hydra.run.dir=whole")
@@ -218,27 +209,34 @@ def test_stopped_and_continued_is_uninterrupted_bit_for_bit(run_train, tmp_path)
                         r"\(there 8\).*\n", other.stderr)
 
 
+@pytest.mark.slow
+def test_killed_at_random_moments():
+    """A few of the hundred kills that the script makes by default."""
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "8"], text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("8 kills of ")
+
+
 def test_training_goes_on_when_wandbs_service_is_killed(run_train, tmp_path):
     plain = run_train(*LONG, "hydra.run.dir=plain")
     assert plain.returncode == 0
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *LONG[:-1], "hydra.run.dir=run"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    killed, limit = False, time.monotonic() + 120
-    while not killed and time.monotonic() < limit:
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                if "wandb-core\0" in (c := entry.read_text()) and f"--pid\0{process.pid}\0" in c:
-                    os.kill(int(entry.parent.name), signal.SIGKILL)
-                    killed = True
-            except OSError:
-                continue
-        time.sleep(0.01)
+    process = start_train(tmp_path, *LONG[:-1], "hydra.run.dir=run")
+
+    def killed() -> bool:
+        for number, _ in processes_in(tmp_path):
+            with suppress(OSError):
+                if f"--pid\0{process.pid}\0" in Path(f"/proc/{number}/cmdline").read_text():
+                    os.kill(number, signal.SIGKILL)
+                    return True
+        return False
+
+    wait_until(killed, process)
     out, err = process.communicate(timeout=300)
-    assert killed
     assert process.returncode == 0, err
     assert re.search(r"wandb \S+.* failed, and training goes on without it", out)
     assert "Traceback" not in out + err
-    assert _result(tmp_path / "run") == _result(tmp_path / "plain")
+    assert result(tmp_path / "run") == result(tmp_path / "plain")
 
 
 def test_without_a_network_an_online_run_is_kept_offline(run_train, tmp_path):
@@ -275,7 +273,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, t
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
         assert run_train(*run).returncode == 0
         assert run_train(*run[:-2], "wandb.mode=disabled", "hydra.run.dir=plain").returncode == 0
-        assert _result(disk / "run") == _result(tmp_path / "plain")
+        assert result(disk / "run") == result(tmp_path / "plain")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         done = run_train(*run[:-1], f"hydra.run.dir={disk}/other")
         assert done.returncode == 1
@@ -287,10 +285,9 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, t
 @pytest.mark.slow
 def test_memory_does_not_grow(run_train, tmp_path):
     """Resident memory over 5000 meta-steps, from the first hundred on."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "width=4", "steps=5000", "meta_batch=1",
-                                "solver.steps=2", "log_every=10", "eval.every=500", "eval.validation_tasks=10",
-                                "eval.tasks=0", "bias.every=0", "wandb.mode=disabled", "hydra.run.dir=run"],
-                               cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_train(tmp_path, "width=4", "steps=5000", "meta_batch=1", "solver.steps=2", "log_every=10",
+                          "eval.every=500", "eval.validation_tasks=10", "eval.tasks=0", "bias.every=0",
+                          "wandb.mode=disabled", "hydra.run.dir=run", **QUIET)
     resident, metrics = [], tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None:
         steps = re.findall(r'"step": (\d+)', metrics.read_text()) if metrics.exists() else []

@@ -8,17 +8,19 @@ import os
 import runpy
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-CHECKS = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
-FEW, MANY = 12, 300
+CHECKS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+FEW, MANY, PARTS = 12, 60, 6  # the slow parts make 300
 
 
 def _run(overrides: list[str]) -> tuple[int, str, Path, tempfile.TemporaryDirectory]:
@@ -152,27 +154,15 @@ def _check_invalid(setting: tuple[str, object]) -> None:
         assert not list(folder.rglob("*"))
 
 
-@settings(max_examples=FEW, **CHECKS)
-@given(valid())
-def test_some_valid_configurations_end_complete(overrides):
-    _check_valid(overrides)
+def _examples(check: Callable[[Any], None], strategy: st.SearchStrategy, count: int, start: int) -> None:
+    seed(start)(settings(max_examples=count, **CHECKS)(given(strategy)(lambda example: check(example))))()
 
 
-@settings(max_examples=FEW, **CHECKS)
-@given(invalid)
-def test_some_invalid_values_are_one_line(setting):
-    _check_invalid(setting)
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
+def test_valid_configurations_end_complete(part):
+    _examples(_check_valid, valid(), MANY if part else FEW, part)
 
 
-@pytest.mark.slow
-@settings(max_examples=MANY, **CHECKS)
-@given(valid())
-def test_valid_configurations_end_complete(overrides):
-    _check_valid(overrides)
-
-
-@pytest.mark.slow
-@settings(max_examples=MANY, **CHECKS)
-@given(invalid)
-def test_invalid_values_are_one_line(setting):
-    _check_invalid(setting)
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
+def test_invalid_values_are_one_line(part):
+    _examples(_check_invalid, invalid, MANY if part else FEW, part)

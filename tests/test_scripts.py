@@ -10,9 +10,6 @@ import sys
 import pytest
 import yaml
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
 from figures import groups, load
 from reproduce import EXPERIMENTS, collect
 from statistics_of_runs import interval, paired, slope

@@ -3,13 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import QUIET, processes_in, start_train, wait_until
 
 from fobmaml import sweeps
 
@@ -47,12 +44,8 @@ def test_failed_jobs_are_listed_and_the_rest_is_kept(run_train, tmp_path):
 
 def test_a_folder_in_use_is_refused(run_train, tmp_path):
     run = (*QUICK, "hydra.run.dir=run", "steps=100000")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *run], cwd=tmp_path, stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
-    limit = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    process = start_train(tmp_path, *run, **QUIET)
+    wait_until((tmp_path / "run" / "checkpoint.pt").exists, process)
     done = run_train(*run)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
@@ -71,17 +64,6 @@ def test_a_search_goes_on_from_its_storage(run_train, tmp_path):
     assert "best_value" in best.read_text()
 
 
-def _processes_in(folder: Path) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if (entry / "cwd").readlink() == folder:
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
 def test_submitit_runs_the_jobs(run_train, tmp_path):
     done = run_train("-m", *QUICK, "hydra/launcher=submitit_local", "seed=0,1")
     assert done.returncode == 0, done.stderr
@@ -91,8 +73,7 @@ def test_submitit_runs_the_jobs(run_train, tmp_path):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> dict[str, tuple]:
     folder = tmp_path_factory.mktemp("plain")
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *TWELVE], cwd=folder, check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert start_train(folder, *TWELVE, **QUIET).wait() == 0
     return _results(folder)
 
 
@@ -100,16 +81,11 @@ def plain(tmp_path_factory) -> dict[str, tuple]:
 @pytest.mark.parametrize("launcher", ["joblib", "ray"])
 def test_twelve_jobs_killed_and_continued_are_the_plain_sweep(run_train, plain, tmp_path, launcher):
     assert len(plain) == 12
-    sweep = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TWELVE, f"hydra/launcher={launcher}"],
-                             cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 600
-    while len(_results(tmp_path)) < 3:
-        assert time.monotonic() < limit
-        assert sweep.poll() is None
-        time.sleep(0.05)
+    sweep = start_train(tmp_path, *TWELVE, f"hydra/launcher={launcher}", **QUIET)
+    wait_until(lambda: len(_results(tmp_path)) >= 3, sweep)
     sweep.kill()
     sweep.wait()
-    for process in _processes_in(tmp_path):  # its jobs: a kill of the whole machine's share
+    for process, _ in processes_in(tmp_path):  # its jobs: a kill of the whole machine's share
         os.kill(process, signal.SIGKILL)
     complete = {path: path.stat().st_mtime_ns for path in tmp_path.glob("multirun/*/*/summary.json")}
     assert 3 <= len(complete) < 12

@@ -12,6 +12,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+LIST = "failed.jsonl"
+
 # The files in configs/hydra/launcher have the names of their plugins' own.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/(launcher|sweeper)/")
 
@@ -23,13 +25,13 @@ def name_of(arguments: Sequence[str]) -> str:
 
 
 class Failures(Callback):
-    """Keeps the failed jobs of a sweep in its folder, ``failed.jsonl``: jobs may run in other processes."""
+    """Keeps the failed jobs of a sweep in its folder, in ``LIST``: jobs may run in other processes."""
 
     listed: Path | None = None
     """Of the sweep that this process started."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        Failures.listed = Path(config.hydra.sweep.dir) / "failed.jsonl"
+        Failures.listed = Path(config.hydra.sweep.dir) / LIST
         Failures.listed.parent.mkdir(parents=True, exist_ok=True)
         Failures.listed.unlink(missing_ok=True)
 
@@ -38,7 +40,7 @@ class Failures(Callback):
             return
         reason = str(job_return._return_value).split("\n")[0] or type(job_return._return_value).__name__
         line = json.dumps({"job": " ".join(job_return.overrides or ()), "reason": reason})
-        with (Path(config.hydra.sweep.dir) / "failed.jsonl").open("a") as file:
+        with (Path(config.hydra.sweep.dir) / LIST).open("a") as file:
             file.write(line + "\n")  # one write, so that jobs that end together do not mix
 
 
