@@ -21,9 +21,9 @@ from tqdm import tqdm
 from fobmaml.files import read_events
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-RUN = ("width=4", "steps=60", "log_every=1", "checkpoint_every=1", "eval.every=20", "bias.every=0", "eval.tasks=10",
+RUN = ("width=4", "steps=200", "log_every=1", "checkpoint_every=1", "eval.every=50", "bias.every=0", "eval.tasks=10",
        "eval.validation_tasks=10")
-KILLS_A_RUN = 4
+KILLS_A_RUN = 10
 
 
 def main() -> None:
