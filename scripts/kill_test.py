@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fobmaml.files import read_events
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-RUN = ("width=4", "steps=200", "log_every=1", "checkpoint_every=1", "eval.every=50", "bias.every=0", "eval.tasks=10",
+RUN = ("width=4", "steps=100", "log_every=1", "checkpoint_every=1", "eval.every=25", "bias.every=0", "eval.tasks=10",
        "eval.validation_tasks=10")
 KILLS_A_RUN = 10
 
@@ -36,12 +36,14 @@ def main() -> None:
         folder = Path(holder)
         started = time.monotonic()
         subprocess.run(command(folder / "whole"), cwd=folder, check=True, capture_output=True)
-        seconds, wanted, runs = time.monotonic() - started, result(folder / "whole"), 0
-        while bar.n < arguments.kills:
-            for _ in range(min(KILLS_A_RUN, arguments.kills - bar.n)):
+        seconds, wanted = time.monotonic() - started, result(folder / "whole")
+        kills = runs = 0
+        while kills < arguments.kills:
+            for _ in range(min(KILLS_A_RUN, arguments.kills - kills)):
                 if not killed(folder / "run", moments, seconds):
                     break  # it had ended before
                 check_files(folder / "run")
+                kills += 1
                 bar.update()
             done = subprocess.run(command(folder / "run"), cwd=folder, capture_output=True, text=True)
             if done.returncode:
@@ -67,7 +69,7 @@ def killed(folder: Path, moments: random.Random, seconds: float) -> bool:
     last, process = written(), subprocess.Popen(command(folder), cwd=folder.parent, stdout=subprocess.DEVNULL,
                                                 stderr=subprocess.DEVNULL)
     if moments.random() < 2 / 3:
-        for _ in range(moments.randint(1, 15)):
+        for _ in range(moments.randint(1, 10)):
             while process.poll() is None and written() == last:
                 time.sleep(0.001)
             last = written()
