@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test lint figures reproduce verify bench clean
+.PHONY: help setup train test lint figures reproduce verify bench explorer clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,8 +23,8 @@ setup: .venv/complete ## make .venv and install everything (nothing to do when i
 train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS="estimator=maml steps=2000"
 	@$(BIN)/python train.py $(ARGS)
 
-test: setup .venv/sweeps ## run the tests; with SLOW=1 those that take minutes too
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if $(SLOW),,-m "not slow") $(ARGS)
+test: setup .venv/sweeps .venv/explorer .venv/chromium ## run the tests; with SLOW=1 those that take minutes too
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(if $(SLOW),,-m "not slow") $(ARGS)
 
 lint: setup ## check style and types
 	@$(BIN)/ruff check .
@@ -51,10 +51,19 @@ bench: setup .venv/bench ## time and memory of one meta-gradient, other librarie
 	@$(if $(QUICK),,$(BIN)/python benchmarks/processes.py)
 	@$(BIN)/python scripts/figure_time.py $(if $(QUICK),outputs/bench-quick)
 
-.venv/sweeps .venv/bench: .venv/%: .venv/complete
+explorer: setup .venv/explorer ## build the interactive page, outputs/explorer.html, and the pictures of it in results/
+	@$(BIN)/python scripts/explorer.py
+
+.venv/sweeps .venv/bench .venv/explorer: .venv/%: .venv/complete
 	@echo "installing the packages for $* into .venv"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[$*]'
 	@touch $@
+
+.venv/chromium: .venv/explorer
+	@if $(BIN)/python -c 'import sys; sys.path.insert(0, "scripts"); import explorer; sys.exit(not explorer.chromium())' || \
+	{ test "$$(id -u)" = 0 && apt-get --quiet=2 update && apt-get --quiet=2 install --yes chromium; } > .venv/chromium.log 2>&1 || \
+	$(BIN)/playwright install chromium > .venv/chromium.log 2>&1; then touch $@; \
+	else echo "no Chromium could be installed (.venv/chromium.log): the tests of the interactive page are skipped"; fi
 
 clean: ## remove .venv and caches; outputs and results stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

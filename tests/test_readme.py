@@ -23,7 +23,7 @@ def test_library_example():
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("setup", "train", "test", "lint", "figures", "reproduce", "bench", "help"):
+    for target in ("setup", "train", "test", "lint", "figures", "reproduce", "verify", "bench", "explorer", "help"):
         assert re.search(rf"^{target}:.*##", makefile, re.MULTILINE)
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "make train" in shown
@@ -32,7 +32,7 @@ def test_make_targets_exist():
 def test_environment_installs_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert "python=3.11" in environment["dependencies"]
-    assert environment["dependencies"][-1] == {"pip": ["--constraint constraints.txt", "--editable .[dev,sweeps]"]}
+    assert environment["dependencies"][-1] == {"pip": ["--constraint constraints.txt", "--editable .[dev,sweeps,explorer]"]}
 
 
 def test_tables_are_the_results():

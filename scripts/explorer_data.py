@@ -1,0 +1,183 @@
+"""What the interactive page shows: this project's estimators on two tasks with two parameters, and rows of results/.
+
+All of it is computed when the page is built; the page looks up and draws.
+"""
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from figure_bias import best_nu
+from figures import groups, load
+from statistics_of_runs import interval
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from fobmaml import Learner, TaskBatch
+from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Estimator, Exact, Forward, NotConverged, Reptile, Symmetric
+from fobmaml.plotting import METHODS
+from fobmaml.solvers import GradientDescent, Inexact, InnerProblem, NewtonCG
+
+LAMS = (0.25, 0.5, 1.0, 2.0)
+STEPS = (1, 2, 5, 10, 50)
+NUS = (0.01, 0.03, 0.1, 0.3, 0.6)
+INNER_LR = 0.2
+NODES, SPACING, FIRST = 41, 0.06, (0.2, -0.3)
+"""Of the grid of θ: nodes a side, their distance, and the first of each coordinate."""
+
+POINT, POINT_LAM = (1.125, 2.375), 0.5
+"""Of the panel on ν and δ: θ and λ, with the first task."""
+FINE_NUS = tuple(0.6 * 10 ** (0.12 * (i - 23)) for i in range(24))
+DELTAS = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+TOL = 1e-10
+
+
+class OneUnit(nn.Module):
+    """x ↦ w₂ tanh(w₁ x), at w = (1, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w[1] * torch.tanh(self.w[0] * x)
+
+
+def learner() -> Learner:
+    return Learner(OneUnit(), mse_loss)
+
+
+def tasks() -> TaskBatch:
+    """A flat and a steep curve, 5 noisy support and 15 query examples each."""
+    generator = torch.Generator().manual_seed(0)
+    x = 4.0 * torch.rand(2, 20, 1, generator=generator, dtype=torch.float64) - 2.0
+    height, steepness = torch.tensor([[2.0, 0.8], [0.5, 2.5]], dtype=torch.float64)
+    y = height.view(2, 1, 1) * torch.tanh(steepness.view(2, 1, 1) * x)
+    y += 0.2 * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    return TaskBatch(x[:, :5], y[:, :5], x[:, 5:], y[:, 5:])
+
+
+def estimators(lam: float, steps: int, nu: float) -> dict[str, Estimator]:
+    """Those of the page, all with the same inner problem; ``exact`` takes neither steps nor ν."""
+    gd = GradientDescent(steps, INNER_LR)
+    return {"maml": MAML(gd, lam), "fomaml": FOMAML(gd, lam), "reptile": Reptile(gd, lam), "imaml": IMAML(gd, lam),
+            "forward": Forward(gd, lam, nu), "symmetric": Symmetric(gd, lam, nu),
+            "exact": Exact(NewtonCG(tol=TOL), lam, TOL)}
+
+
+def axes(margin: int = 0) -> Tensor:
+    """The grid's coordinates, [2, nodes], with ``margin`` more on either side."""
+    first = torch.tensor(FIRST, dtype=torch.float64).view(2, 1)
+    return first + SPACING * torch.arange(-margin, NODES + margin)
+
+
+def grid(margin: int = 0) -> Tensor:
+    """Every θ of the grid, [nodes, 2]; the second coordinate changes slowly, from its top."""
+    first, second = axes(margin)
+    rows, columns = torch.meshgrid(second.flip(0), first, indexing="ij")
+    return torch.stack([columns.flatten(), rows.flatten()], 1)
+
+
+def mean_over_tasks(call: Callable[[Tensor, TaskBatch], Tensor], thetas: Tensor) -> Tensor:
+    """The mean over the tasks of ``call(rows, tasks)``, for many θ [N, 2] at once: each θ with each task is a row."""
+    both = tasks()
+    rows = thetas.repeat_interleave(len(both), 0)
+    many = TaskBatch(*(part.repeat(len(thetas), *[1] * (part.dim() - 1)) for part in
+                       (both.support_x, both.support_y, both.query_x, both.query_y)))
+    found = call(rows, many)
+    return found.view(len(thetas), len(both), *found.shape[1:]).mean(1)
+
+
+def meta_gradients(estimator: Estimator, thetas: Tensor) -> Tensor:
+    """[N, 2] at [N, 2]; NaN where the exact one is not available."""
+    try:
+        return mean_over_tasks(lambda rows, many: estimator(learner(), rows, many).gradients, thetas)
+    except NotConverged:
+        if len(thetas) == 1:
+            return torch.full_like(thetas, torch.nan)
+        half = len(thetas) // 2
+        return torch.cat([meta_gradients(estimator, part) for part in (thetas[:half], thetas[half:])])
+
+
+def meta_loss(lam: float, thetas: Tensor) -> Tensor:
+    """F(θ), the query loss at the solution of the inner problem, [N]."""
+    def call(rows: Tensor, many: TaskBatch) -> Tensor:
+        solution = NewtonCG(tol=TOL).solve(InnerProblem(learner(), rows, many, lam))
+        return learner().query_loss(solution.phi, many)
+
+    return mean_over_tasks(call, thetas)
+
+
+def packed(values: Tensor) -> str:
+    """float32, little endian, in base64."""
+    return base64.b64encode(values.float().contiguous().numpy().astype("<f4").tobytes()).decode()
+
+
+def compare() -> dict[str, Any]:
+    """Meta-gradients on the grid: by method [λ, K, ν, θ, 2], without the axes that it does not depend on."""
+    thetas = grid()
+    found: dict[str, list[Tensor]] = {name: [] for name in estimators(1.0, 1, 1.0)}
+    for lam in LAMS:
+        for steps in STEPS:
+            for nu in NUS:
+                for name, estimator in estimators(lam, steps, nu).items():
+                    perturbed = name in ("forward", "symmetric")
+                    if (perturbed or nu == NUS[0]) and (name != "exact" or (steps, nu) == (STEPS[0], NUS[0])):
+                        found[name].append(meta_gradients(estimator, thetas))
+    return {"lams": LAMS, "steps": STEPS, "nus": NUS, "axes": axes().tolist(), "inner_lr": INNER_LR,
+            "vectors": {name: packed(torch.stack(parts)) for name, parts in found.items()},
+            "loss": packed(torch.stack([meta_loss(lam, grid(margin=1)) for lam in LAMS]))}
+
+
+def tradeoff() -> dict[str, Any]:
+    """Of one task: the solutions φ_−ν, φ_0, φ_ν and the bias of each stencil, by δ (of the solves) and ν."""
+    first, theta, model = tasks()[:1], torch.tensor(POINT, dtype=torch.float64), learner()
+    exact = Exact(NewtonCG(tol=TOL), POINT_LAM, TOL)(model, theta, first).gradients[0]
+    every = torch.linspace(-FINE_NUS[-1], FINE_NUS[-1], 81, dtype=torch.float64)
+    path = NewtonCG(tol=TOL).solve(InnerProblem(model, theta, first, POINT_LAM, every)).phi
+    centre = NewtonCG(tol=TOL).solve(InnerProblem(model, theta, first, POINT_LAM)).phi[0]
+    points, errors = [], []
+    for delta in DELTAS:
+        for nu in FINE_NUS:
+            offsets = torch.tensor([nu, -nu], dtype=torch.float64)
+            pair = Inexact(delta).solve(InnerProblem(model, theta, first, POINT_LAM, offsets)).phi  # symmetric's own
+            middle = Inexact(delta, seed=1).solve(InnerProblem(model, theta, first, POINT_LAM)).phi[0]
+            points.append({"plus": pair[0].tolist(), "zero": middle.tolist(), "minus": pair[1].tolist()})
+            stencils = {"forward": Forward(Inexact(delta), POINT_LAM, nu),
+                        "symmetric": Symmetric(Inexact(delta), POINT_LAM, nu),
+                        "central4": Central(Inexact(delta), POINT_LAM, nu, order=4)}
+            errors.append({name: float((stencil(model, theta, first).gradients[0] - exact).norm() / exact.norm())
+                           for name, stencil in stencils.items()})
+    return {"nus": FINE_NUS, "deltas": DELTAS, "lam": POINT_LAM, "theta": POINT, "path": path.tolist(),
+            "centre": centre.tolist(), "tangent": (-exact / POINT_LAM).tolist(), "points": points, "errors": errors}
+
+
+def measured() -> dict[str, list[dict[str, Any]]]:
+    """Rows {method, x, y, ...} of each chart of measured results."""
+    accuracy = []
+    for (name, step), rows in groups(load("accuracy_curves"), "estimator", "step").items():
+        values = [100 * row["val/accuracy"] for row in rows if row["val/accuracy"] is not None]
+        if values:
+            mean, half = interval(values)
+            accuracy.append({"method": name, "x": step, "y": mean, "low": mean - half, "high": mean + half,
+                             "seeds": len(values)})
+    charts = {"accuracy": accuracy}
+    for chart, table, x in (("width", "memory", "width"), ("steps", "memory_steps", "solver.steps"),
+                            ("depth", "memory_depth", "depth")):
+        rows = load(table)
+        longest = max((row["solver.steps"] for row in rows), default=None) if chart == "width" else None
+        charts[chart] = sorted(({"method": row["estimator"], "x": row[x], "y": row["memory/peak_bytes"] / 1e6}
+                                for row in rows if longest is None or row["solver.steps"] == longest),
+                               key=lambda row: (row["method"], row["x"]))
+    bias = {**best_nu(load("bias_delta")), **groups(load("bias_floor"), "estimator")}
+    charts["bias"] = [{"method": name, "x": row["solver.delta"], "y": row["bias/relative_error"],
+                       "nu": row.get("estimator.nu")}
+                      for name, rows in bias.items() for row in sorted(rows, key=lambda row: row["solver.delta"])]
+    return charts
+
+
+def methods() -> dict[str, dict[str, str]]:
+    """As in every figure."""
+    return {name: {"label": look.label, "colour": look.colour, "marker": look.marker, "line": look.linestyle}
+            for name, look in METHODS.items() if name not in ("higher", "torchopt")}

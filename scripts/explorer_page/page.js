@@ -1,0 +1,345 @@
+// Looks up what the estimators returned when the page was built, and draws it with Vega. Only panel 1's formula, that of
+// its own text, is computed here.
+const data = JSON.parse(document.getElementById("data").textContent);
+const GLYPHS = {s: "■", "^": "▲", v: "▼", D: "◆", "<": "◀", o: "●", "*": "★", P: "✚", dashed: "□"};
+const STAR = "M0,-1L.235,-.324L.951,-.309L.38,.124L.588,.809L0,.4L-.588,.809L-.38,.124L-.951,-.309L-.235,-.324Z";
+const SYMBOLS = {s: "square", "^": "triangle-up", v: "triangle-down", D: "diamond", "<": "triangle-left", o: "circle",
+  "*": STAR, P: "cross"};
+const IN_THE_DARK = {"#000000": "#ffffff", "#777777": "#b0b0b0"};
+const methods = Object.entries(data.methods).map(([name, look]) => ({name, ...look, symbol: SYMBOLS[look.marker]}));
+for (const method of methods) {
+  const {name, colour} = method;
+  method.glyph = GLYPHS[method.line === "-" ? method.marker : "dashed"];
+  document.documentElement.style.setProperty(`--${name}`, `light-dark(${colour}, ${IN_THE_DARK[colour] ?? colour})`);
+}
+const looks = Object.fromEntries(methods.map(m => [m.name, {...m, colour: `var(--${m.name})`,
+  fill: m.line === "-" ? `var(--${m.name})` : "var(--card)", dash: m.line === "-" ? [1, 0] : [3, 3]}]));
+
+const range = (low, step, count) => Array.from({length: count}, (_, i) => Number((low + i * step).toFixed(6)));
+
+const AXIS = {labelColor: "currentColor", titleColor: "currentColor", domainColor: "currentColor",
+  tickColor: "currentColor", gridColor: "var(--line)", labelFontSize: 12, titleFontSize: 13, titleFontWeight: "normal"};
+const CONFIG = {background: null, font: "system-ui, sans-serif", axis: AXIS,
+  view: {stroke: null}, title: {color: "currentColor", fontSize: 13, fontWeight: "normal"}};
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+async function embed(place, spec, size) {
+  const {view} = await vegaEmbed(place, {background: null, config: CONFIG, description: place.dataset.label, ...spec},
+    {renderer: "svg", actions: false});
+  new ResizeObserver(() => {
+    const [width, height] = size(place.clientWidth);
+    if (view.width() !== width) view.width(width).height(height).runAsync();
+  }).observe(place);
+  return view;
+}
+
+const FIT = {type: "fit", contains: "padding"};
+const POWERS = {grid: false, values: range(-9, 1, 11).map(power => 10 ** power),
+  labelExpr: '["10⁻⁹","10⁻⁸","10⁻⁷","10⁻⁶","10⁻⁵","10⁻⁴","0.001","0.01","0.1","1","10"][round(log(datum.value) / LN10) + 9]'};
+
+const square = width => Array(2).fill(Math.max(200, Math.min(420, width - 60)));
+const wide = width => [Math.max(240, Math.min(480, width)), 260];  // with the axes
+
+/** A panel's section, and a redraw that never runs twice at once; `data-state` says when it is through. */
+function panel(id, draw) {
+  const section = document.getElementById(id);
+  let busy = false, again = false;
+  async function redraw() {
+    again = true;
+    section.dataset.state = "drawing";
+    if (busy) return;
+    for (busy = true; again;) {
+      again = false;
+      const start = performance.now();
+      await draw();
+      section.dataset.redrawMs = performance.now() - start;
+    }
+    busy = false;
+    section.dataset.state = "drawn";
+  }
+  return {section, form: section.querySelector("form"), redraw, plots: [...section.querySelectorAll(".plot")]};
+}
+
+/** A slider over a list of values. */
+function slider({form, section, redraw}, name, label, values, value, show = String) {
+  const input = element("input", {type: "range", id: `${section.id}-${name}`, min: 0, max: values.length - 1, step: 1});
+  const shown = element("output", {for: input.id});
+  form.append(element("label", {class: "slider", for: input.id}, element("span", {}, label), shown, input));
+  const control = {values, get index() { return +input.value; }, get value() { return values[input.value]; },
+    set(wanted) {  // the nearest value
+      input.value = values.reduce((best, v, i) => Math.abs(v - wanted) < Math.abs(values[best] - wanted) ? i : best, 0);
+      said();
+    }};
+  function said() {
+    shown.value = show(control.value);
+    input.setAttribute("aria-valuetext", `${label} ${shown.value}`);
+  }
+  control.set(value);
+  input.addEventListener("input", () => { said(); redraw(); });
+  return control;
+}
+
+function checkbox(parent, redraw, id, label, checked) {
+  const input = element("input", {type: "checkbox", id});
+  input.checked = checked;
+  input.addEventListener("change", redraw);
+  parent.append(element("label", {for: id}, input, " ", ...label));
+  return input;
+}
+
+const marked = look => [element("span", {class: "mark", style: `color: ${look.colour}`, "aria-hidden": "true"},
+  look.glyph), look.label];
+
+/** A checkbox a method: which are shown. */
+function switches({form, section, redraw}, names) {
+  const set = element("fieldset", {}, element("legend", {}, "Shown"));
+  const boxes = names.map(name => [name, checkbox(set, redraw, `${section.id}-show-${name}`, marked(looks[name]), true)]);
+  form.append(set);
+  return {has: name => boxes.some(([other, box]) => other === name && box.checked),
+    get names() { return boxes.filter(([, box]) => box.checked).map(([name]) => name); }};
+}
+
+/** A table's rows; each number stands in full in its cell's `data-value`. */
+function tabulate(section, rows) {
+  section.querySelector("tbody").replaceChildren(...rows.map(({id, label, cells, off}) =>
+    element("tr", {id: `${section.id}-${id}`, ...(off && {class: "off"})}, element("th", {scope: "row"}, ...label),
+      ...cells.map(([values, text]) => element("td", {"data-value": values.join(" ")}, text)))));
+}
+
+const fixed = (x, digits) => Number.isFinite(x) ? x.toFixed(digits).replace("-", "−") : "–";
+const two = x => fixed(x, 2);
+const precise = x => Number.isFinite(x) ? (x !== 0 && Math.abs(x) < 0.01 ? x.toExponential(1) : x.toPrecision(3)).replaceAll("-", "−") : "–";
+const norm = ([x, y]) => Math.hypot(x, y);
+const angle = ([a, b], [c, d]) => norm([a, b]) && norm([c, d])
+  ? Math.atan2(Math.abs(a * d - b * c), a * c + b * d) * 180 / Math.PI : NaN;
+const error = (found, [a, b]) => norm([found[0] - a, found[1] - b]) / norm([a, b]);
+
+/** Its numbers stand in the table, so its marks say nothing to screen readers. Contours of a grid that is one node wider on each side than the plot, arrows, and a point to drag. */
+function plane(domains, nodes, titles) {
+  const cell = `width / ${nodes - 1}`, at = (x, y, more) => ({x: {scale: "x", field: x}, y: {scale: "y", field: y}, ...more});
+  return {
+    $schema: "https://vega.github.io/schema/vega/v6.json", width: 400, height: 400, autosize: "pad",
+    signals: [{name: "levels", value: []}, {name: "picked", value: null, on: [{
+      events: "@surface:pointerdown, [@surface:pointerdown, window:pointerup] > window:pointermove!",
+      update: "[invert('x', x()), invert('y', y())]"}]}],
+    data: [{name: "grid"}, {name: "arrows"}, {name: "point"},
+      {name: "contours", source: "grid", transform: [
+        {type: "isocontour", field: "grid", thresholds: {signal: "levels"}, scale: {signal: cell}}]}],
+    scales: [{name: "x", domain: domains[0], range: "width", zero: false},
+      {name: "y", domain: domains[1], range: "height", zero: false}],
+    axes: [{scale: "x", orient: "bottom", title: titles[0], tickCount: 5},
+      {scale: "y", orient: "left", title: titles[1], tickCount: 5}],
+    marks: [{type: "group", name: "surface", clip: true,
+      encode: {update: {width: {signal: "width"}, height: {signal: "height"}, fill: {value: "transparent"}}},
+      marks: [
+        {type: "group", interactive: false,
+          encode: {update: {x: {signal: `-1.5 * ${cell}`}, y: {signal: `-1.5 * ${cell}`}}},
+          marks: [{type: "path", from: {data: "contours"}, aria: false, interactive: false,
+            encode: {update: {stroke: {value: "var(--contour)"}, strokeWidth: {value: 0.8}}},
+            transform: [{type: "geopath", field: "datum.contour"}]}]},
+        {type: "rule", from: {data: "arrows"}, aria: false, interactive: false, encode: {update: at("x", "y", {
+          x2: {scale: "x", field: "x2"}, y2: {scale: "y", field: "y2"}, stroke: {field: "colour"},
+          strokeWidth: {field: "wide"}})}},
+        {type: "symbol", from: {data: "arrows"}, aria: false, interactive: false, encode: {update: at("x2", "y2", {
+          shape: {field: "symbol"}, fill: {field: "colour"}, size: {value: 90}, stroke: {value: "var(--card)"},
+          strokeWidth: {value: 0.7}})}},
+        {type: "symbol", from: {data: "point"}, aria: false, interactive: false, encode: {update: at("x", "y", {
+          fill: {value: "var(--paper)"}, stroke: {value: "currentColor"}, strokeWidth: {value: 2}, size: {value: 80}})}}]}]};
+}
+
+/** Contours that part the nodes into parts of equal number. */
+function contour(view, width, values) {
+  const sorted = Float64Array.from(values).sort();
+  view.signal("levels", range(1, 1, 15).map(i => sorted[Math.floor(i * sorted.length / 16)]));
+  view.data("grid", [{grid: {width, height: values.length / width, values}}]);
+}
+
+
+async function curvature() {
+  const G = [0.1, -0.1], LOW = -0.4, HIGH = 1, NODES = 43, LONG = 1.5, step = (HIGH - LOW) / (NODES - 1);
+  const axis = range(LOW - step, step, NODES + 2);
+  let view;
+  const here = panel("curvature", async () => {
+    const [A, B, C] = [a.value, b.value, c.value], x = [x1.value, x2.value];
+    const f = (u, v) => 0.5 * (A * (u - .5) ** 2 + 2 * B * (u - .5) * (v - .5) + C * (v - .5) ** 2) + G[0] * u + G[1] * v;
+    const gradient = [A * (x[0] - .5) + B * (x[1] - .5) + G[0], B * (x[0] - .5) + C * (x[1] - .5) + G[1]];
+    const arrow = (vector, name, wide) => ({x: x[0], y: x[1], x2: x[0] + LONG * vector[0], y2: x[1] + LONG * vector[1],
+      ...looks[name], wide});
+    contour(view, NODES + 2, [...axis].reverse().flatMap(v => axis.map(u => f(u, v))));
+    view.data("arrows", [arrow(gradient, "maml", 4), arrow(G, "fomaml", 2)]).data("point", [{x: x[0], y: x[1]}]);
+    await view.runAsync();
+    const pair = v => [v, `(${fixed(v[0], 3)}, ${fixed(v[1], 3)})`];
+    tabulate(here.section, [
+      {id: "gradient", label: marked({...looks.maml, label: "∇f(x)"}), cells: [pair(gradient)]},
+      {id: "first-order", label: marked({...looks.fomaml, label: "∇f with C = 0"}), cells: [pair(G)]},
+      {id: "angle", label: ["angle between them"], cells: [[[angle(G, gradient)], `${fixed(angle(G, gradient), 1)}°`]]},
+      {id: "error", label: ["relative error"], cells: [[[error(G, gradient)], `${fixed(100 * error(G, gradient), 1)} %`]]}]);
+  });
+  const bend = range(-1, 0.01, 201), place = range(LOW, 0.01, 141);
+  const a = slider(here, "a", "a", bend, 0.5, two), b = slider(here, "b", "b", bend, -0.1, two);
+  const c = slider(here, "c", "c", bend, 0, two);
+  const x1 = slider(here, "x1", "x₁", place, 0.3, two), x2 = slider(here, "x2", "x₂", place, 0.1, two);
+  const flat = element("button", {type: "button", id: "curvature-flat"}, "Set C = 0");
+  flat.addEventListener("click", () => { for (const control of [a, b, c]) control.set(0); here.redraw(); });
+  here.form.append(flat);
+  view = await embed(here.plots[0], plane([[LOW, HIGH], [LOW, HIGH]], NODES, ["x₁", "x₂"]), square);
+  here.plots[0].classList.add("draggable");
+  view.addSignalListener("picked", (_, [u, v]) => { x1.set(u); x2.set(v); here.redraw(); });
+  await here.redraw();
+}
+
+function unpack(text) {
+  return new Float32Array(Uint8Array.from(atob(text), character => character.charCodeAt(0)).buffer);
+}
+
+async function compare() {
+  const {lams, steps, nus, axes} = data.compare, nodes = axes[0].length, LONG = 0.5;
+  const vectors = Object.fromEntries(Object.entries(data.compare.vectors).map(([name, text]) => [name, unpack(text)]));
+  const losses = unpack(data.compare.loss), across = nodes + 2;
+  let view;
+  const here = panel("compare", async () => {
+    const node = (nodes - 1 - t2.index) * nodes + t1.index, row = lam.index * steps.length + inner.index;
+    const blocks = {exact: lam.index, forward: row * nus.length + nu.index, symmetric: row * nus.length + nu.index};
+    const found = Object.fromEntries(Object.entries(vectors).map(([name, values]) => {
+      const start = 2 * ((blocks[name] ?? row) * nodes * nodes + node);
+      return [name, [values[start], values[start + 1]]];
+    }));
+    const theta = [t1.value, t2.value], exact = found.exact;
+    contour(view, across, losses.subarray(lam.index * across ** 2, (lam.index + 1) * across ** 2));
+    view.data("point", [{x: theta[0], y: theta[1]}]);
+    view.data("arrows", shown.names.filter(name => norm(found[name])).map(name => {
+      const long = true_length.checked ? Math.min(3, norm(found[name]) / norm(exact)) : 1;
+      const [u, v] = found[name].map(part => -LONG * long * part / norm(found[name]));
+      return {x: theta[0], y: theta[1], x2: theta[0] + u, y2: theta[1] + v, ...looks[name],
+        wide: name === "exact" ? 5 : 2};
+    }));
+    await view.runAsync();
+    tabulate(here.section, Object.entries(found).map(([name, vector]) => ({id: name, label: marked(looks[name]),
+      off: !shown.has(name), cells: [[[angle(vector, exact)], `${fixed(angle(vector, exact), 1)}°`],
+        [[error(vector, exact)], precise(error(vector, exact))], [vector, precise(norm(vector))]]})));
+  });
+  const lam = slider(here, "lam", "λ, strength of the proximal term", lams, 0.25);
+  const inner = slider(here, "steps", "K, inner steps", steps, 10);
+  const nu = slider(here, "nu", "ν, perturbation (FO-B-MAML)", nus, 0.1);
+  const t1 = slider(here, "theta1", "θ₁ (w₁)", axes[0], 2, two);
+  const t2 = slider(here, "theta2", "θ₂ (w₂)", axes[1], 1.5, two);
+  const true_length = checkbox(here.form, here.redraw, "compare-lengths", ["lengths as they are (to three times the exact one)"], false);
+  const shown = switches(here, ["exact", ...Object.keys(vectors).filter(name => name !== "exact")]);
+  view = await embed(here.plots[0], plane(axes.map(axis => [axis[0], axis.at(-1)]), nodes, ["θ₁", "θ₂"]), square);
+  here.plots[0].classList.add("draggable");
+  view.addSignalListener("picked", (_, [u, v]) => { t1.set(u); t2.set(v); here.redraw(); });
+  await here.redraw();
+}
+
+async function tradeoff() {
+  const {nus, deltas, path, centre, tangent, points, errors} = data.tradeoff, names = ["forward", "symmetric", "central4"];
+  const middle = [0, 1].map(i => (Math.min(...path.map(p => p[i])) + Math.max(...path.map(p => p[i]))) / 2);
+  const half = 0.05 + Math.max(...[0, 1].map(i => Math.max(...path.map(p => Math.abs(p[i] - middle[i])))));
+  const xy = ([x, y], more) => ({x, y, ...more});
+  let solutions, bias;
+  const here = panel("tradeoff", async () => {
+    const index = delta.index * nus.length + nu.index, {plus, zero, minus} = points[index], now = errors[index];
+    const through = (from, direction, kind) => [-1, 1].map(sign => xy(from.map((u, i) =>
+      u + sign * 3 * half * direction[i] / norm(direction)), {kind}));
+    solutions.data("lines", [...through(centre, tangent, "tangent"),
+      ...through(minus, [plus[0] - minus[0], plus[1] - minus[1]], "secant")]);
+    solutions.data("points", [xy(minus, {label: "φ₋ν"}), xy(zero, {label: "φ₀"}), xy(plus, {label: "φν"})]);
+    bias.data("curves", names.flatMap(name => nus.map((x, i) => (
+      {x, y: errors[delta.index * nus.length + i][name], method: name}))).filter(({y}) => y > 0));
+    bias.data("now", names.map(name => ({x: nu.value, y: now[name], method: name})));
+    await Promise.all([solutions.runAsync(), bias.runAsync()]);
+    const angles = angle([plus[0] - minus[0], plus[1] - minus[1]], tangent);
+    tabulate(here.section, [...names.map(name => ({id: name, label: marked(looks[name]), cells: [[[now[name]], precise(now[name])]]})),
+      {id: "plus", label: ["φν"], cells: [[plus, `(${fixed(plus[0], 4)}, ${fixed(plus[1], 4)})`]]},
+      {id: "minus", label: ["φ₋ν"], cells: [[minus, `(${fixed(minus[0], 4)}, ${fixed(minus[1], 4)})`]]},
+      {id: "angle", label: ["angle of secant and tangent"], cells: [[[angles], `${fixed(angles, 2)}°`]]}]);
+  });
+  const nu = slider(here, "nu", "ν, perturbation", nus, 0.15, precise);
+  const delta = slider(here, "delta", "δ, the solver's error", deltas, 0.003);
+  const position = {x: {field: "x", type: "quantitative"}, y: {field: "y", type: "quantitative"}};
+  const [px, py] = middle.map((m, i) => ({...position["xy"[i]], title: ["φ₁", "φ₂"][i],
+    scale: {domain: [m - half, m + half], nice: false, zero: false}, axis: {tickCount: 4, grid: false}}));
+  solutions = await embed(here.plots[0], {
+    $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: 400, height: 400, layer: [
+      {data: {values: path.map((p, i) => xy(p, {i}))}, mark: {type: "line", aria: false, clip: true, stroke: "var(--contour)", strokeWidth: 3},
+        encoding: {x: px, y: py, order: {field: "i"}}},
+      {data: {name: "lines", values: []}, mark: {type: "line", aria: false, clip: true, strokeWidth: 1.5}, encoding: {x: px, y: py,
+        stroke: {field: "kind", title: null, scale: {domain: ["tangent", "secant"], range: ["currentColor", "var(--symmetric)"]},
+          legend: {orient: "top", labelColor: "currentColor", labelFontSize: 13}},
+        strokeDash: {field: "kind", scale: {domain: ["tangent", "secant"], range: [[1, 0], [6, 4]]}, legend: {orient: "top"}}}},
+      {data: {name: "points", values: []}, encoding: {x: px, y: py}, layer: [
+        {mark: {type: "point", aria: false, clip: true, filled: true, size: 80, fill: "var(--symmetric)", opacity: 1}},
+        {mark: {type: "text", aria: false, clip: true, dx: 16, dy: -10, fontSize: 14, fill: "currentColor"}, encoding: {text: {field: "label"}}}]}]},
+    square);
+  const [bx, by] = [["ν", [nus[0], nus.at(-1)]], ["bias, ‖g − ∇F‖ / ‖∇F‖", [1e-7, 10]]].map(([title, domain], i) => (
+    {...position["xy"[i]], title, scale: {type: "log", domain, nice: false}, axis: POWERS}));
+  const coloured = scale => ({field: "method", legend: null, scale: {domain: names, range: names.map(name => looks[name][scale])}});
+  bias = await embed(here.plots[1], {
+    $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: 400, height: 260, autosize: FIT, layer: [
+      {data: {name: "curves", values: []}, mark: {type: "line", aria: false, clip: true, strokeWidth: 2}, encoding: {x: bx, y: by, stroke: coloured("colour")}},
+      {data: {name: "now", values: []}, encoding: {x: bx}, layer: [
+        {mark: {type: "rule", aria: false, stroke: "currentColor", strokeDash: [2, 3]}},
+        {mark: {type: "point", aria: false, clip: true, filled: true, size: 90, opacity: 1},
+          encoding: {y: by, fill: coloured("colour"), shape: coloured("symbol")}}]}]}, wide);
+  await here.redraw();
+}
+
+async function measured() {
+  const charts = data.measured, views = [];
+  const here = panel("measured", async () => {
+    if (drawn !== across.value) {
+      drawn = across.value;
+      views[1]?.finalize();
+      here.plots[1].replaceChildren();
+      views[1] = await embed(here.plots[1], chart(drawn, ...AXES[drawn]), wide);
+    }
+    await Promise.all(views.map(view => view.signal("shown", shown.names).runAsync()));
+  });
+  const AXES = {accuracy: ["meta-step", "validation accuracy (%)", "linear", "linear"],
+    width: ["channels", "memory, one task (MB)", "log", "log"], steps: ["inner steps K", "memory, one task (MB)", "log", "log"],
+    depth: ["convolutions", "memory, one task (MB)", "linear", "log"],
+    bias: ["inner precision δ", "bias, ‖g − ∇F‖ / ‖∇F‖", "log", "log"]};
+  const present = methods.map(m => m.name).filter(name => Object.values(charts).some(rows => rows.some(r => r.method === name)));
+  let drawn = null;
+  const across = element("select", {id: "measured-memory"}, ...["steps", "width", "depth"].map(key =>
+    element("option", {value: key}, `memory by ${AXES[key][0]}`)));
+  across.addEventListener("change", here.redraw);
+  here.form.append(element("label", {for: across.id}, "In the middle: ", across));
+  const shown = switches(here, present);
+
+  function chart(key, xTitle, yTitle, xScale, yScale) {
+    const shownAs = present.map(name => looks[name]), coloured = scale => ({field: "label", title: "method", legend: null,
+      scale: {domain: shownAs.map(look => look.label), range: shownAs.map(look => look[scale])}});
+    const plain = scale => scale === "linear" ? {tickCount: 6, format: "d"} : key === "bias" ? POWERS : {tickCount: 5, format: "~g"};
+    const x = {field: "x", type: "quantitative", title: xTitle, scale: {type: xScale, nice: false}, axis: {...plain(xScale), grid: false}};
+    const y = {field: "y", type: "quantitative", title: yTitle, scale: {type: yScale, ...(yScale === "linear" && {zero: false})}, axis: plain(yScale)};
+    const tooltip = [{field: "label", title: "method"}, {field: "x", title: xTitle}, {field: "y", title: yTitle, format: ".4~g"}];
+    if (key === "accuracy") tooltip.push({field: "low", format: ".3~g", title: "interval from"},
+      {field: "high", format: ".3~g", title: "to"}, {field: "seeds", title: "seeds"});
+    if (key === "bias") tooltip.push({field: "nu", format: "~g", title: "best ν"});
+    const rows = charts[key].map(row => ({...row, label: looks[row.method].label}));
+    return {$schema: "https://vega.github.io/schema/vega-lite/v6.json", width: 300, height: 260, autosize: FIT, data: {values: rows},
+      params: [{name: "shown", value: present}], transform: [{filter: "indexof(shown, datum.method) >= 0"}],
+      encoding: {x}, layer: [
+        ...(key === "accuracy" ? [{mark: {type: "area", opacity: 0.15, clip: true},
+          encoding: {y: {...y, field: "low"}, y2: {field: "high"}, fill: coloured("fill")}}] : []),
+        {mark: {type: "line", strokeWidth: 1.5}, encoding: {y, stroke: coloured("colour"),
+          strokeDash: coloured("dash")}},
+        {mark: {type: "point", size: key === "accuracy" ? 30 : 60, opacity: 1},
+          encoding: {y, fill: coloured("fill"), stroke: coloured("colour"), shape: coloured("symbol"), tooltip}}]};
+  }
+  views[0] = await embed(here.plots[0], chart("accuracy", ...AXES.accuracy), wide);
+  views[2] = await embed(here.plots[2], chart("bias", ...AXES.bias), wide);
+  drawn = "steps";
+  views[1] = await embed(here.plots[1], chart(drawn, ...AXES[drawn]), wide);
+  await here.redraw();
+}
+
+await Promise.all([curvature(), compare(), tradeoff(), measured()]);
+document.documentElement.dataset.ready = "true";

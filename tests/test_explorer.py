@@ -1,0 +1,294 @@
+"""The interactive page in a real browser: every control changes what it should, to what the estimators return."""
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn.functional import mse_loss
+
+import fobmaml
+from fobmaml.estimators import Central, Exact, Forward, Symmetric
+from fobmaml.files import read_csv
+from fobmaml.plotting import METHODS
+from fobmaml.solvers import Inexact, InnerProblem, NewtonCG
+
+explorer = pytest.importorskip("explorer", reason="the packages of `make explorer` are not installed")
+import explorer_data as built  # noqa: E402
+
+in_browser = pytest.mark.skipif(explorer.chromium() is None, reason="there is no Chromium: apt-get install chromium")
+together = pytest.mark.xdist_group("explorer")  # one page serves all
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("explorer") / "explorer.html"
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "explorer.py"), f"--page={path}", "--no-pictures"],
+                   check=True, capture_output=True)
+    return path
+
+
+class Tab:
+    """The page in Chromium, with all that it said and asked for."""
+
+    def __init__(self, page: Path, started, **options):
+        self.page, self.said, self.asked = page, [], []
+        self.tab = started.new_page(**options)
+        self.tab.on("console", lambda message: self.said.append(message.text))
+        self.tab.on("pageerror", lambda error: self.said.append(str(error)))
+        self.tab.on("request", lambda request: self.asked.append(request.url))
+        self.tab.goto(page.as_uri())
+        self.tab.wait_for_selector("html[data-ready]")
+
+    def drawn(self, panel: str) -> None:
+        self.tab.wait_for_selector(f"#{panel}[data-state=drawn]")
+
+    def numbers(self, panel: str, row: str) -> list[list[float]]:
+        """The cells of a row, each with its numbers in full."""
+        cells = self.tab.locator(f"#{panel}-{row} td").all()
+        return [[float(text) for text in cell.get_attribute("data-value").split()] for cell in cells]
+
+    def slide(self, panel: str, name: str, wanted: int) -> float:
+        """To the slider's place ``wanted``, by keys; the number that it then shows."""
+        slider = self.tab.locator(f"#{panel}-{name}")
+        steps = wanted - int(slider.input_value())
+        for _ in range(abs(steps)):
+            slider.press("ArrowRight" if steps > 0 else "ArrowLeft")
+        self.drawn(panel)
+        return self.shown(panel, name)
+
+    def shown(self, panel: str, name: str) -> float:
+        return float(self.tab.locator(f"output[for={panel}-{name}]").inner_text().replace("−", "-"))
+
+    def drag(self, panel: str, x: float, y: float) -> None:
+        """From the middle to a place in the plot, as fractions of its width and height from the lower left."""
+        self.tab.locator(f"#{panel} .plot").first.scroll_into_view_if_needed()
+        box = self.tab.locator(f"#{panel} .plot g.surface path.background").first.bounding_box()
+        self.tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        self.tab.mouse.down()
+        self.tab.mouse.move(box["x"] + x * box["width"], box["y"] + (1 - y) * box["height"], steps=3)
+        self.tab.mouse.up()
+        self.tab.wait_for_timeout(50)
+        self.drawn(panel)
+
+    def arrows(self, panel: str) -> list[tuple[float, float]]:
+        """Where each arrow goes, in pixels from the point."""
+        lines = self.tab.locator(f"#{panel} .plot g.mark-rule.role-mark line").all()
+        return [(float(line.get_attribute("x2") or 0), float(line.get_attribute("y2") or 0)) for line in lines]
+
+    def contours(self, panel: str) -> str:
+        return self.tab.locator(f"#{panel} .plot").evaluate(
+            "plot => [...plot.querySelectorAll('g.mark-path path')].map(path => path.getAttribute('d')).join()")
+
+
+@pytest.fixture(scope="module")
+def started(page) -> Iterator:
+    with explorer.browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def tab(page, started) -> Iterator[Tab]:
+    found = Tab(page, started, viewport={"width": 1280, "height": 900})
+    yield found
+    assert found.said == []
+    assert [url for url in found.asked if not url.startswith(("data:", page.as_uri()))] == []
+    found.tab.close()
+
+
+def _estimates(theta: tuple[float, float], lam: float, steps: int, nu: float) -> dict[str, torch.Tensor]:
+    """By the library's own call, one θ at a time."""
+    model = built.OneUnit()
+    with torch.no_grad():
+        model.w.copy_(torch.tensor(theta, dtype=torch.float64))
+    return {name: fobmaml.meta_gradient(estimator, model, mse_loss, built.tasks()).gradient["w"]
+            for name, estimator in built.estimators(lam, steps, nu).items()}
+
+
+def test_the_grid_is_what_single_estimates_are():
+    thetas = built.grid()[[0, 40, 700, 1680]]
+    estimators = built.estimators(0.5, 5, 0.1)
+    many = {name: built.meta_gradients(estimator, thetas) for name, estimator in estimators.items()}
+    for i, theta in enumerate(thetas.tolist()):
+        for name, gradient in _estimates(theta, 0.5, 5, 0.1).items():
+            torch.testing.assert_close(many[name][i], gradient, rtol=0, atol=1e-8)  # iterative solves
+
+
+def test_the_meta_loss_has_the_exact_gradient():
+    theta = torch.tensor([[1.1, 0.7]], dtype=torch.float64)
+    step = 1e-4 * torch.eye(2, dtype=torch.float64)
+    slopes = [(built.meta_loss(1.0, theta + e) - built.meta_loss(1.0, theta - e)) / 2e-4 for e in step]
+    exact = built.meta_gradients(built.estimators(1.0, 1, 1.0)["exact"], theta)
+    torch.testing.assert_close(torch.stack(slopes, 1), exact, rtol=1e-6, atol=1e-8)
+
+
+def test_methods_look_as_in_the_figures():
+    assert built.methods()["symmetric"] == {"label": METHODS["symmetric"].label, "marker": METHODS["symmetric"].marker,
+                                            "colour": METHODS["symmetric"].colour, "line": "-"}
+
+
+@pytest.mark.slow
+@together
+@in_browser
+class TestPage:
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("width", [390, 1280])
+    def test_opens_from_disk(self, page, started, scheme, width):
+        assert page.stat().st_size < 10e6
+        found = Tab(page, started, viewport={"width": width, "height": 900}, color_scheme=scheme)
+        assert found.said == []
+        assert found.asked == [page.as_uri()] + [url for url in found.asked if url.startswith("data:")]
+        assert found.tab.evaluate("document.documentElement.scrollWidth") <= width
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe().run(found.tab)
+        assert axe.violations_count == 0, axe.generate_report()  # names, contrast, order of headings, ...
+        found.tab.close()
+
+    def test_curvature(self, tab):
+        def agrees(a: float, b: float, c: float, x1: float, x2: float) -> None:
+            gradient = (a * (x1 - 0.5) + b * (x2 - 0.5) + 0.1, b * (x1 - 0.5) + c * (x2 - 0.5) - 0.1)
+            assert tab.numbers("curvature", "gradient")[0] == pytest.approx(gradient, abs=1e-6)
+            assert tab.numbers("curvature", "first-order")[0] == pytest.approx((0.1, -0.1), abs=1e-6)
+            apart = math.degrees(math.atan2(gradient[1], gradient[0]) - math.atan2(-0.1, 0.1))
+            assert tab.numbers("curvature", "angle")[0] == [pytest.approx(abs((apart + 180) % 360 - 180), abs=1e-6)]
+            error = math.dist(gradient, (0.1, -0.1)) / math.hypot(*gradient)
+            assert tab.numbers("curvature", "error")[0] == [pytest.approx(error, abs=1e-6)]
+
+        setting = {"a": 0.5, "b": -0.1, "c": 0.0, "x1": 0.3, "x2": 0.1}
+        agrees(**setting)
+        assert tab.numbers("curvature", "gradient")[0] == pytest.approx((0.04, -0.08), abs=1e-12)
+        for name in setting:
+            before, arrows = tab.contours("curvature"), tab.arrows("curvature")
+            place = int(tab.tab.locator(f"#curvature-{name}").input_value())
+            setting[name] = tab.slide("curvature", name, place + 7)
+            agrees(**setting)
+            assert (tab.contours("curvature") != before) == (name in ("a", "b", "c"))
+            assert tab.arrows("curvature") != arrows
+        tab.tab.locator("#curvature-flat").click()
+        tab.drawn("curvature")
+        agrees(0.0, 0.0, 0.0, setting["x1"], setting["x2"])
+        first, second = tab.arrows("curvature")
+        assert first == second
+        tab.drag("curvature", 0.25, 0.8)
+        assert tab.shown("curvature", "x1") == pytest.approx(-0.4 + 0.25 * 1.4, abs=0.011)
+        assert tab.shown("curvature", "x2") == pytest.approx(-0.4 + 0.8 * 1.4, abs=0.011)
+
+    def test_compare(self, tab):
+        def agrees() -> None:
+            place = {name: int(tab.tab.locator(f"#compare-{name}").input_value())
+                     for name in ("lam", "steps", "nu", "theta1", "theta2")}
+            first, second = built.axes().tolist()
+            theta = (first[place["theta1"]], second[place["theta2"]])
+            wanted = _estimates(theta, built.LAMS[place["lam"]], built.STEPS[place["steps"]], built.NUS[place["nu"]])
+            exact = wanted["exact"]
+            for name, gradient in wanted.items():
+                angle, error, vector = tab.numbers("compare", name)
+                assert vector == pytest.approx(gradient.tolist(), abs=1e-6)
+                assert error == [pytest.approx(float((gradient - exact).norm() / exact.norm()), rel=1e-6, abs=1e-6)]
+                cross = abs(float(gradient[0] * exact[1] - gradient[1] * exact[0]))
+                assert math.radians(angle[0]) == pytest.approx(math.atan2(cross, float(gradient @ exact)), abs=1e-6)
+
+        agrees()
+        for name, place in (("lam", 2), ("steps", 4), ("nu", 0), ("theta1", 11), ("theta2", 25), ("lam", 3), ("nu", 4)):
+            before, contours = tab.arrows("compare"), tab.contours("compare")
+            tab.slide("compare", name, place)
+            agrees()
+            assert tab.arrows("compare") != before
+            assert (tab.contours("compare") != contours) == (name == "lam")
+        tab.drag("compare", 0.7, 0.3)
+        (low1, *_, high1), (low2, *_, high2) = built.axes().tolist()
+        assert tab.shown("compare", "theta1") == pytest.approx(low1 + 0.7 * (high1 - low1), abs=0.04)
+        assert tab.shown("compare", "theta2") == pytest.approx(low2 + 0.3 * (high2 - low2), abs=0.04)
+        agrees()
+        before = tab.arrows("compare")
+        tab.tab.locator("#compare-lengths").check()
+        tab.drawn("compare")
+        assert tab.arrows("compare") != before
+        for left, name in zip(range(6, -1, -1), built.estimators(1.0, 1, 1.0), strict=True):
+            tab.tab.locator(f"#compare-show-{name}").uncheck()
+            tab.drawn("compare")
+            assert len(tab.arrows("compare")) == left
+            assert tab.tab.locator(f"#compare-{name}").get_attribute("class") == "off"
+
+    def test_tradeoff(self, tab):
+        model, first = built.learner(), built.tasks()[:1]
+        theta, lam = torch.tensor(built.POINT, dtype=torch.float64), built.POINT_LAM
+        exact = Exact(NewtonCG(tol=built.TOL), lam, built.TOL)(model, theta, first).gradients[0]
+
+        def agrees(nu: float, delta: float) -> None:
+            stencils = {"forward": Forward(Inexact(delta), lam, nu), "symmetric": Symmetric(Inexact(delta), lam, nu),
+                        "central4": Central(Inexact(delta), lam, nu, order=4)}
+            found = {name: stencil(model, theta, first).gradients[0] for name, stencil in stencils.items()}
+            for name, gradient in found.items():
+                bias = float((gradient - exact).norm() / exact.norm())
+                assert tab.numbers("tradeoff", name) == [[pytest.approx(bias, rel=1e-6, abs=1e-9)]]
+            plus, minus = (torch.tensor(tab.numbers("tradeoff", name)[0], dtype=torch.float64)
+                           for name in ("plus", "minus"))
+            secant = -lam * (plus - minus) / (2 * nu)
+            torch.testing.assert_close(secant, found["symmetric"], rtol=0, atol=1e-6)
+            for point, sign in ((plus, 1), (minus, -1)):
+                offset = torch.tensor([sign * nu], dtype=torch.float64)
+                solved = NewtonCG(tol=built.TOL).solve(InnerProblem(model, theta, first, lam, offset)).phi[0]
+                assert float((point - solved).norm()) == pytest.approx(delta, abs=1e-6)
+
+        def drawing() -> str:
+            return "".join(plot.inner_html() for plot in tab.tab.locator("#tradeoff .plot").all())
+
+        last = len(built.FINE_NUS) - 1
+        for nu, delta in ((last, 0), (last, 3), (12, 3), (5, 5), (18, 1)):
+            before = drawing()
+            tab.slide("tradeoff", "nu", nu)
+            tab.slide("tradeoff", "delta", delta)
+            agrees(built.FINE_NUS[nu], built.DELTAS[delta])
+            assert drawing() != before
+
+    def test_measured(self, tab, monkeypatch):
+        monkeypatch.setattr("figures.FOLDER", ROOT / "results")
+
+        def lines(plot: int) -> int:
+            return tab.tab.locator("#measured .plot").nth(plot).locator("g.mark-line path").count()
+
+        def hover(plot: int, mark: str) -> dict[str, str]:
+            place = tab.tab.locator("#measured .plot").nth(plot)
+            place.scroll_into_view_if_needed()
+            place.locator(f"g.mark-symbol path{mark}").hover(force=True)
+            tab.tab.wait_for_selector("#vg-tooltip-element.visible")
+            cells = [row.inner_text().split("\t") for row in tab.tab.locator("#vg-tooltip-element tr").all()]
+            return {key.strip(" :"): value.strip() for key, value in cells}
+
+        counts = [len({row["method"] for row in built.measured()[chart]}) for chart in ("accuracy", "steps", "bias")]
+        assert [lines(plot) for plot in range(3)] == counts
+        row = next(row for row in read_csv(ROOT / "results" / "memory_steps.csv")
+                   if row["estimator"] == "maml" and float(row["solver.steps"]) == 200)
+        said = hover(1, "[aria-label^='inner steps K: 200;'][aria-label$='method: MAML']")
+        assert float(said["memory, one task (MB)"]) == pytest.approx(float(row["memory/peak_bytes"]) / 1e6, rel=1e-3)
+        assert said["method"] == METHODS["maml"].label
+        tab.tab.locator("#measured-show-maml").uncheck()
+        tab.drawn("measured")
+        assert [lines(plot) for plot in range(3)] == [counts[0] - 1, counts[1] - 1, counts[2]]
+        for choice, title in (("width", "channels"), ("depth", "convolutions"), ("steps", "inner steps K")):
+            tab.tab.locator("#measured-memory").select_option(choice)
+            tab.drawn("measured")
+            assert tab.tab.locator("#measured .plot").nth(1).get_by_text(title, exact=True).count() == 1
+            assert lines(1) == len({row["method"] for row in built.measured()[choice]} - {"maml"})
+
+    def test_every_control_is_reached_by_keyboard(self, tab):
+        reached = set()
+        for _ in range(80):
+            tab.tab.keyboard.press("Tab")
+            reached.add(tab.tab.evaluate("document.activeElement.id"))
+        controls = tab.tab.locator("input, select, button").evaluate_all("all => all.map(control => control.id)")
+        assert len(controls) == len(set(controls)) > 20
+        assert set(controls) <= reached
+        assert all(re.search(r"\w", label) for label in tab.tab.locator("input[type=range]").evaluate_all(
+            "all => all.map(control => control.getAttribute('aria-valuetext'))"))
+
+
+def test_redraws_were_measured_below_50_milliseconds():
+    rows = read_csv(ROOT / "results" / "explorer.csv")
+    assert {row["panel"] for row in rows} == {"curvature", "compare", "tradeoff"}
+    assert all(float(row["milliseconds"]) < 50 for row in rows)
