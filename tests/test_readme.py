@@ -32,7 +32,8 @@ def test_make_targets_exist():
 def test_environment_installs_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert "python=3.11" in environment["dependencies"]
-    assert environment["dependencies"][-1] == {"pip": ["--constraint constraints.txt", "--editable .[dev,sweeps,explorer]"]}
+    packages = ["--constraint constraints.txt", "--editable .[dev,sweeps,explorer]"]
+    assert environment["dependencies"][-1] == {"pip": packages}
 
 
 def test_tables_are_the_results():

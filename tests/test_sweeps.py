@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import QUIET, processes_in, start_train, wait_until
 
 from fobmaml import sweeps
@@ -53,13 +54,28 @@ def test_a_folder_in_use_is_refused(run_train, tmp_path):
     assert done.stderr == f"error: hydra.run.dir={tmp_path / 'run'}: takes a folder in which no other process works\n"
 
 
-def test_a_search_goes_on_from_its_storage(run_train, tmp_path):
-    search = ("-m", "search=optuna", *QUICK, "eval.tasks=0", "hydra.sweeper.n_trials=2")
-    for trials in (2, 4):
-        done = run_train(*search)
+def test_a_killed_search_is_completed_and_grows(run_train, tmp_path):
+    search = ("-m", "search=optuna", *QUICK, "steps=40", "checkpoint_every=1", "eval.tasks=0")
+
+    def checkpoints() -> dict[Path, int]:
+        return {path: path.stat().st_ino for path in tmp_path.glob("multirun/*/*/checkpoint.pt")}
+
+    process = start_train(tmp_path, *search, "hydra.sweeper.n_trials=3", **QUIET)
+    wait_until(lambda: len(_results(tmp_path)) == 1 and len(checkpoints()) == 2, process)
+    process.kill()
+    process.wait()
+    (complete,) = _results(tmp_path)
+    (cut_short,) = (path.parent for path in checkpoints() if path.parent.name != complete)
+    last = torch.load(cut_short / "checkpoint.pt", weights_only=True)["step"]
+    for trials in (3, 3, 4):  # the second time there is nothing to do
+        times = checkpoints() if trials == 4 else {}
+        done = run_train(*search, f"hydra.sweeper.n_trials={trials}")
         assert done.returncode == 0, done.stderr
-        results = _results(tmp_path)
-        assert len(results) == trials
+        assert len(_results(tmp_path)) == trials
+        assert checkpoints().items() >= times.items()
+        assert (cut_short / "summary.json").exists()
+        log = (cut_short / "train.log").read_text()
+        assert f"continuing {cut_short / 'checkpoint.pt'} at step {last}" in log
     (best,) = tmp_path.glob("multirun/*/optimization_results.yaml")
     assert "best_value" in best.read_text()
 

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
 LIST = "failed.jsonl"
 
@@ -19,8 +19,10 @@ warnings.filterwarnings("ignore", message=r"\s*'hydra/(launcher|sweeper)/")
 
 
 def name_of(arguments: Sequence[str]) -> str:
-    """A name for the sweep of a command: the same for the same settings, however they are launched."""
-    settings = sorted(a for a in arguments if not a.startswith(("-", "hydra/launcher=", "hydra.launcher.")))
+    """A name for the sweep of a command: the same for the same settings, however they are launched, and however many
+    trials a search has."""
+    settings = sorted(a for a in arguments if not a.startswith(("-", "hydra/launcher=", "hydra.launcher.",
+                                                                "hydra.sweeper.n_")))
     return hashlib.sha256("\n".join(settings).encode()).hexdigest()[:8]
 
 
@@ -42,6 +44,27 @@ class Failures(Callback):
         line = json.dumps({"job": " ".join(job_return.overrides or ()), "reason": reason})
         with (Path(config.hydra.sweep.dir) / LIST).open("a") as file:
             file.write(line + "\n")  # one write, so that jobs that end together do not mix
+
+
+class Study(Callback):
+    """Lets a search (configs/search) go on: ``n_trials`` are those of the whole study, and a trial that was cut short
+    is asked for again with the same parameters, so that its job continues from its checkpoint."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        import optuna  # for searches alone
+        from optuna.trial import TrialState
+
+        sweeper = config.hydra.sweeper
+        study = optuna.create_study(study_name=sweeper.study_name, storage=sweeper.storage, direction=sweeper.direction,
+                                    load_if_exists=True)
+        trials = study.get_trials()
+        for trial in trials:
+            if trial.state == TrialState.RUNNING:
+                study.enqueue_trial(trial.params)
+                study.tell(trial.number, state=TrialState.PRUNED)
+        ended = sum(trial.state in (TrialState.COMPLETE, TrialState.FAIL) for trial in trials)
+        with read_write(config.hydra):
+            sweeper.n_trials = max(0, sweeper.n_trials - ended)
 
 
 def failures() -> list[dict[str, str]]:
