@@ -30,7 +30,8 @@ MOVES = 20
 def build(path: Path) -> None:
     data = {"methods": methods(), "compare": compare(), "tradeoff": tradeoff(), "measured": measured()}
     page = (PARTS / "page.html").read_text(encoding="utf-8")
-    for place, part in (("<!--commit-->", f"commit {str(provenance()['commit'])[:10]}"),
+    commit = provenance()["commit"]
+    for place, part in (("<!--commit-->", f"commit {commit[:10]}" if commit else "outside a checkout"),
                         ("/*page.css*/", (PARTS / "page.css").read_text(encoding="utf-8")),
                         ("/*data*/", json.dumps(data).replace("</", "<\\/")),
                         ("/*vega.js*/", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
