@@ -24,7 +24,7 @@ train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS
 	@$(BIN)/python train.py $(ARGS)
 
 test: setup .venv/sweeps .venv/explorer .venv/chromium ## run the tests; with SLOW=1 those that take minutes too
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(if $(SLOW),,-m "not slow") $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if $(SLOW),,-m "not slow") $(ARGS)
 
 lint: setup ## check style and types
 	@$(BIN)/ruff check .

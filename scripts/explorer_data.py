@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from fobmaml import Learner, TaskBatch
-from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Estimator, Exact, Forward, NotConverged, Reptile, Symmetric
+from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Estimator, Exact, Forward, Reptile, Symmetric
 from fobmaml.plotting import METHODS
 from fobmaml.solvers import GradientDescent, Inexact, InnerProblem, NewtonCG
 
@@ -80,7 +80,10 @@ def grid(margin: int = 0) -> Tensor:
 
 
 def mean_over_tasks(call: Callable[[Tensor, TaskBatch], Tensor], thetas: Tensor) -> Tensor:
-    """The mean over the tasks of ``call(rows, tasks)``, for many θ [N, 2] at once: each θ with each task is a row."""
+    """The mean over the tasks of ``call(rows, tasks)``, for many θ [N, 2] at once: each θ with each task is a row.
+
+    Estimators take one θ a row as well as one for all.
+    """
     both = tasks()
     rows = thetas.repeat_interleave(len(both), 0)
     many = TaskBatch(*(part.repeat(len(thetas), *[1] * (part.dim() - 1)) for part in
@@ -90,14 +93,8 @@ def mean_over_tasks(call: Callable[[Tensor, TaskBatch], Tensor], thetas: Tensor)
 
 
 def meta_gradients(estimator: Estimator, thetas: Tensor) -> Tensor:
-    """[N, 2] at [N, 2]; NaN where the exact one is not available."""
-    try:
-        return mean_over_tasks(lambda rows, many: estimator(learner(), rows, many).gradients, thetas)
-    except NotConverged:
-        if len(thetas) == 1:
-            return torch.full_like(thetas, torch.nan)
-        half = len(thetas) // 2
-        return torch.cat([meta_gradients(estimator, part) for part in (thetas[:half], thetas[half:])])
+    """[N, 2] at [N, 2]."""
+    return mean_over_tasks(lambda rows, many: estimator(learner(), rows, many).gradients, thetas)
 
 
 def meta_loss(lam: float, thetas: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The interactive page in a real browser: every control changes what it should, to what the estimators return."""
 
+import fcntl
 import math
+import os
 import re
 import subprocess
 import sys
@@ -22,14 +24,18 @@ explorer = pytest.importorskip("explorer", reason="the packages of `make explore
 import explorer_data as built  # noqa: E402
 
 in_browser = pytest.mark.skipif(explorer.chromium() is None, reason="there is no Chromium: apt-get install chromium")
-together = pytest.mark.xdist_group("explorer")  # one page serves all
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("explorer") / "explorer.html"
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "explorer.py"), f"--page={path}", "--no-pictures"],
-                   check=True, capture_output=True)
+    """Built once for all processes of the test run."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", tmp_path_factory.getbasetemp().name)
+    path = tmp_path_factory.getbasetemp().parent / f"explorer-{run}.html"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            subprocess.run([sys.executable, str(ROOT / "scripts" / "explorer.py"), f"--page={path}", "--no-pictures"],
+                           check=True, capture_output=True)
     return path
 
 
@@ -133,7 +139,6 @@ def test_methods_look_as_in_the_figures():
 
 
 @pytest.mark.slow
-@together
 @in_browser
 class TestPage:
     @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -99,7 +99,8 @@ def test_figures_are_drawn_from_the_tables(tmp_path):
     done = _script("figures.py", tmp_path)
     assert done.returncode == 0, done.stderr
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {path.name for path in (RESULTS / "figures").iterdir()}
+    committed = {path.name for path in (RESULTS / "figures").iterdir()}
+    assert drawn == {name for name in committed if not name.startswith("explorer_")}  # pictures of the page
     for table in tmp_path.glob("*.csv"):  # some scripts write tables: the same as committed
         assert table.read_text() == (RESULTS / table.name).read_text()
 
