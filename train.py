@@ -306,7 +306,6 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """SIGINT and SIGTERM ask for a stop after the present step; a second one stops at once."""
     request = StopRequest()
-
     alone = distributed.size() == 1  # else torchrun repeats a terminal's signal, and kills who takes too long
 
     def ask(number: int, _: object) -> None:

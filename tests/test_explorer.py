@@ -43,7 +43,7 @@ class Tab:
     """The page in Chromium, with all that it said and asked for."""
 
     def __init__(self, page: Path, started, **options):
-        self.page, self.said, self.asked = page, [], []
+        self.said, self.asked = [], []
         self.tab = started.new_page(**options)
         self.tab.on("console", lambda message: self.said.append(message.text))
         self.tab.on("pageerror", lambda error: self.said.append(str(error)))

@@ -67,12 +67,12 @@ def test_a_killed_search_is_completed_and_grows(run_train, tmp_path):
     (complete,) = _results(tmp_path)
     (cut_short,) = (path.parent for path in checkpoints() if path.parent.name != complete)
     last = torch.load(cut_short / "checkpoint.pt", weights_only=True)["step"]
-    for trials in (3, 3, 4):  # the second time there is nothing to do
-        times = checkpoints() if trials == 4 else {}
+    for again, trials in enumerate((3, 3, 4)):  # the second time there is nothing to do
+        before = checkpoints() if again else {}
         done = run_train(*search, f"hydra.sweeper.n_trials={trials}")
         assert done.returncode == 0, done.stderr
         assert len(_results(tmp_path)) == trials
-        assert checkpoints().items() >= times.items()
+        assert checkpoints().items() >= before.items()
         assert (cut_short / "summary.json").exists()
         log = (cut_short / "train.log").read_text()
         assert f"continuing {cut_short / 'checkpoint.pt'} at step {last}" in log

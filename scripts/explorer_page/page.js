@@ -160,6 +160,13 @@ function contour(view, width, values) {
   view.data("grid", [{grid: {width, height: values.length / width, values}}]);
 }
 
+/** A plane whose point follows the pointer, by the sliders of its coordinates. */
+async function draggable({plots: [place], redraw}, spec, first, second) {
+  const view = await embed(place, spec, square);
+  place.classList.add("draggable");
+  view.addSignalListener("picked", (_, [u, v]) => { first.set(u); second.set(v); redraw(); });
+  return view;
+}
 
 async function curvature() {
   const G = [0.1, -0.1], LOW = -0.4, HIGH = 1, NODES = 43, LONG = 1.5, step = (HIGH - LOW) / (NODES - 1);
@@ -188,9 +195,7 @@ async function curvature() {
   const flat = element("button", {type: "button", id: "curvature-flat"}, "Set C = 0");
   flat.addEventListener("click", () => { for (const control of [a, b, c]) control.set(0); here.redraw(); });
   here.form.append(flat);
-  view = await embed(here.plots[0], plane([[LOW, HIGH], [LOW, HIGH]], NODES, ["x₁", "x₂"]), square);
-  here.plots[0].classList.add("draggable");
-  view.addSignalListener("picked", (_, [u, v]) => { x1.set(u); x2.set(v); here.redraw(); });
+  view = await draggable(here, plane([[LOW, HIGH], [LOW, HIGH]], NODES, ["x₁", "x₂"]), x1, x2);
   await here.redraw();
 }
 
@@ -231,9 +236,7 @@ async function compare() {
   const t2 = slider(here, "theta2", "θ₂ (w₂)", axes[1], 1.5, two);
   const true_length = checkbox(here.form, here.redraw, "compare-lengths", ["lengths as they are (to three times the exact one)"], false);
   const shown = switches(here, ["exact", ...Object.keys(vectors).filter(name => name !== "exact")]);
-  view = await embed(here.plots[0], plane(axes.map(axis => [axis[0], axis.at(-1)]), nodes, ["θ₁", "θ₂"]), square);
-  here.plots[0].classList.add("draggable");
-  view.addSignalListener("picked", (_, [u, v]) => { t1.set(u); t2.set(v); here.redraw(); });
+  view = await draggable(here, plane(axes.map(axis => [axis[0], axis.at(-1)]), nodes, ["θ₁", "θ₂"]), t1, t2);
   await here.redraw();
 }
 
@@ -336,8 +339,6 @@ async function measured() {
   }
   views[0] = await embed(here.plots[0], chart("accuracy", ...AXES.accuracy), wide);
   views[2] = await embed(here.plots[2], chart("bias", ...AXES.bias), wide);
-  drawn = "steps";
-  views[1] = await embed(here.plots[1], chart(drawn, ...AXES[drawn]), wide);
   await here.redraw();
 }
 
