@@ -192,7 +192,7 @@ def build(cfg: DictConfig) -> MetaTraining:
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
         one_of("wandb.mode", cfg.wandb.mode, ("offline", "online", "disabled"))
         settings = Settings(**{key: cfg[key] for key in ("steps", "seed", "meta_batch", "fixed_tasks", "task_chunk",
-                                                         "memory_limit_mb", "schedule", "log_every",
+                                                         "memory_limit_mb", "compiled", "schedule", "log_every",
                                                          "checkpoint_every")},
                             **{f"{group}_{key}": value for group in ("eval", "bias", "smoothness", "curvature")
                                for key, value in cfg[group].items()})

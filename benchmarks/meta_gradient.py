@@ -2,8 +2,10 @@
 
 5-way 5-shot 15-query MNIST-1D, 16 tasks, by width and inner steps K. Three tables, into results/: bench.csv (by
 estimator), bench_chunks.csv (by how many tasks are solved at once) and bench_loop.csv (what a training run spends
-beside the meta-gradients). Whatever is compared takes turns, so that a slow spell of the machine hits all alike, and
-the rate of a large matrix product is measured before and after every call. A run that was stopped continues.
+beside the meta-gradients). Gradients are the compiled kernel's, where it was compiled; Hessian products, and all of
+``symmetric_operators``, are by torch's operators. Whatever is compared takes turns, so that a slow spell of the machine
+hits all alike, and the rate of a large matrix product is measured before and after every call. A run that was stopped
+continues.
 """
 
 import argparse
@@ -82,13 +84,14 @@ class Setting:
         self.tasks = source.sample("train", TASKS, torch.Generator().manual_seed(0)).to(dtype=dtype)
         torch.manual_seed(0)
         self.model = CNN1d(source.input_shape, source.outputs, width).to(dtype)
-        self.learner = Learner(self.model, source.loss_fn)
+        self.loss_fn = source.loss_fn
 
-    def ours(self, name: str, chunk: int | None = None) -> Candidate:
+    def ours(self, name: str, chunk: int | None = None, compiled: bool = True) -> Candidate:
         """``chunk``: None for task_chunk=auto."""
         estimator = ESTIMATORS[name](GradientDescent(self.steps, INNER_LR))
-        at_once, theta = chunk or chunk_size(self.learner, self.tasks, estimator), self.learner.theta()
-        return Candidate(lambda part: estimate(estimator, self.learner, theta, part, at_once, diagnose=False).gradient,
+        learner = Learner(self.model, self.loss_fn, compiled=compiled)
+        at_once, theta = chunk or chunk_size(learner, self.tasks, estimator), learner.theta()
+        return Candidate(lambda part: estimate(estimator, learner, theta, part, at_once, diagnose=False).gradient,
                          at_once)
 
     def peer(self, name: str) -> Candidate:
@@ -150,15 +153,19 @@ def by_estimator(width: int, steps: int, repeats: int) -> list[Row]:
     setting = Setting(width, steps)
     if steps > SHORT:
         setting.tasks = setting.tasks[:FEW]
-    candidates = {**{name: setting.ours(name) for name in ESTIMATORS}, **{name: setting.peer(name) for name in PEERS}}
+    candidates = {**{name: setting.ours(name) for name in ESTIMATORS},
+                  "symmetric_operators": setting.ours("symmetric", compiled=False),
+                  **{name: setting.peer(name) for name in PEERS}}
     parts = {name: setting.tasks[:TASKS if steps <= SHORT else c.at_once] for name, c in candidates.items()}
     errors = {name: gradient_error(name, width, steps) for name in PEERS}
     measured = take_turns({name: partial(c.gradient, parts[name]) for name, c in candidates.items()}, repeats)
     rows = []
     for name, candidate in candidates.items():
         tasks, chunk = len(parts[name]), setting.tasks[:candidate.at_once]
+        # The counter sees torch's operators only, so the same computation is counted there.
+        counted = setting.ours(name, compiled=False) if name in ESTIMATORS else candidate
         with FlopCounterMode(display=False) as counter:
-            candidate.gradient(chunk)
+            counted.gradient(chunk)
         multiply_adds = round(counter.get_total_flops() / 2 * tasks / len(chunk))
         times, rates = zip(*measured[name], strict=True)
         timing = spread(times)

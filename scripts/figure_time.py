@@ -9,7 +9,7 @@ from fobmaml.plotting import method, new_figure
 
 COLUMNS = ("width", "inner_steps", "seconds_median", "seconds_q25", "seconds_q75", "seconds_16_tasks", "multiply_adds",
            "matrix_product_gflops", "fraction_of_limit")
-IN_THE_MIDDLE = ("symmetric", "maml", "higher", "torchopt")
+IN_THE_MIDDLE = ("symmetric", "symmetric_operators", "maml", "higher", "torchopt")
 
 
 def main() -> None:

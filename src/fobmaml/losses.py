@@ -47,7 +47,8 @@ class CrossEntropy(RowLoss):
         super().__init__(F.cross_entropy, targets, parts)
         self.weights, self.one_hot = torch.empty(0), torch.empty(0)
 
-    def _prepare(self, outputs: Tensor) -> None:
+    def prepare(self, outputs: Tensor) -> None:
+        """Makes ``weights`` [R, N, 1] and ``one_hot`` [R, N, classes] of the dtype of ``outputs`` [R, N, classes]."""
         if not len(self.weights):
             self.weights = outputs.new_empty(*self.targets.shape, 1)
             for part, factor in self.parts:
@@ -56,12 +57,12 @@ class CrossEntropy(RowLoss):
             self.one_hot = F.one_hot(self.targets, outputs.shape[-1]).to(outputs.dtype)
 
     def __call__(self, outputs: Tensor) -> Tensor:
-        self._prepare(outputs)
+        self.prepare(outputs)
         terms = F.cross_entropy(outputs.flatten(0, 1), self.targets.flatten(), reduction="none")
         return (terms.view_as(self.targets) * self.weights[..., 0]).sum(1)
 
     def linearize(self, outputs: Tensor, second_order: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        self._prepare(outputs)
+        self.prepare(outputs)
         p = outputs.softmax(-1)
         return ((p - self.one_hot).mul_(self.weights),
                 lambda t: (t - (p * t).sum(-1, keepdim=True)).mul_(p).mul_(self.weights))

@@ -42,6 +42,7 @@ class Settings:
     fixed_tasks: bool
     task_chunk: int | str
     memory_limit_mb: float | None
+    compiled: bool
     schedule: str
     log_every: int
     checkpoint_every: int
@@ -68,7 +69,7 @@ class Settings:
         for name in ("eval_tasks", "eval_validation_tasks"):  # an interval needs two
             if getattr(self, name) == 1:
                 raise refuse(name, 1, "a whole number of at least 2, or 0 for none")
-        for name in ("fixed_tasks", "bias_at_start"):
+        for name in ("fixed_tasks", "bias_at_start", "compiled"):
             if not isinstance(getattr(self, name), bool):
                 raise refuse(name, getattr(self, name), "true or false")
         if self.task_chunk != "auto":
@@ -106,7 +107,7 @@ class MetaTraining:
                  make_optimizer: Callable[[list[nn.Parameter]], Optimizer]):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # differences need all digits
         self.settings, self.source, self.estimator = settings, source, estimator
-        self.learner = Learner(model, source.loss_fn)
+        self.learner = Learner(model, source.loss_fn, compiled=settings.compiled)
         named = dict(model.named_parameters())
         self.parameters = {name: named[name] for name in self.learner.names}
         self.optimizer = make_optimizer(list(self.parameters.values()))

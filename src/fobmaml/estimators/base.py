@@ -87,6 +87,8 @@ def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None =
     if estimator is not None:
         rows, examples = estimator.rows_per_task, support + query * estimator.query_in_inner_problem
     at_once = math.ceil(WORK_AT_ONCE / (rows * examples * learner.parameter_count))
+    if learner.compiled:  # a row is one thread's
+        at_once = max(at_once, math.ceil(torch.get_num_threads() / rows))
     return math.ceil(len(tasks) / math.ceil(len(tasks) / at_once))  # chunks of equal size
 
 

@@ -33,6 +33,11 @@ class Dense:
     activation: Activation | None
 
 
+def length_after(layer: Convolution | Dense, shapes: Mapping[str, torch.Size], length: int) -> int:
+    """Of the signal that leaves a layer."""
+    return (length + 2 - shapes[layer.weight][1]) // layer.stride + 1 if isinstance(layer, Convolution) else 1
+
+
 class StackedNetwork:
     """The layers, one after another, applied with row r of the parameters to row r of the inputs.
 
@@ -50,8 +55,7 @@ class StackedNetwork:
                  second_order: bool = False):
         lengths = [x.shape[2]]
         for layer in layers:
-            taps = shapes[layer.weight][1]
-            lengths.append((lengths[-1] + 2 - taps) // layer.stride + 1 if isinstance(layer, Convolution) else 1)
+            lengths.append(length_after(layer, shapes, lengths[-1]))
         places = lengths[1:]
         for i in reversed(range(1, len(layers))):
             if _halves(layers[i], shapes):  # its windows then are pairs of places, with nothing in between

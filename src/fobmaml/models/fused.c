@@ -1,0 +1,427 @@
+/* The gradient of a network's softmax cross-entropy for many rows of parameters, all passes in one call.
+
+Each row has its own parameters and examples and belongs to one thread, which takes a block of examples through all
+layers and back before the next, so that its activations stay in the cache. Signals are channels-last and padded by one
+place on both sides: the window of a convolution is a run of consecutive numbers, and nothing is copied for it. The
+products are sums over tiles held in registers; the activation, SiLU, and its derivative are taken of a tile before it
+leaves them. Compiled for each of two instruction sets; Python picks one. */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <omp.h>
+
+#ifdef __AVX512F__
+enum { LANES = 16, HEIGHT = 8, WIDTH = 3 }; /* a tile is HEIGHT x WIDTH vectors: 24 of 32 registers */
+#else
+enum { LANES = 8, HEIGHT = 4, WIDTH = 3 }; /* 12 of 16 */
+#endif
+enum { DEPTH = 128 }; /* DEPTH x WIDTH vectors stay in the first cache */
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define ALIGNED __attribute__((aligned(64)))
+#define CEIL(a, b) (((a) + (b) - 1) / (b))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* A layer's parameters are weights [out][taps][in] and biases [out], at the places ``weight`` and ``bias`` of a row. A
+dense layer is one window over the whole signal. */
+typedef struct {
+    int64_t taps, stride, in, out, length_in, length_out, dense, weight, bias;
+} Layer;
+
+/* What a thread keeps of a layer, for a block of examples. Windows m go over all examples. */
+typedef struct {
+    float *forward;       /* weights as panels [taps * in][up to WIDTH vectors of out] */
+    float *backward;      /* and as panels [out][up to WIDTH vectors of taps * in] */
+    float *h;             /* the input, [examples][1 + length_in + 1][in] */
+    float *gh;            /* the loss's derivative by it */
+    float *gz;            /* first a'(z), then the derivative by z: [examples][length_out][out] */
+    int64_t *from, *to;   /* where window m starts in h, and where its outputs go in the next layer's h */
+} Buffers;
+
+INLINE vec load(const float *p) { return *(const unaligned *)p; }
+
+INLINE void store(float *p, vec v) { *(unaligned *)p = v; }
+
+/* The first n lanes, and zeros. */
+INLINE vec load_first(const float *p, int64_t n) {
+    if (n >= LANES) return load(p);
+#ifdef __AVX512F__
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+    vec v = {0};
+    for (int64_t i = 0; i < n; i++) v[i] = p[i];
+    return v;
+#endif
+}
+
+INLINE void store_first(float *p, vec v, int64_t n) {
+    if (n >= LANES) {
+        store(p, v);
+        return;
+    }
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+    for (int64_t i = 0; i < n; i++) p[i] = v[i];
+#endif
+}
+
+/* The first n of p[0], p[stride], p[2 * stride], ..., and zeros. */
+INLINE vec load_strided(const float *p, int64_t stride, int64_t n) {
+    vec v = {0};
+#ifdef __AVX512F__
+    __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                        _mm512_set1_epi32((int)stride));
+    v = (vec)_mm512_mask_i32gather_ps((__m512)v, (__mmask16)(n < LANES ? (1u << n) - 1 : 0xffff), places, p, 4);
+#else
+    for (int64_t i = 0; i < MIN(n, LANES); i++) v[i] = p[i * stride];
+#endif
+    return v;
+}
+
+INLINE vec clamp(vec x, float low, float high) {
+#ifdef __AVX512F__
+    return (vec)_mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_set1_ps(low)), _mm512_set1_ps(high));
+#else
+    return (vec)_mm256_min_ps(_mm256_max_ps((__m256)x, _mm256_set1_ps(low)), _mm256_set1_ps(high));
+#endif
+}
+
+/* 1 / x, to an ulp or two. */
+INLINE vec inverse(vec x) {
+#ifdef __AVX512F__
+    vec r = (vec)_mm512_rcp14_ps((__m512)x);
+    return r * (2.0f - x * r);
+#else
+    return 1.0f / x;
+#endif
+}
+
+/* e^x for |x| <= 87: 2^n e^r with |r| <= ln(2) / 2, where a polynomial is within two ulp. */
+INLINE vec exponential(vec x) {
+    const float to_integer = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded, into its last bits */
+    x = clamp(x, -87.0f, 87.0f);
+    vec t = x * 1.44269504f + to_integer;
+    ivec n = (ivec)t << 23;
+    t -= to_integer;
+    vec r = x - t * 0.693359375f + t * 2.12194440e-4f; /* ln(2), in two parts */
+    vec p = 1.0f / 5040 * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    return (vec)((ivec)p + n);
+}
+
+/* sum[i][v] += sum over p of a[i][p] * panel[p][v], for ``width`` vectors. */
+INLINE void multiply(const int width, int64_t depth, const float *const *a, const float *panel, vec sum[HEIGHT][WIDTH]) {
+    const float *row[HEIGHT];
+    vec s[HEIGHT][WIDTH];
+    UNROLL for (int i = 0; i < HEIGHT; i++) {
+        row[i] = a[i];
+        UNROLL for (int v = 0; v < width; v++) s[i][v] = sum[i][v];
+    }
+    for (int64_t p = 0; p < depth; p++) {
+        vec b[WIDTH];
+        UNROLL for (int v = 0; v < width; v++) b[v] = *(const vec *)(panel + (p * width + v) * LANES);
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            float factor = row[i][p];
+            UNROLL for (int v = 0; v < width; v++) s[i][v] += factor * b[v];
+        }
+    }
+    UNROLL for (int i = 0; i < HEIGHT; i++) UNROLL for (int v = 0; v < width; v++) sum[i][v] = s[i][v];
+}
+
+/* h' = a(z) and a'(z) for z = W h + b, for ``width`` vectors of outputs, from the ``first`` on. */
+INLINE void forward_panel(const int width, const int activate, const Layer *layer, const Buffers *at, int64_t windows,
+                          int64_t first, const float *bias, float *h_next) {
+    int64_t depth = layer->taps * layer->in, columns = MIN(layer->out - first, width * LANES);
+    vec b[WIDTH];
+    UNROLL for (int v = 0; v < width; v++) b[v] = load_first(bias + first + v * LANES, columns - v * LANES);
+    for (int64_t m = 0; m < windows; m += HEIGHT) {
+        const float *a[HEIGHT];
+        vec z[HEIGHT][WIDTH];
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            a[i] = at->h + at->from[MIN(m + i, windows - 1)];
+            UNROLL for (int v = 0; v < width; v++) z[i][v] = b[v];
+        }
+        multiply(width, depth, a, at->forward + first * depth, z);
+        for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
+            UNROLL for (int v = 0; v < width; v++) {
+                float *out = h_next + at->to[m + i] + first + v * LANES;
+                int64_t n = columns - v * LANES;
+                if (activate) {
+                    vec e = exponential(-z[i][v]), sigmoid = inverse(1.0f + e), silu = z[i][v] * sigmoid;
+                    store_first(out, silu, n);
+                    store_first(at->gz + (m + i) * layer->out + first + v * LANES, sigmoid + silu * (e * sigmoid), n);
+                } else {
+                    store_first(out, z[i][v], n);
+                }
+            }
+        }
+    }
+}
+
+/* gh += gz W, for ``width`` vectors of the windows. */
+INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, int64_t windows, int64_t first) {
+    int64_t columns = MIN(layer->taps * layer->in - first, width * LANES);
+    for (int64_t m = 0; m < windows; m += HEIGHT) {
+        const float *a[HEIGHT];
+        vec sum[HEIGHT][WIDTH];
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            a[i] = at->gz + MIN(m + i, windows - 1) * layer->out;
+            UNROLL for (int v = 0; v < width; v++) sum[i][v] = (vec){0};
+        }
+        multiply(width, layer->out, a, at->backward + first * layer->out, sum);
+        for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
+            UNROLL for (int v = 0; v < width; v++) {
+                float *out = at->gh + at->from[m + i] + first + v * LANES;
+                store_first(out, load_first(out, columns - v * LANES) + sum[i][v], columns - v * LANES);
+            }
+        }
+    }
+}
+
+/* into = scale * into + step * sum over m of gz[m][i] * panel[m][v], for ``height`` rows i of ``columns`` numbers. */
+INLINE void weight_tile(const int height, const int width, int64_t windows, const float *gz, int64_t out,
+                        const float *panel, float *into, int64_t stride, int64_t columns, float scale, float step) {
+    vec sum[HEIGHT][WIDTH];
+    UNROLL for (int i = 0; i < height; i++) UNROLL for (int v = 0; v < width; v++) {
+        sum[i][v] = (vec){0};
+        __builtin_prefetch(into + (height + i) * stride + v * LANES, 1); /* the next tile's */
+    }
+    for (int64_t m = 0; m < windows; m++) {
+        vec b[WIDTH];
+        UNROLL for (int v = 0; v < width; v++) b[v] = *(const vec *)(panel + (m * width + v) * LANES);
+        UNROLL for (int i = 0; i < height; i++) {
+            float factor = gz[m * out + i];
+            UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * b[v];
+        }
+    }
+    UNROLL for (int i = 0; i < height; i++) UNROLL for (int v = 0; v < width; v++) {
+        float *p = into + i * stride + v * LANES;
+        vec result = step * sum[i][v];
+        if (scale != 0.0f) result += scale * load_first(p, columns - v * LANES);
+        store_first(p, result, columns - v * LANES);
+    }
+}
+
+static void weight_rows(int height, int width, int64_t windows, const float *gz, int64_t out, const float *panel,
+                        float *into, int64_t stride, int64_t columns, float scale, float step) {
+#define CALL(height, width) weight_tile(height, width, windows, gz, out, panel, into, stride, columns, scale, step)
+#define WIDTHS(height)                                    \
+    case height:                                          \
+        if (width == 3) CALL(height, 3);                  \
+        else if (width == 2) CALL(height, 2);             \
+        else CALL(height, 1);                             \
+        break;
+    switch (height) {
+        WIDTHS(1) WIDTHS(2) WIDTHS(3) WIDTHS(4)
+#ifdef __AVX512F__
+        WIDTHS(5) WIDTHS(6) WIDTHS(7) WIDTHS(8)
+#endif
+    }
+#undef WIDTHS
+#undef CALL
+}
+
+/* into = scale * into + step * the gradient by the layer's parameters. */
+static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t windows, float *into, float scale,
+                               float step) {
+    int64_t out = layer->out, depth = layer->taps * layer->in, groups = CEIL(out, HEIGHT);
+    int64_t vectors = CEIL(depth, LANES), parts = CEIL(vectors, WIDTH);
+    float *bias = into + layer->bias;
+    for (int64_t o = 0; o < out; o += LANES) {
+        vec sum = {0};
+        for (int64_t m = 0; m < windows; m++) sum += load(at->gz + m * out + o);
+        sum *= step;
+        if (scale != 0.0f) sum += scale * load_first(bias + o, out - o);
+        store_first(bias + o, sum, out - o);
+    }
+    for (int64_t m = 0; m < windows; m += DEPTH) {
+        int64_t deep = MIN(windows - m, DEPTH);
+        for (int64_t k = 0, part = 0; part < parts; part++) {
+            int width = (part + 1) * vectors / parts - part * vectors / parts;
+            float panel[DEPTH * WIDTH * LANES] ALIGNED;
+            for (int64_t i = 0; i < deep; i++)
+                for (int v = 0; v < width; v++)
+                    *(vec *)(panel + (i * width + v) * LANES) = load(at->h + at->from[m + i] + k + v * LANES);
+            for (int64_t group = 0; group < groups; group++) {
+                int64_t first = group * out / groups, last = (group + 1) * out / groups;
+                weight_rows(last - first, width, deep, at->gz + m * out + first, out, panel,
+                            into + layer->weight + first * depth + k, depth, depth - k, scale, step);
+            }
+            k += width * LANES;
+        }
+        scale = 1.0f;
+    }
+}
+
+static void pack_weights(const Layer *layer, const float *weights, Buffers *at) {
+    int64_t out = layer->out, depth = layer->taps * layer->in;
+    int64_t vectors = CEIL(out, LANES), parts = CEIL(vectors, WIDTH);
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t o = part * vectors / parts * LANES, wide = (part + 1) * vectors / parts * LANES - o;
+        for (int64_t i = o; i < o + wide; i += LANES)
+            for (int64_t k = 0; k < depth; k++)
+                store(at->forward + o * depth + k * wide + i - o, load_strided(weights + i * depth + k, depth, out - i));
+    }
+    vectors = CEIL(depth, LANES), parts = CEIL(vectors, WIDTH);
+    for (int64_t part = 0; at->backward && part < parts; part++) {
+        int64_t k = part * vectors / parts * LANES, wide = (part + 1) * vectors / parts * LANES - k;
+        for (int64_t o = 0; o < out; o++)
+            for (int64_t i = k; i < k + wide; i += LANES)
+                store(at->backward + k * out + o * wide + i - k, load_first(weights + o * depth + i, depth - i));
+    }
+}
+
+/* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. The numbers
+behind the end of a buffer are read, but only for lanes that are not stored. */
+static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *memory, Buffers *at) {
+    int64_t used = 0;
+#define PLACE(pointer, number)                                                     \
+    do {                                                                           \
+        if (memory) (pointer) = (void *)(memory + used);                           \
+        used += (((number) * (int64_t)sizeof *(pointer) + 63) / 64 + 4) * 64;      \
+    } while (0)
+    for (int64_t l = 0; l <= count; l++) {
+        Buffers *b = at + l;
+        const Layer *layer = layers + l;
+        if (l == count) { /* the outputs */
+            PLACE(b->h, block * layers[l - 1].out);
+            break;
+        }
+        int64_t depth = layer->taps * layer->in, windows = block * layer->length_out;
+        PLACE(b->forward, CEIL(layer->out, LANES) * LANES * depth);
+        PLACE(b->h, block * (layer->length_in + 2) * layer->in);
+        PLACE(b->gz, windows * layer->out);
+        PLACE(b->from, windows);
+        PLACE(b->to, windows);
+        b->backward = b->gh = NULL;
+        if (l) { /* nobody asks for the derivative by the inputs */
+            PLACE(b->backward, CEIL(depth, LANES) * LANES * layer->out);
+            PLACE(b->gh, block * (layer->length_in + 2) * layer->in);
+        }
+    }
+#undef PLACE
+    return used;
+}
+
+/* How many bytes of scratch memory a thread needs. */
+int64_t fused_scratch(const Layer *layers, int64_t count, int64_t block) {
+    Buffers at[count + 1];
+    return arrange(layers, count, block, NULL, at);
+}
+
+/* Makes zeroed scratch memory ready. What pads a signal stays zero from then on. */
+void fused_prepare(const Layer *layers, int64_t count, int64_t block, char *scratch, int threads) {
+    Buffers at[count + 1];
+    for (int thread = 0; thread < threads; thread++) {
+        scratch += arrange(layers, count, block, scratch, at);
+        for (int64_t l = 0; l < count; l++) {
+            const Layer *layer = layers + l;
+            for (int64_t n = 0, m = 0; n < block; n++) {
+                for (int64_t i = 0; i < layer->length_out; i++, m++) {
+                    int64_t start = layer->dense ? 1 : i * layer->stride;
+                    at[l].from[m] = (n * (layer->length_in + 2) + start) * layer->in;
+                    at[l].to[m] = l + 1 < count ? (n * (layer->length_out + 2) + 1 + i) * layer->out : n * layer->out;
+                }
+            }
+        }
+    }
+}
+
+static void forward(const Layer *layers, int64_t count, int64_t examples, const float *phi, const float *x,
+                    Buffers *at) {
+    int64_t size = layers->length_in * layers->in;
+    for (int64_t n = 0; n < examples; n++)
+        memcpy(at->h + n * (size + 2 * layers->in) + layers->in, x + n * size, 4 * size);
+    for (int64_t l = 0; l < count; l++) {
+        const Layer *layer = layers + l;
+        int64_t windows = examples * layer->length_out;
+        int64_t vectors = CEIL(layer->out, LANES), parts = CEIL(vectors, WIDTH);
+        for (int64_t o = 0, part = 0; part < parts; part++) {
+            int width = (part + 1) * vectors / parts - part * vectors / parts, activate = l + 1 < count;
+#define PANEL(width, activate) forward_panel(width, activate, layer, at + l, windows, o, phi + layer->bias, at[l + 1].h)
+            if (!activate) {
+                if (width == 3) PANEL(3, 0);
+                else if (width == 2) PANEL(2, 0);
+                else PANEL(1, 0);
+            } else if (width == 3) PANEL(3, 1);
+            else if (width == 2) PANEL(2, 1);
+            else PANEL(1, 1);
+#undef PANEL
+            o += width * LANES;
+        }
+    }
+}
+
+/* gz = weight * (softmax(outputs) - targets) */
+static void loss_gradient(int64_t examples, int64_t classes, const float *outputs, const float *targets,
+                          const float *weights, float *gz) {
+    for (int64_t n = 0; n < examples; n++) {
+        const float *z = outputs + n * classes, *target = targets + n * classes;
+        float *g = gz + n * classes, top = z[0], sum = 0.0f;
+        for (int64_t c = 1; c < classes; c++) top = z[c] > top ? z[c] : top;
+        for (int64_t c = 0; c < classes; c++) sum += g[c] = expf(z[c] - top);
+        for (int64_t c = 0; c < classes; c++) g[c] = weights[n] * (g[c] / sum - target[c]);
+    }
+}
+
+static void backward(const Layer *layers, int64_t count, int64_t examples, Buffers *at, float *into, float scale,
+                     float step) {
+    for (int64_t l = count - 1; l >= 0; l--) {
+        const Layer *layer = layers + l;
+        int64_t windows = examples * layer->length_out, size = layer->length_out * layer->out;
+        if (l + 1 < count) {
+            for (int64_t n = 0; n < examples; n++) {
+                float *gh = at[l + 1].gh + n * (size + 2 * layer->out), *gz = at[l].gz + n * size;
+                for (int64_t i = 0; i < size; i++) gz[i] *= gh[layer->out + i];
+            }
+        }
+        parameter_gradient(layer, at + l, windows, into, scale, step);
+        if (l) {
+            memset(at[l].gh, 0, 4 * examples * (layer->length_in + 2) * layer->in);
+            int64_t vectors = CEIL(layer->taps * layer->in, LANES), parts = CEIL(vectors, WIDTH);
+            for (int64_t k = 0, part = 0; part < parts; part++) {
+                int width = (part + 1) * vectors / parts - part * vectors / parts;
+                if (width == 3) input_panel(3, layer, at + l, windows, k);
+                else if (width == 2) input_panel(2, layer, at + l, windows, k);
+                else input_panel(1, layer, at + l, windows, k);
+                k += width * LANES;
+            }
+        }
+    }
+}
+
+/* into[r] = scale * into[r] + step * (the gradient at phi[r] of sum over n of weights[r][n] * cross-entropy)
+
+phi, into [rows][parameters]; x [rows][examples][length][channels]; targets [rows][examples][classes], one-hot; weights
+[rows][examples]. ``scratch``: threads * fused_scratch(layers, count, block) prepared bytes, aligned to 64; examples are
+taken in blocks of ``block``. What it returns does not depend on the number of threads. */
+void fused_gradient(const Layer *layers, int64_t count, int64_t rows, int64_t examples, int64_t block,
+                    int64_t parameters, const float *phi, const float *x, const float *targets, const float *weights,
+                    float scale, float step, float *into, char *scratch, int threads) {
+    int64_t bytes = fused_scratch(layers, count, block), inputs = layers->length_in * layers->in;
+    int64_t classes = layers[count - 1].out;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t r = 0; r < rows; r++) {
+        Buffers at[count + 1];
+        arrange(layers, count, block, scratch + omp_get_thread_num() * bytes, at);
+        for (int64_t l = 0; l < count; l++) pack_weights(layers + l, phi + r * parameters + layers[l].weight, at + l);
+        for (int64_t n = 0; n < examples; n += block) {
+            int64_t some = MIN(block, examples - n), e = r * examples + n;
+            forward(layers, count, some, phi + r * parameters, x + e * inputs, at);
+            loss_gradient(some, classes, at[count].h, targets + e * classes, weights + e, at[count - 1].gz);
+            backward(layers, count, some, at, into + r * parameters, n ? 1.0f : scale, step);
+        }
+    }
+}
