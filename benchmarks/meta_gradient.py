@@ -49,7 +49,7 @@ from fobmaml.training import MetaTraining
 
 ROOT = Path(__file__).parents[1]
 TASKS = 16
-INNER_LR = 0.1
+INNER_LR, COMPARED_LR = 0.1, 0.01
 SHORT, FEW = 10, 2
 """Up to SHORT inner steps all tasks are measured; beyond, FEW at most, to save time: memory a task is the same, and so
 are seconds a task where task_chunk=auto is no more than FEW."""
@@ -79,8 +79,8 @@ class Candidate:
 class Setting:
     """A width and a number of inner steps: the network, the tasks, and who computes the meta-gradient."""
 
-    def __init__(self, width: int, steps: int, dtype: torch.dtype = torch.float32):
-        self.steps, source = steps, MNIST1D()
+    def __init__(self, width: int, steps: int, dtype: torch.dtype = torch.float32, lr: float = INNER_LR):
+        self.steps, self.lr, source = steps, lr, MNIST1D()
         self.tasks = source.sample("train", TASKS, torch.Generator().manual_seed(0)).to(dtype=dtype)
         torch.manual_seed(0)
         self.model = CNN1d(source.input_shape, source.outputs, width).to(dtype)
@@ -88,7 +88,7 @@ class Setting:
 
     def ours(self, name: str, chunk: int | None = None, compiled: bool = True) -> Candidate:
         """``chunk``: None for task_chunk=auto."""
-        estimator = ESTIMATORS[name](GradientDescent(self.steps, INNER_LR))
+        estimator = ESTIMATORS[name](GradientDescent(self.steps, self.lr))
         learner = Learner(self.model, self.loss_fn, compiled=compiled)
         at_once, theta = chunk or chunk_size(learner, self.tasks, estimator), learner.theta()
         return Candidate(lambda part: estimate(estimator, learner, theta, part, at_once, diagnose=False).gradient,
@@ -96,13 +96,16 @@ class Setting:
 
     def peer(self, name: str) -> Candidate:
         network = plain_network(self.model)
-        return Candidate(lambda tasks: PEERS[name](network, tasks, self.steps, INNER_LR), at_once=1)
+        return Candidate(lambda tasks: PEERS[name](network, tasks, self.steps, self.lr), at_once=1)
 
 
 def gradient_error(name: str, width: int, steps: int) -> float:
-    """Relative distance of a peer's meta-gradient, mean over two tasks, to our MAML's. In float64: the derivative of
-    200 steps magnifies rounding so much that in float32 two orders of summation give different vectors."""
-    setting = Setting(width, steps, torch.float64)
+    """Relative distance of a peer's meta-gradient, mean over two tasks, to our MAML's.
+
+    In float64, and with inner steps short enough for the inner loop to settle: the derivative of 200 longer ones can
+    magnify rounding until two orders of summation give different vectors.
+    """
+    setting = Setting(width, steps, torch.float64, COMPARED_LR)
     ours = setting.ours("maml").gradient(setting.tasks[:2])
     theirs = in_our_layout(setting.model, setting.peer(name).gradient(setting.tasks[:2]))
     error = float((theirs - ours).norm() / ours.norm())
