@@ -63,7 +63,24 @@ def speed() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy, "speed": speed}
+def kernel() -> str:
+    """With the compiled kernel and without, from the same run."""
+    rows = [row for row in read_csv(ROOT / "results" / "bench_breakdown.csv") if row["gflops"]]
+    lines = ["| symmetric, 16 tasks, 10 inner steps | " + " | ".join(
+        f"{row['width']} channels" for row in rows if row["compiled"] == "true") + " |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for compiled, label in (("false", "torch's operators"), ("true", "compiled kernel")):
+        cells = []
+        for row in rows:
+            if row["compiled"] == compiled:
+                total, limit = float(row["total_seconds"]), float(row["matrix_product_gflops"])
+                reached = float(row["gflops"]) * float(row["seconds"]) / total
+                cells.append(f"{1e3 * total:.0f} ms, {100 * reached / limit:.0f} %")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"accuracy": accuracy, "speed": speed, "kernel": kernel}
 
 
 def main() -> None:
