@@ -8,12 +8,13 @@ counted as outside operators; ``total_seconds`` is without it.
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from meta_gradient import Setting
+from meta_gradient import Setting, seconds
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,31 +28,40 @@ KINDS = {"matrix products": ("aten::bmm", "aten::baddbmm"), "activations": ("ate
 STEPS = 10
 
 
-def shares(width: int, compiled: bool, repeats: int) -> list[dict[str, object]]:
-    """Medians over ``repeats`` of each kind's seconds, and of the rate at which its multiply-adds are done."""
+def shares(width: int, repeats: int) -> list[dict[str, object]]:
+    """Medians over ``repeats`` of each kind's seconds, and of the rate at which its multiply-adds are done.
+
+    The ways with the kernel and without take turns.
+    """
     setting = Setting(width, STEPS)
-    candidate, measure = setting.ours("symmetric", compiled=compiled), in_kernel if compiled else by_operator
+    ways = {compiled: setting.ours("symmetric", compiled=compiled) for compiled in (True, False)}
     with FlopCounterMode(display=False) as counter:
-        setting.ours("symmetric", compiled=False).gradient(setting.tasks)
+        ways[False].gradient(setting.tasks)
     matrix = torch.randn(2048, 2048)
-    spent: dict[str, list[float]] = {}
-    rates, totals = [], []
-    candidate.gradient(setting.tasks)
-    for _ in range(repeats):
-        started = time.perf_counter()
-        _ = matrix @ matrix
-        rates.append(2 * 2048**3 / (time.perf_counter() - started))
-        started = time.perf_counter()
-        candidate.gradient(setting.tasks)
-        totals.append(time.perf_counter() - started)
-        for kind, seconds in measure(lambda: candidate.gradient(setting.tasks)).items():
-            spent.setdefault(kind, []).append(seconds)
-    medians = {kind: statistics.median(values) for kind, values in spent.items()}
-    return [{"width": width, "compiled": str(compiled).lower(), "tasks_at_once": candidate.at_once, "kind": kind,
-             "total_seconds": round(statistics.median(totals), 5), "seconds": round(seconds, 5), "share": round(seconds / sum(medians.values()), 4),
-             "gflops": round(counter.get_total_flops() / seconds / 1e9, 1) if kind in ("kernel", "matrix products")
-             else None, "matrix_product_gflops": round(statistics.median(rates) / 1e9, 1)}
-            for kind, seconds in medians.items()]
+    rates = []
+    totals: dict[bool, list[float]] = {True: [], False: []}
+    spent: dict[bool, dict[str, list[float]]] = {True: {}, False: {}}
+    for i in range(repeats + 1):
+        for compiled, way in ways.items():
+            rates.append(2 * 2048**3 / seconds(lambda: matrix @ matrix))
+            total = seconds(partial(way.gradient, setting.tasks))
+            found = (in_kernel if compiled else by_operator)(partial(way.gradient, setting.tasks))
+            if i:  # the first round warms up
+                totals[compiled].append(total)
+                for kind, part in found.items():
+                    spent[compiled].setdefault(kind, []).append(part)
+    rows: list[dict[str, object]] = []
+    for compiled, kinds in spent.items():
+        medians = {kind: statistics.median(parts) for kind, parts in kinds.items()}
+        for kind, median in medians.items():
+            gflops = counter.get_total_flops() / median / 1e9 if kind in ("kernel", "matrix products") else None
+            rows.append({
+                "width": width, "compiled": str(compiled).lower(), "tasks_at_once": ways[compiled].at_once,
+                "total_seconds": round(statistics.median(totals[compiled]), 5), "kind": kind,
+                "seconds": round(median, 5), "share": round(median / sum(medians.values()), 4),
+                "gflops": gflops and round(gflops, 1),
+                "matrix_product_gflops": round(statistics.median(rates) / 1e9, 1)})
+    return rows
 
 
 def in_kernel(compute: Any) -> dict[str, float]:
@@ -67,8 +77,8 @@ def in_kernel(compute: Any) -> dict[str, float]:
     with patch.object(FusedGradient, "add", clocked):
         started = time.perf_counter()
         compute()
-        seconds = time.perf_counter() - started
-    return {"kernel": inside, "outside the kernel": seconds - inside}
+        total = time.perf_counter() - started
+    return {"kernel": inside, "outside the kernel": total - inside}
 
 
 def by_operator(compute: Any) -> dict[str, float]:
@@ -76,12 +86,12 @@ def by_operator(compute: Any) -> dict[str, float]:
     started = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         compute()
-        seconds = time.perf_counter() - started
+        total = time.perf_counter() - started
     found = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()
              if event.key.startswith("aten::")}
     spent = {kind: sum(found.pop(name, 0.0) for name in names) for kind, names in KINDS.items()}
     spent["other operators"] = sum(found.values())
-    return {**spent, "outside operators": seconds - sum(spent.values())}
+    return {**spent, "outside operators": total - sum(spent.values())}
 
 
 def main() -> None:
@@ -91,8 +101,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "results")
     arguments = parser.parse_args()
     made_with = provenance()  # before this writes results
-    rows = [row for width in arguments.widths for compiled in (True, False)
-            for row in shares(width, compiled, arguments.repeats)]
+    rows = [row for width in arguments.widths for row in shares(width, arguments.repeats)]
     for row in rows:
         print(", ".join(f"{key} {value}" for key, value in row.items()))
     arguments.folder.mkdir(parents=True, exist_ok=True)
