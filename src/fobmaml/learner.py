@@ -63,7 +63,8 @@ class Learner:
         self.sizes = [p.numel() for p in trainable.values()]
         self.by_hand = by_hand and _lists_its_layers(model, set(trainable))
         listed: Any = model
-        self.compiled = compiled and self.by_hand and fused.fits(listed.stacked_layers(), self.dtype, self.device)
+        self.compiled = compiled and self.by_hand and fused.fits(
+            listed.stacked_layers(), dict(zip(self.names, self.shapes, strict=True)), self.dtype, self.device)
 
     @property
     def parameter_count(self) -> int:

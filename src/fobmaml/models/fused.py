@@ -16,6 +16,9 @@ from fobmaml.models.stacked import Convolution, Dense, length_after
 EXAMPLES_AT_ONCE = 25
 """Their activations stay in a processor's cache, and are enough to read the weights for (within 3 % of the best of 10,
 25, 50 and 100 at widths 25 to 250)."""
+LARGEST = 2**17
+"""Weights of a layer: of more, a thread's cache does not hold the panels, and torch's products are as fast or faster
+(results/bench_breakdown.csv, made before this limit: at 250 channels, 187,500 weights)."""
 ALIGNMENT = 64
 
 
@@ -42,11 +45,14 @@ def kernel() -> ctypes.CDLL | None:
     return library
 
 
-def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel knows such a network: float32 on a CPU, SiLU after all layers but the last, which is dense."""
+def fits(layers: Sequence[Convolution | Dense], shapes: Mapping[str, torch.Size], dtype: torch.dtype,
+         device: torch.device) -> bool:
+    """Whether the kernel knows such a network and gains: float32 on a CPU, SiLU after all layers but the last, which is
+    dense, and none too large."""
     *hidden, last = layers
     return (dtype == torch.float32 and device.type == "cpu" and isinstance(last, Dense) and last.activation is None
-            and all(isinstance(layer.activation, SiLU) for layer in hidden) and kernel() is not None)
+            and all(isinstance(layer.activation, SiLU) for layer in hidden)
+            and all(shapes[layer.weight].numel() <= LARGEST for layer in layers) and kernel() is not None)
 
 
 class FusedGradient:
