@@ -65,5 +65,5 @@ explorer: setup .venv/explorer ## build the interactive page, outputs/explorer.h
 	$(BIN)/playwright install chromium > .venv/chromium.log 2>&1; then touch $@; \
 	else echo "no Chromium could be installed (.venv/chromium.log): the tests of the interactive page are skipped"; fi
 
-clean: ## remove .venv and caches; outputs and results stay
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+clean: ## remove .venv, caches and what was compiled; outputs and results stay
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info src/fobmaml/models/*.so

@@ -174,6 +174,12 @@ def test_a_network_that_overflows_is_not_finite(instructions):
         assert not InnerProblem(learner, rows, tasks, 1.0).gradient(rows).isfinite().all()
 
 
+def test_the_kernel_takes_float32_only(instructions):
+    learner, tasks = Learner(CNN1d((40,), 5, width=4), F.cross_entropy), _batch()
+    with pytest.raises(TypeError, match=r"takes float32, got torch\.float64"):
+        estimate(Symmetric(GradientDescent()), learner, learner.theta(), tasks)
+
+
 def test_the_kernel_is_for_what_it_knows(monkeypatch):
     def compiled(model, **options):
         return Learner(model, F.cross_entropy, **options).compiled
@@ -184,6 +190,7 @@ def test_the_kernel_is_for_what_it_knows(monkeypatch):
     assert not compiled(model, by_hand=False)
     assert not compiled(CNN1d((40,), 5, width=4, activation="tanh"))
     assert not compiled(CNN1d((40,), 5, width=4).double())
+    assert not compiled(CNN1d((40,), 5, width=250))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     fused.kernel.cache_clear()
     assert not compiled(model)

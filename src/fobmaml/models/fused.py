@@ -14,8 +14,8 @@ from fobmaml.models.activations import SiLU
 from fobmaml.models.stacked import Convolution, Dense, length_after
 
 EXAMPLES_AT_ONCE = 25
-"""Their activations stay in a processor's cache, and are enough to read the weights for (within 3 % of the best of 10,
-25, 50 and 100 at widths 25 to 250)."""
+"""Their activations stay in a processor's cache, and are enough to read the weights for; from 10 to 50, it matters
+little."""
 LARGEST = 2**17
 """Weights of a layer: of more, a thread's cache does not hold the panels, and torch's products are as fast or faster
 (results/bench_breakdown.csv, made before this limit: at 250 channels, 187,500 weights)."""
@@ -61,6 +61,7 @@ class FusedGradient:
     ``shapes``: of the parameters by name, in the order of a row. ``x`` [R, N, length, channels], ``targets``
     [R, N, classes], one-hot, ``weights`` [R, N]. Rows are shared out among torch's threads, and the result does not
     depend on their number. Memory: the activations of ``EXAMPLES_AT_ONCE`` examples and the weights twice, a thread.
+    Raises TypeError for anything but float32.
     """
 
     def __init__(self, layers: Sequence[Convolution | Dense], shapes: Mapping[str, torch.Size], x: Tensor,
@@ -77,6 +78,10 @@ class FusedGradient:
             length, channels = after, outputs
         self.layers = (_Layer * len(layers))(*described)
         self.data = x.contiguous(), targets.contiguous(), weights.contiguous()
+        for tensor in self.data:  # the kernel reads memory, and would not notice
+            assert tensor.shape[:2] == x.shape[:2]
+            if tensor.dtype != torch.float32:
+                raise TypeError(f"the compiled kernel takes float32, got {tensor.dtype}")
         found = kernel()
         assert found is not None
         self.kernel, self.threads = found, min(torch.get_num_threads(), len(x))
@@ -92,6 +97,7 @@ class FusedGradient:
         x, targets, weights = self.data
         for rows in (phi, into):
             assert rows.shape == (len(x), self.parameters)
+            assert rows.dtype == torch.float32
             assert rows.is_contiguous()
         self.kernel.fused_gradient(
             self.layers, len(self.layers), *x.shape[:2], self.block, self.parameters, phi.data_ptr(), x.data_ptr(),
