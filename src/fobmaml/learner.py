@@ -155,18 +155,22 @@ class _ByHand:
         return self.unpack(product)
 
 
-class _ByAutograd:
-    """Everything by autograd, for any module; the layout is that of the rows."""
-
-    def __init__(self, learner: Learner, phi: Tensor, x: Tensor, loss: RowLoss, second_order: bool):
-        self.parameters = self.pack(phi.detach())
-        self.row_losses, self.second_order = (lambda p: loss(learner.outputs(p, x))), second_order
+class _InRows:
+    """The layout is that of the rows."""
 
     def pack(self, rows: Tensor) -> list[Tensor]:
         return [rows.clone(memory_format=torch.contiguous_format)]
 
     def unpack(self, packed: list[Tensor]) -> Tensor:
         return packed[0].clone()
+
+
+class _ByAutograd(_InRows):
+    """Everything by autograd, for any module."""
+
+    def __init__(self, learner: Learner, phi: Tensor, x: Tensor, loss: RowLoss, second_order: bool):
+        self.parameters = self.pack(phi.detach())
+        self.row_losses, self.second_order = (lambda p: loss(learner.outputs(p, x))), second_order
 
     def loss(self) -> Tensor:
         with torch.no_grad():
@@ -187,8 +191,8 @@ class _ByAutograd:
         return moved(self.g, self.phi, v)
 
 
-class _Fused:
-    """All passes of a gradient in one call of a compiled kernel; the layout is that of the rows."""
+class _Fused(_InRows):
+    """All passes of a gradient in one call of a compiled kernel."""
 
     def __init__(self, learner: Learner, phi: Tensor, x: Tensor, loss: CrossEntropy):
         model: Any = learner.model
@@ -198,12 +202,6 @@ class _Fused:
         self.kernel = fused.FusedGradient(layers, shapes, model.stacked_inputs(x), loss.one_hot, loss.weights)
         self.parameters = self.pack(phi.detach())
         self.learner, self.x, self.row_loss = learner, x, loss
-
-    def pack(self, rows: Tensor) -> list[Tensor]:
-        return [rows.clone(memory_format=torch.contiguous_format)]
-
-    def unpack(self, packed: list[Tensor]) -> Tensor:
-        return packed[0].clone()
 
     def loss(self) -> Tensor:
         return self.row_loss(self.learner.outputs(self.parameters[0], self.x))
