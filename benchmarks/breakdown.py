@@ -1,6 +1,6 @@
-"""Where the time of a symmetric meta-gradient goes, into results/bench_breakdown.csv.
+"""Where the time of a symmetric meta-gradient goes, with the compiled kernel and without: bench_breakdown.csv.
 
-5-way 5-shot 15-query MNIST-1D, 16 tasks, 10 inner steps, task_chunk=auto: with the compiled kernel, where it is used,
+5-way 5-shot 15-query MNIST-1D, 16 tasks, 10 inner steps, task_chunk=auto: with the compiled kernel
 by what is spent in it and around it; without, by kind of operator. The profiler itself costs a few microseconds an
 operator, which are counted as outside operators; ``total_seconds`` is without it.
 """
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from meta_gradient import Setting, seconds
+from meta_gradient import Setting, take_turns
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,39 +29,31 @@ STEPS = 10
 
 
 def shares(width: int, repeats: int) -> list[dict[str, object]]:
-    """Medians over ``repeats`` of each kind's seconds, and of the rate at which its multiply-adds are done.
-
-    The ways with the kernel and without take turns.
-    """
+    """Medians over ``repeats``: of the whole, with the kernel and without in turns, and of each kind's part of it."""
     setting = Setting(width, STEPS)
     used = (True, False) if Learner(setting.model, setting.loss_fn).compiled else (False,)
-    ways = {compiled: setting.ours("symmetric", compiled=compiled) for compiled in used}
+    ways = {str(compiled).lower(): setting.ours("symmetric", compiled=compiled) for compiled in used}
     with FlopCounterMode(display=False) as counter:
-        ways[False].gradient(setting.tasks)
-    matrix = torch.randn(2048, 2048)
-    rates = []
-    totals: dict[bool, list[float]] = {compiled: [] for compiled in used}
-    spent: dict[bool, dict[str, list[float]]] = {compiled: {} for compiled in used}
-    for i in range(repeats + 1):
-        for compiled, way in ways.items():
-            rates.append(2 * 2048**3 / seconds(lambda: matrix @ matrix))
-            total = seconds(partial(way.gradient, setting.tasks))
-            found = (in_kernel if compiled else by_operator)(partial(way.gradient, setting.tasks))
-            if i:  # the first round warms up
-                totals[compiled].append(total)
-                for kind, part in found.items():
-                    spent[compiled].setdefault(kind, []).append(part)
+        ways["false"].gradient(setting.tasks)
+    operations = counter.get_total_flops()
+    whole = take_turns({compiled: way.calls(setting.tasks) for compiled, way in ways.items()}, repeats)
     rows: list[dict[str, object]] = []
-    for compiled, kinds in spent.items():
-        medians = {kind: statistics.median(parts) for kind, parts in kinds.items()}
+    for compiled, way in ways.items():
+        spent: dict[str, list[float]] = {}
+        for _ in range(repeats):
+            found = (in_kernel if compiled == "true" else by_operator)(partial(way.gradient, setting.tasks))
+            for kind, part in found.items():
+                spent.setdefault(kind, []).append(part)
+        medians = {kind: statistics.median(parts) for kind, parts in spent.items()}
         for kind, median in medians.items():
-            gflops = counter.get_total_flops() / median / 1e9 if kind in ("kernel", "matrix products") else None
+            gflops = operations / median / 1e9 if kind in ("kernel", "matrix products") else None
             rows.append({
-                "width": width, "compiled": str(compiled).lower(), "tasks_at_once": ways[compiled].at_once,
-                "total_seconds": round(statistics.median(totals[compiled]), 5), "kind": kind,
-                "seconds": round(median, 5), "share": round(median / sum(medians.values()), 4),
-                "gflops": gflops and round(gflops, 1),
-                "matrix_product_gflops": round(statistics.median(rates) / 1e9, 1)})
+                "width": width, "compiled": compiled, "tasks_at_once": way.at_once,
+                "total_seconds": round(statistics.median(total for total, _ in whole[compiled]), 5),
+                "fraction_of_limit": round(statistics.median(operations / t / rate for t, rate in whole[compiled]), 4),
+                "matrix_product_gflops": round(statistics.median(rate for _, rate in whole[compiled]) / 1e9, 1),
+                "kind": kind, "seconds": round(median, 5), "share": round(median / sum(medians.values()), 4),
+                "gflops": gflops and round(gflops, 1)})
     return rows
 
 

@@ -4,8 +4,8 @@
 estimator), bench_chunks.csv (by how many tasks are solved at once) and bench_loop.csv (what a training run spends
 beside the meta-gradients). Gradients are the compiled kernel's, where it was compiled; Hessian products, and all of
 ``symmetric_operators``, are by torch's operators. Whatever is compared takes turns, so that a slow spell of the machine
-hits all alike, and the rate of a large matrix product is measured before and after every call. A run that was stopped
-continues.
+hits all alike, and the rate of a large matrix product is measured before and after every call, which solves as many
+tasks as are solved at once. A run that was stopped continues.
 """
 
 import argparse
@@ -75,6 +75,10 @@ class Candidate:
     gradient: Callable[[TaskBatch], Any]
     at_once: int
 
+    def calls(self, tasks: TaskBatch) -> list[Callable[[], object]]:
+        """One for each of the parts that are solved at once."""
+        return [partial(self.gradient, part) for part in tasks.split(self.at_once)]
+
 
 class Setting:
     """A width and a number of inner steps: the network, the tasks, and who computes the meta-gradient."""
@@ -114,18 +118,19 @@ def gradient_error(name: str, width: int, steps: int) -> float:
     return error
 
 
-def take_turns(calls: Mapping[str, Callable[[], object]], repeats: int,
+def take_turns(calls: Mapping[str, Sequence[Callable[[], object]]], repeats: int,
                patience: float = float("inf")) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of each call and the rate (operations a second) of a matrix product around it, round after round.
+    """Seconds of all of somebody's calls, and the rate (operations a second) of a matrix product meanwhile, by round.
 
-    The first round warms up; a call that takes more than ``patience`` times the quickest there drops out.
+    The rate is that before and after a call, averaged over the time of the calls. The first round warms up; whose calls
+    take more than ``patience`` times the quickest's there drops out.
     """
     matrix, out = torch.randn(MATRIX, MATRIX), torch.empty(MATRIX, MATRIX)
 
     def rate() -> float:
         return 2 * MATRIX**3 / seconds(lambda: torch.mm(matrix, matrix, out=out))
 
-    first = {name: seconds(call) for name, call in calls.items()}
+    first = {name: sum(map(seconds, theirs)) for name, theirs in calls.items()}
     rate()
     measured: dict[str, list[tuple[float, float]]] = {
         name: [] for name, spent in first.items() if spent <= patience * min(first.values())}
@@ -133,10 +138,12 @@ def take_turns(calls: Mapping[str, Callable[[], object]], repeats: int,
         before = rate()
         for name, rounds in measured.items():
             gc.collect()  # not in somebody else's time
-            spent = seconds(calls[name])
-            after = rate()
-            rounds.append((spent, (before + after) / 2))
-            before = after
+            total = possible = 0.0
+            for call in calls[name]:
+                spent = seconds(call)
+                after = rate()
+                total, possible, before = total + spent, possible + spent * (before + after) / 2, after
+            rounds.append((total, possible / total))
     return measured
 
 
@@ -161,7 +168,7 @@ def by_estimator(width: int, steps: int, repeats: int) -> list[Row]:
                   **{name: setting.peer(name) for name in PEERS}}
     parts = {name: setting.tasks[:TASKS if steps <= SHORT else c.at_once] for name, c in candidates.items()}
     errors = {name: gradient_error(name, width, steps) for name in PEERS}
-    measured = take_turns({name: partial(c.gradient, parts[name]) for name, c in candidates.items()}, repeats)
+    measured = take_turns({name: c.calls(parts[name]) for name, c in candidates.items()}, repeats)
     rows = []
     for name, candidate in candidates.items():
         tasks, chunk = len(parts[name]), setting.tasks[:candidate.at_once]
@@ -186,7 +193,7 @@ def by_chunk(width: int, name: str, repeats: int) -> list[Row]:
     """The rows of bench_chunks.csv for one width and estimator."""
     setting = Setting(width, SHORT)
     candidates = {"auto": setting.ours(name), **{str(chunk): setting.ours(name, chunk) for chunk in CHUNKS}}
-    calls = {chunk: partial(c.gradient, setting.tasks) for chunk, c in candidates.items()}
+    calls = {chunk: c.calls(setting.tasks) for chunk, c in candidates.items()}
     timings = {chunk: spread([spent for spent, _ in rounds])
                for chunk, rounds in take_turns(calls, repeats, PATIENCE).items()}
     best = min(timing["seconds_median"] for chunk, timing in timings.items() if chunk != "auto")

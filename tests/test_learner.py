@@ -131,6 +131,8 @@ def test_compiled_gradients_equal_autograd(instructions, seed):
     choose = np.random.default_rng(seed)
     length, outputs, width, depth, rows, examples = (int(choose.integers(low, high)) for low, high in (
         (3, 50), (2, 60), (1, 120), (1, 5), (1, 6), (1, 140)))
+    if seed == 11:
+        width, depth, examples = 230, 3, 110  # in the blocks of large layers
     torch.manual_seed(seed)
     model = (CNN1d if seed % 3 else MLP)((length,), outputs, width, depth)
     learner, precise = Learner(model, F.cross_entropy), Learner(model.double(), F.cross_entropy, by_hand=False)
@@ -190,7 +192,6 @@ def test_the_kernel_is_for_what_it_knows(monkeypatch):
     assert not compiled(model, by_hand=False)
     assert not compiled(CNN1d((40,), 5, width=4, activation="tanh"))
     assert not compiled(CNN1d((40,), 5, width=4).double())
-    assert not compiled(CNN1d((40,), 5, width=250))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     fused.kernel.cache_clear()
     assert not compiled(model)
@@ -207,7 +208,7 @@ def test_theta_round_trip():
 
 def test_frozen_parameters_are_not_part_of_theta():
     learner = Learner(PlainMLP(), F.cross_entropy)
-    assert not any("frozen" in name for name in learner.names)
+    assert not any("frozen" in name for name in learner.shapes)
 
 
 class Doubled(CNN1d):

@@ -143,12 +143,27 @@ def test_task_chunk_does_not_change_the_result(mnist1d):
 
 def test_automatic_chunks_shrink_with_width(mnist1d):
     tasks = mnist1d.sample("train", 16, torch.Generator().manual_seed(0))
-    small, large = (Learner(CNN1d((40,), 5, width=w), F.cross_entropy) for w in (16, 250))
+    small, large = (Learner(CNN1d((40,), 5, width=w), F.cross_entropy, compiled=False) for w in (16, 250))
     central, forward, fomaml = (kind(solvers.GradientDescent()) for kind in (Central, Forward, FOMAML))
     assert [e.rows_per_task for e in (central, forward, fomaml)] == [4, 1, 1]
     assert chunk_size(small, tasks, central) == 16
     assert chunk_size(large, tasks, central) == 1
     assert chunk_size(large, tasks, central) < chunk_size(large, tasks, fomaml) == chunk_size(large, tasks)
+
+
+def test_automatic_chunks_keep_threads_busy_where_gradients_are_compiled(mnist1d):
+    learner = Learner(CNN1d((40,), 5, width=250), F.cross_entropy)
+    learner.compiled = True  # also where there is no compiler
+    tasks = mnist1d.sample("train", 16, torch.Generator().manual_seed(0))
+    central, maml = (kind(solvers.GradientDescent()) for kind in (Central, MAML))
+    chunks = {threads: [] for threads in (1, 2)}
+    for threads, found in chunks.items():
+        torch.set_num_threads(threads)
+        try:
+            found += [chunk_size(learner, tasks, estimator) for estimator in (central, None, maml)]
+        finally:
+            torch.set_num_threads(1)
+    assert chunks == {1: [2, 8, 4], 2: [4, 16, 4]}  # 4 rows a task, 1, and no gradients by the kernel
 
 
 def test_memory_limit_bounds_what_is_alive(mnist1d):

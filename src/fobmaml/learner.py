@@ -13,10 +13,10 @@ from fobmaml.tasks.batch import TaskBatch
 
 
 class Evaluation(Protocol):
-    """The sum over rows of a loss L(network(φᵣ, xᵣ)), with a copy of the parameters φ [R, P] in a layout of its own.
+    """The sum over rows of a loss L(network(φᵣ, xᵣ)), with the parameters φ [R, P] in a layout of its own.
 
-    ``parameters``: that copy, as a list of tensors [R, ...], read anew by every call, so that it may change in place;
-    ``pack`` and ``unpack`` go between such lists and rows [R, P].
+    ``parameters``: in that layout, as a list of tensors [R, ...], where the evaluation began; ``pack`` and ``unpack``
+    go between such lists and rows [R, P].
     """
 
     parameters: list[Tensor]
@@ -24,6 +24,14 @@ class Evaluation(Protocol):
     def pack(self, rows: Tensor) -> list[Tensor]: ...
 
     def unpack(self, packed: list[Tensor]) -> Tensor: ...
+
+    def move(self, start: list[Tensor], displacement: list[Tensor]) -> None:
+        """φ ← start + displacement, lists like ``parameters``; ``start`` may have a single row for all.
+
+        They are read here or by the next ``add_gradient``, which may write into ``displacement``.
+        """
+        for phi, theta, d in zip(self.parameters, start, displacement, strict=True):
+            torch.add(theta, d, out=phi)
 
     def loss(self) -> Tensor:
         """Of each row, [R]."""
@@ -58,13 +66,11 @@ class Learner:
         if len(kinds) > 1:
             raise ValueError(f"model: takes parameters of one dtype on one device, got {sorted(map(str, kinds))}")
         ((self.dtype, self.device),) = kinds
-        self.names = list(trainable)
-        self.shapes = [p.shape for p in trainable.values()]
+        self.shapes = {name: p.shape for name, p in trainable.items()}
         self.sizes = [p.numel() for p in trainable.values()]
         self.by_hand = by_hand and _lists_its_layers(model, set(trainable))
         listed: Any = model
-        self.compiled = compiled and self.by_hand and fused.fits(
-            listed.stacked_layers(), dict(zip(self.names, self.shapes, strict=True)), self.dtype, self.device)
+        self.compiled = compiled and self.by_hand and fused.fits(listed.stacked_layers(), self.dtype, self.device)
 
     @property
     def parameter_count(self) -> int:
@@ -73,13 +79,13 @@ class Learner:
     def theta(self) -> Tensor:
         """A copy of the model's trainable parameters, flat: [P]."""
         parameters = dict(self.model.named_parameters())
-        return torch.cat([parameters[name].detach().reshape(-1) for name in self.names])
+        return torch.cat([parameters[name].detach().reshape(-1) for name in self.shapes])
 
     def fold(self, rows: Tensor) -> dict[str, Tensor]:
         """[R, P] (or [P]) -> {parameter name: [R, ...] (or [...])}, views of ``rows``."""
         parts = rows.split(self.sizes, dim=-1)  # one backward for all parts, unlike slicing
         return {name: part.reshape(*rows.shape[:-1], *shape)
-                for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+                for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
         """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].
@@ -119,13 +125,12 @@ def gradient_of(evaluation: Evaluation) -> Tensor:
 
 def _by_hand(learner: Learner, phi: Tensor, x: Tensor, second_order: bool = False) -> StackedNetwork:
     model: Any = learner.model
-    shapes = dict(zip(learner.names, learner.shapes, strict=True))
-    network = StackedNetwork(model.stacked_layers(), shapes, model.stacked_inputs(x), second_order)
+    network = StackedNetwork(model.stacked_layers(), learner.shapes, model.stacked_inputs(x), second_order)
     network.pack(learner.fold(phi.detach()), network.parameters)
     return network
 
 
-class _ByHand:
+class _ByHand(Evaluation):
     """All passes written out by hand."""
 
     def __init__(self, learner: Learner, phi: Tensor, x: Tensor, loss: RowLoss, second_order: bool):
@@ -155,7 +160,7 @@ class _ByHand:
         return self.unpack(product)
 
 
-class _InRows:
+class _InRows(Evaluation):
     """The layout is that of the rows."""
 
     def pack(self, rows: Tensor) -> list[Tensor]:
@@ -197,17 +202,22 @@ class _Fused(_InRows):
     def __init__(self, learner: Learner, phi: Tensor, x: Tensor, loss: CrossEntropy):
         model: Any = learner.model
         layers = model.stacked_layers()
-        shapes = dict(zip(learner.names, learner.shapes, strict=True))
-        loss.prepare(phi.new_empty(*x.shape[:2], shapes[layers[-1].weight][0]))
-        self.kernel = fused.FusedGradient(layers, shapes, model.stacked_inputs(x), loss.one_hot, loss.weights)
-        self.parameters = self.pack(phi.detach())
+        loss.prepare(phi.new_empty(*x.shape[:2], learner.shapes[layers[-1].weight][0]))
+        self.kernel = fused.FusedGradient(layers, learner.shapes, model.stacked_inputs(x), loss.one_hot, loss.weights)
+        self.parameters = self.start = [phi.detach()]
+        self.displacement: list[Tensor] | None = None
         self.learner, self.x, self.row_loss = learner, x, loss
 
+    def move(self, start: list[Tensor], displacement: list[Tensor]) -> None:
+        self.start, self.displacement = start, displacement
+
     def loss(self) -> Tensor:
-        return self.row_loss(self.learner.outputs(self.parameters[0], self.x))
+        phi = self.start[0] if self.displacement is None else self.start[0] + self.displacement[0]
+        return self.row_loss(self.learner.outputs(phi, self.x))
 
     def add_gradient(self, into: list[Tensor], scale: float = 0.0, step: float = 1.0) -> None:
-        self.kernel.add(self.parameters[0], into[0], scale, step)
+        moved_by = None if self.displacement is None else self.displacement[0]
+        self.kernel.add(self.start[0], moved_by, into[0], scale, step)
 
     def hessian_product(self, v: Tensor) -> Tensor:
         raise NotImplementedError("the compiled kernel knows no second derivatives: ask for second_order")

@@ -128,8 +128,7 @@ class GradientDescent(Solver):
                     d.sub_(v, alpha=self.lr)
             else:
                 evaluation.add_gradient(displacement, 1.0 - self.lr * problem.lam, -self.lr)
-            for phi, start, d in zip(evaluation.parameters, theta, displacement, strict=True):
-                torch.add(start, d, out=phi)
+            evaluation.move(theta, displacement)
         return self._solution(problem, evaluation.unpack(displacement))
 
     def _solution(self, problem: InnerProblem, displacement: Tensor) -> Solution:

@@ -109,7 +109,7 @@ class MetaTraining:
         self.settings, self.source, self.estimator = settings, source, estimator
         self.learner = Learner(model, source.loss_fn, compiled=settings.compiled)
         named = dict(model.named_parameters())
-        self.parameters = {name: named[name] for name in self.learner.names}
+        self.parameters = {name: named[name] for name in self.learner.shapes}
         self.optimizer = make_optimizer(list(self.parameters.values()))
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]

@@ -40,6 +40,8 @@ class Estimator(ABC):
     """Rows of parameters that one task occupies while it is solved."""
     query_in_inner_problem = False
     """Whether those rows take gradients of the query set, too."""
+    first_order = False
+    """Whether it takes gradients only, no Hessian products."""
 
     def __init__(self, solver: Solver, lam: float):
         if not isinstance(solver, Solver):
@@ -73,6 +75,8 @@ WORK_AT_ONCE = 2**25
 
 Measured (results/bench_chunks.csv): with less, calls cost time; with more, memory grows and time does not fall.
 """
+ROWS_A_THREAD = 8
+"""At least so many with the compiled kernel: a row is one thread's, and all threads wait for the last at every step."""
 
 
 def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
@@ -87,8 +91,8 @@ def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None =
     if estimator is not None:
         rows, examples = estimator.rows_per_task, support + query * estimator.query_in_inner_problem
     at_once = math.ceil(WORK_AT_ONCE / (rows * examples * learner.parameter_count))
-    if learner.compiled:  # a row is one thread's
-        at_once = max(at_once, math.ceil(torch.get_num_threads() / rows))
+    if learner.compiled and (estimator is None or estimator.first_order):
+        at_once = max(at_once, math.ceil(ROWS_A_THREAD * torch.get_num_threads() / rows))
     return math.ceil(len(tasks) / math.ceil(len(tasks) / at_once))  # chunks of equal size
 
 

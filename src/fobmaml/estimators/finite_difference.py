@@ -28,6 +28,7 @@ class FiniteDifference(Estimator):
     """
 
     query_in_inner_problem = True
+    first_order = True
 
     def __init__(self, solver: Solver, lam: float, nu: float, offsets: tuple[int, ...], weights: tuple[float, ...]):
         super().__init__(solver, lam)

@@ -16,6 +16,7 @@ class FOMAML(Estimator):
     """
 
     needs_proximal_term = False
+    first_order = True
 
     def __init__(self, solver: Solver, lam: float = 0.0):
         super().__init__(solver, lam)
@@ -34,6 +35,7 @@ class Reptile(Estimator):
     """
 
     needs_proximal_term = False
+    first_order = True
 
     def __init__(self, solver: Solver, lam: float = 0.0):
         super().__init__(solver, lam)

@@ -17,13 +17,26 @@ enum { LANES = 16, HEIGHT = 8, WIDTH = 3 }; /* a tile is HEIGHT x WIDTH vectors:
 #else
 enum { LANES = 8, HEIGHT = 4, WIDTH = 3 }; /* 12 of 16 */
 #endif
-enum { DEPTH = 128 }; /* DEPTH x WIDTH vectors stay in the first cache */
+enum { DEPTH = 512, AHEAD = 16 }; /* windows summed at a time in a weight's gradient; rows a panel is fetched ahead */
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define ALIGNED __attribute__((aligned(64)))
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* Cuts columns into panels of at most WIDTH vectors, as equal as can be; each has a first column and a width. */
+#define EACH_PANEL(columns, first, width)                                                                      \
+    for (int64_t all = CEIL(columns, LANES), parts = CEIL(all, WIDTH), part = 0, first = 0, width;             \
+         part < parts && (width = (part + 1) * all / parts - part * all / parts); first += width * LANES, part++)
+/* CALL(width), with a width known to the compiler. */
+#define BY_WIDTH(width, CALL)              \
+    do {                                   \
+        if ((width) == 3) CALL(3);         \
+        else if ((width) == 2) CALL(2);    \
+        else CALL(1);                      \
+    } while (0)
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -39,10 +52,12 @@ typedef struct {
 typedef struct {
     float *forward;       /* weights as panels [taps * in][up to WIDTH vectors of out] */
     float *backward;      /* and as panels [out][up to WIDTH vectors of taps * in] */
+    float *bias;
     float *h;             /* the input, [examples][1 + length_in + 1][in] */
-    float *gh;            /* the loss's derivative by it */
+    float *gh;            /* the loss's derivative by it, zero until it is summed up */
     float *gz;            /* first a'(z), then the derivative by z: [examples][length_out][out] */
     int64_t *from, *to;   /* where window m starts in h, and where its outputs go in the next layer's h */
+    float *part;          /* of the weights, or of gz, in another order */
 } Buffers;
 
 INLINE vec load(const float *p) { return *(const unaligned *)p; }
@@ -73,17 +88,19 @@ INLINE void store_first(float *p, vec v, int64_t n) {
 #endif
 }
 
-/* The first n of p[0], p[stride], p[2 * stride], ..., and zeros. */
-INLINE vec load_strided(const float *p, int64_t stride, int64_t n) {
-    vec v = {0};
-#ifdef __AVX512F__
-    __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                        _mm512_set1_epi32((int)stride));
-    v = (vec)_mm512_mask_i32gather_ps((__m512)v, (__mmask16)(n < LANES ? (1u << n) - 1 : 0xffff), places, p, 4);
-#else
-    for (int64_t i = 0; i < MIN(n, LANES); i++) v[i] = p[i * stride];
-#endif
-    return v;
+/* v[i][j] becomes v[j][i]: blocks of h x h change places, for h = LANES / 2, ..., 2, 1. */
+INLINE void transpose(vec v[LANES]) {
+    UNROLL for (int h = LANES / 2; h; h /= 2) UNROLL for (int i = 0; i < LANES; i++) {
+        if (i & h) continue;
+        ivec upper, lower;
+        UNROLL for (int j = 0; j < LANES; j++) {
+            upper[j] = j & h ? LANES + j - h : j;
+            lower[j] = j & h ? LANES + j : j + h;
+        }
+        vec above = v[i];
+        v[i] = __builtin_shuffle(above, v[i + h], upper);
+        v[i + h] = __builtin_shuffle(above, v[i + h], lower);
+    }
 }
 
 INLINE vec clamp(vec x, float low, float high) {
@@ -121,8 +138,9 @@ INLINE vec exponential(vec x) {
     return (vec)((ivec)p + n);
 }
 
-/* sum[i][v] += sum over p of a[i][p] * panel[p][v], for ``width`` vectors. */
-INLINE void multiply(const int width, int64_t depth, const float *const *a, const float *panel, vec sum[HEIGHT][WIDTH]) {
+/* sum[i][v] += sum over p of a[i][p] * panel[p][v], for ``width`` vectors; ``stride`` numbers from p to p + 1. */
+INLINE void multiply(const int width, int64_t depth, const float *const *a, const float *panel, int64_t stride,
+                     vec sum[HEIGHT][WIDTH]) {
     const float *row[HEIGHT];
     vec s[HEIGHT][WIDTH];
     UNROLL for (int i = 0; i < HEIGHT; i++) {
@@ -131,7 +149,10 @@ INLINE void multiply(const int width, int64_t depth, const float *const *a, cons
     }
     for (int64_t p = 0; p < depth; p++) {
         vec b[WIDTH];
-        UNROLL for (int v = 0; v < width; v++) b[v] = *(const vec *)(panel + (p * width + v) * LANES);
+        UNROLL for (int v = 0; v < width; v++) {
+            b[v] = load(panel + p * stride + v * LANES);
+            __builtin_prefetch(panel + (p + AHEAD) * stride + v * LANES);
+        }
         UNROLL for (int i = 0; i < HEIGHT; i++) {
             float factor = row[i][p];
             UNROLL for (int v = 0; v < width; v++) s[i][v] += factor * b[v];
@@ -142,10 +163,10 @@ INLINE void multiply(const int width, int64_t depth, const float *const *a, cons
 
 /* h' = a(z) and a'(z) for z = W h + b, for ``width`` vectors of outputs, from the ``first`` on. */
 INLINE void forward_panel(const int width, const int activate, const Layer *layer, const Buffers *at, int64_t windows,
-                          int64_t first, const float *bias, float *h_next) {
+                          int64_t first, float *h_next) {
     int64_t depth = layer->taps * layer->in, columns = MIN(layer->out - first, width * LANES);
     vec b[WIDTH];
-    UNROLL for (int v = 0; v < width; v++) b[v] = load_first(bias + first + v * LANES, columns - v * LANES);
+    UNROLL for (int v = 0; v < width; v++) b[v] = load(at->bias + first + v * LANES);
     for (int64_t m = 0; m < windows; m += HEIGHT) {
         const float *a[HEIGHT];
         vec z[HEIGHT][WIDTH];
@@ -153,7 +174,7 @@ INLINE void forward_panel(const int width, const int activate, const Layer *laye
             a[i] = at->h + at->from[MIN(m + i, windows - 1)];
             UNROLL for (int v = 0; v < width; v++) z[i][v] = b[v];
         }
-        multiply(width, depth, a, at->forward + first * depth, z);
+        multiply(width, depth, a, at->forward + first * depth, width * LANES, z);
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
             UNROLL for (int v = 0; v < width; v++) {
                 float *out = h_next + at->to[m + i] + first + v * LANES;
@@ -180,7 +201,7 @@ INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, 
             a[i] = at->gz + MIN(m + i, windows - 1) * layer->out;
             UNROLL for (int v = 0; v < width; v++) sum[i][v] = (vec){0};
         }
-        multiply(width, layer->out, a, at->backward + first * layer->out, sum);
+        multiply(width, layer->out, a, at->backward + first * layer->out, width * LANES, sum);
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
             UNROLL for (int v = 0; v < width; v++) {
                 float *out = at->gh + at->from[m + i] + first + v * LANES;
@@ -191,8 +212,8 @@ INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, 
 }
 
 /* into = scale * into + step * sum over m of gz[m][i] * panel[m][v], for ``height`` rows i of ``columns`` numbers. */
-INLINE void weight_tile(const int height, const int width, int64_t windows, const float *gz, int64_t out,
-                        const float *panel, float *into, int64_t stride, int64_t columns, float scale, float step) {
+INLINE void weight_tile(const int height, const int width, int64_t windows, const float *gz, const float *panel,
+                        float *into, int64_t stride, int64_t columns, float scale, float step) {
     vec sum[HEIGHT][WIDTH];
     UNROLL for (int i = 0; i < height; i++) UNROLL for (int v = 0; v < width; v++) {
         sum[i][v] = (vec){0};
@@ -202,7 +223,7 @@ INLINE void weight_tile(const int height, const int width, int64_t windows, cons
         vec b[WIDTH];
         UNROLL for (int v = 0; v < width; v++) b[v] = *(const vec *)(panel + (m * width + v) * LANES);
         UNROLL for (int i = 0; i < height; i++) {
-            float factor = gz[m * out + i];
+            float factor = gz[m * HEIGHT + i];
             UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * b[v];
         }
     }
@@ -214,30 +235,49 @@ INLINE void weight_tile(const int height, const int width, int64_t windows, cons
     }
 }
 
-static void weight_rows(int height, int width, int64_t windows, const float *gz, int64_t out, const float *panel,
-                        float *into, int64_t stride, int64_t columns, float scale, float step) {
-#define CALL(height, width) weight_tile(height, width, windows, gz, out, panel, into, stride, columns, scale, step)
-#define WIDTHS(height)                                    \
-    case height:                                          \
-        if (width == 3) CALL(height, 3);                  \
-        else if (width == 2) CALL(height, 2);             \
-        else CALL(height, 1);                             \
+static void weight_rows(int height, int width, int64_t windows, const float *gz, const float *panel, float *into,
+                        int64_t stride, int64_t columns, float scale, float step) {
+#define TILE(height, width) weight_tile(height, width, windows, gz, panel, into, stride, columns, scale, step)
+#define ROWS(height)                              \
+    case height:                                  \
+        if (width == 3) TILE(height, 3);          \
+        else if (width == 2) TILE(height, 2);     \
+        else TILE(height, 1);                     \
         break;
     switch (height) {
-        WIDTHS(1) WIDTHS(2) WIDTHS(3) WIDTHS(4)
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4)
 #ifdef __AVX512F__
-        WIDTHS(5) WIDTHS(6) WIDTHS(7) WIDTHS(8)
+        ROWS(5) ROWS(6) ROWS(7) ROWS(8)
 #endif
     }
-#undef WIDTHS
-#undef CALL
+#undef ROWS
+#undef TILE
+}
+
+/* into = scale * into + step * the gradient by the weights, where so few enter an output that lanes would be idle. */
+static void few_weights(const Layer *layer, const Buffers *at, int64_t windows, float *into, float scale, float step) {
+    int64_t out = layer->out, depth = layer->taps * layer->in;
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t m = 0; m < windows; m++) at->part[k * windows + m] = at->h[at->from[m] + k];
+    for (int64_t first = 0; first < depth; first += HEIGHT) EACH_PANEL(out, o, width) {
+        const float *a[HEIGHT];
+        vec sum[HEIGHT][WIDTH] = {0};
+        for (int i = 0; i < HEIGHT; i++) a[i] = at->part + MIN(first + i, depth - 1) * windows;
+#define SUM(width) multiply(width, windows, a, at->gz + o, out, sum)
+        BY_WIDTH(width, SUM);
+#undef SUM
+        for (int64_t j = 0; j < MIN(out - o, width * LANES); j++)
+            for (int64_t k = first; k < MIN(depth, first + HEIGHT); k++) {
+                float *p = into + (o + j) * depth + k, result = step * sum[k - first][j / LANES][j % LANES];
+                *p = scale == 0.0f ? result : scale * *p + result;
+            }
+    }
 }
 
 /* into = scale * into + step * the gradient by the layer's parameters. */
 static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t windows, float *into, float scale,
                                float step) {
     int64_t out = layer->out, depth = layer->taps * layer->in, groups = CEIL(out, HEIGHT);
-    int64_t vectors = CEIL(depth, LANES), parts = CEIL(vectors, WIDTH);
     float *bias = into + layer->bias;
     for (int64_t o = 0; o < out; o += LANES) {
         vec sum = {0};
@@ -246,47 +286,65 @@ static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t wi
         if (scale != 0.0f) sum += scale * load_first(bias + o, out - o);
         store_first(bias + o, sum, out - o);
     }
-    for (int64_t m = 0; m < windows; m += DEPTH) {
-        int64_t deep = MIN(windows - m, DEPTH);
-        for (int64_t k = 0, part = 0; part < parts; part++) {
-            int width = (part + 1) * vectors / parts - part * vectors / parts;
+    if (depth < LANES) {
+        few_weights(layer, at, windows, into + layer->weight, scale, step);
+        return;
+    }
+    for (int64_t m = 0, deep; m < windows; m += deep, scale = 1.0f) {
+        deep = MIN(windows - m, DEPTH);
+        for (int64_t group = 0; group < groups; group++) /* what a tile reads of gz lies together */
+            for (int64_t i = 0; i < deep; i++)
+                memcpy(at->part + (group * deep + i) * HEIGHT, at->gz + (m + i) * out + group * out / groups,
+                       HEIGHT * sizeof(float));
+        EACH_PANEL(depth, k, width) {
             float panel[DEPTH * WIDTH * LANES] ALIGNED;
             for (int64_t i = 0; i < deep; i++)
                 for (int v = 0; v < width; v++)
                     *(vec *)(panel + (i * width + v) * LANES) = load(at->h + at->from[m + i] + k + v * LANES);
             for (int64_t group = 0; group < groups; group++) {
                 int64_t first = group * out / groups, last = (group + 1) * out / groups;
-                weight_rows(last - first, width, deep, at->gz + m * out + first, out, panel,
+                weight_rows(last - first, width, deep, at->part + group * deep * HEIGHT, panel,
                             into + layer->weight + first * depth + k, depth, depth - k, scale, step);
             }
-            k += width * LANES;
         }
-        scale = 1.0f;
     }
 }
 
-static void pack_weights(const Layer *layer, const float *weights, Buffers *at) {
-    int64_t out = layer->out, depth = layer->taps * layer->in;
-    int64_t vectors = CEIL(out, LANES), parts = CEIL(vectors, WIDTH);
-    for (int64_t part = 0; part < parts; part++) {
-        int64_t o = part * vectors / parts * LANES, wide = (part + 1) * vectors / parts * LANES - o;
-        for (int64_t i = o; i < o + wide; i += LANES)
-            for (int64_t k = 0; k < depth; k++)
-                store(at->forward + o * depth + k * wide + i - o, load_strided(weights + i * depth + k, depth, out - i));
-    }
-    vectors = CEIL(depth, LANES), parts = CEIL(vectors, WIDTH);
-    for (int64_t part = 0; at->backward && part < parts; part++) {
-        int64_t k = part * vectors / parts * LANES, wide = (part + 1) * vectors / parts * LANES - k;
-        for (int64_t o = 0; o < out; o++)
-            for (int64_t i = k; i < k + wide; i += LANES)
-                store(at->backward + k * out + o * wide + i - k, load_first(weights + o * depth + i, depth - i));
+/* to = a + b; b may be missing. */
+INLINE void add(float *to, const float *a, const float *b, int64_t number) {
+    if (b)
+        for (int64_t i = 0; i < number; i++) to[i] = a[i] + b[i];
+    else
+        memcpy(to, a, number * sizeof(float));
+}
+
+/* Lays out the parameters start + moved for the products. */
+static void pack(const Layer *layer, const float *start, const float *moved, Buffers *at) {
+    int64_t out = layer->out, depth = layer->taps * layer->in, height;
+    add(at->bias, start + layer->bias, moved ? moved + layer->bias : NULL, out);
+    EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
+        int64_t place = layer->weight + o * depth;
+        height = MIN(out - o, LANES);
+        add(at->part, start + place, moved ? moved + place : NULL, height * depth);
+        for (int64_t k = 0; k < depth; k += LANES) {
+            vec v[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) v[i] = i < height ? load(at->part + i * depth + k) : (vec){0};
+            transpose(v);
+            for (int64_t i = 0; i < MIN(depth - k, LANES); i++)
+                store(at->forward + first * depth + (k + i) * width * LANES + o - first, v[i]);
+        }
+        if (at->backward)
+            EACH_PANEL(depth, k, wide)
+                for (int64_t i = 0; i < height; i++)
+                    for (int64_t v = 0; v < wide * LANES; v += LANES)
+                        store(at->backward + k * out + (o + i) * wide * LANES + v, load(at->part + i * depth + k + v));
     }
 }
 
 /* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. The numbers
 behind the end of a buffer are read, but only for lanes that are not stored. */
 static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *memory, Buffers *at) {
-    int64_t used = 0;
+    int64_t used = 0, largest = 0;
 #define PLACE(pointer, number)                                                     \
     do {                                                                           \
         if (memory) (pointer) = (void *)(memory + used);                           \
@@ -297,10 +355,14 @@ static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *
         const Layer *layer = layers + l;
         if (l == count) { /* the outputs */
             PLACE(b->h, block * layers[l - 1].out);
+            PLACE(b->part, largest);
             break;
         }
         int64_t depth = layer->taps * layer->in, windows = block * layer->length_out;
+        largest = MAX(largest, MAX(LANES, depth < LANES ? windows : 0) * depth);
+        largest = MAX(largest, MIN(windows, DEPTH) * CEIL(layer->out, HEIGHT) * HEIGHT);
         PLACE(b->forward, CEIL(layer->out, LANES) * LANES * depth);
+        PLACE(b->bias, layer->out);
         PLACE(b->h, block * (layer->length_in + 2) * layer->in);
         PLACE(b->gz, windows * layer->out);
         PLACE(b->from, windows);
@@ -312,6 +374,7 @@ static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *
         }
     }
 #undef PLACE
+    for (int64_t l = 0; memory && l < count; l++) at[l].part = at[count].part;
     return used;
 }
 
@@ -339,28 +402,21 @@ void fused_prepare(const Layer *layers, int64_t count, int64_t block, char *scra
     }
 }
 
-static void forward(const Layer *layers, int64_t count, int64_t examples, const float *phi, const float *x,
-                    Buffers *at) {
+static void forward(const Layer *layers, int64_t count, int64_t examples, const float *x, Buffers *at) {
     int64_t size = layers->length_in * layers->in;
     for (int64_t n = 0; n < examples; n++)
         memcpy(at->h + n * (size + 2 * layers->in) + layers->in, x + n * size, 4 * size);
     for (int64_t l = 0; l < count; l++) {
         const Layer *layer = layers + l;
         int64_t windows = examples * layer->length_out;
-        int64_t vectors = CEIL(layer->out, LANES), parts = CEIL(vectors, WIDTH);
-        for (int64_t o = 0, part = 0; part < parts; part++) {
-            int width = (part + 1) * vectors / parts - part * vectors / parts, activate = l + 1 < count;
-#define PANEL(width, activate) forward_panel(width, activate, layer, at + l, windows, o, phi + layer->bias, at[l + 1].h)
-            if (!activate) {
-                if (width == 3) PANEL(3, 0);
-                else if (width == 2) PANEL(2, 0);
-                else PANEL(1, 0);
-            } else if (width == 3) PANEL(3, 1);
-            else if (width == 2) PANEL(2, 1);
-            else PANEL(1, 1);
-#undef PANEL
-            o += width * LANES;
+#define HIDDEN(width) forward_panel(width, 1, layer, at + l, windows, o, at[l + 1].h)
+#define LAST(width) forward_panel(width, 0, layer, at + l, windows, o, at[l + 1].h)
+        EACH_PANEL(layer->out, o, width) {
+            if (l + 1 < count) BY_WIDTH(width, HIDDEN);
+            else BY_WIDTH(width, LAST);
         }
+#undef HIDDEN
+#undef LAST
     }
 }
 
@@ -381,47 +437,45 @@ static void backward(const Layer *layers, int64_t count, int64_t examples, Buffe
     for (int64_t l = count - 1; l >= 0; l--) {
         const Layer *layer = layers + l;
         int64_t windows = examples * layer->length_out, size = layer->length_out * layer->out;
-        if (l + 1 < count) {
-            for (int64_t n = 0; n < examples; n++) {
-                float *gh = at[l + 1].gh + n * (size + 2 * layer->out), *gz = at[l].gz + n * size;
-                for (int64_t i = 0; i < size; i++) gz[i] *= gh[layer->out + i];
-            }
+        for (int64_t n = 0; n < examples && l + 1 < count; n++) {
+            float *gh = at[l + 1].gh + n * (size + 2 * layer->out), *gz = at[l].gz + n * size;
+            for (int64_t i = 0; i < size; i++) gz[i] *= gh[layer->out + i];
+            memset(gh, 0, (size + 2 * layer->out) * sizeof(float)); /* for the next block */
         }
         parameter_gradient(layer, at + l, windows, into, scale, step);
-        if (l) {
-            memset(at[l].gh, 0, 4 * examples * (layer->length_in + 2) * layer->in);
-            int64_t vectors = CEIL(layer->taps * layer->in, LANES), parts = CEIL(vectors, WIDTH);
-            for (int64_t k = 0, part = 0; part < parts; part++) {
-                int width = (part + 1) * vectors / parts - part * vectors / parts;
-                if (width == 3) input_panel(3, layer, at + l, windows, k);
-                else if (width == 2) input_panel(2, layer, at + l, windows, k);
-                else input_panel(1, layer, at + l, windows, k);
-                k += width * LANES;
-            }
-        }
+#define INPUT(width) input_panel(width, layer, at + l, windows, k)
+        if (l) EACH_PANEL(layer->taps * layer->in, k, width) BY_WIDTH(width, INPUT);
+#undef INPUT
     }
 }
 
 /* into[r] = scale * into[r] + step * (the gradient at phi[r] of sum over n of weights[r][n] * cross-entropy)
 
-phi, into [rows][parameters]; x [rows][examples][length][channels]; targets [rows][examples][classes], one-hot; weights
-[rows][examples]. ``scratch``: threads * fused_scratch(layers, count, block) prepared bytes, aligned to 64; examples are
-taken in blocks of ``block``. What it returns does not depend on the number of threads. */
+phi[r] = start[r] + moved[r], or start[r] where ``moved`` is NULL; ``into`` may be ``moved``. start [rows][parameters],
+with ``stride`` numbers from a row to the next, moved and into [rows][parameters]; x [rows][examples][length][channels];
+targets [rows][examples][classes], one-hot; weights [rows][examples]. ``scratch``: threads * fused_scratch(layers,
+count, block) prepared bytes, aligned to 64; examples are taken in blocks of ``block``. What it returns does not depend
+on the number of threads. */
 void fused_gradient(const Layer *layers, int64_t count, int64_t rows, int64_t examples, int64_t block,
-                    int64_t parameters, const float *phi, const float *x, const float *targets, const float *weights,
-                    float scale, float step, float *into, char *scratch, int threads) {
+                    int64_t parameters, const float *start, int64_t stride, const float *moved, const float *x,
+                    const float *targets, const float *weights, float scale, float step, float *into, char *scratch,
+                    int threads) {
     int64_t bytes = fused_scratch(layers, count, block), inputs = layers->length_in * layers->in;
     int64_t classes = layers[count - 1].out;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t r = 0; r < rows; r++) {
+#pragma omp parallel num_threads(threads)
+    {
         Buffers at[count + 1];
         arrange(layers, count, block, scratch + omp_get_thread_num() * bytes, at);
-        for (int64_t l = 0; l < count; l++) pack_weights(layers + l, phi + r * parameters + layers[l].weight, at + l);
-        for (int64_t n = 0; n < examples; n += block) {
-            int64_t some = MIN(block, examples - n), e = r * examples + n;
-            forward(layers, count, some, phi + r * parameters, x + e * inputs, at);
-            loss_gradient(some, classes, at[count].h, targets + e * classes, weights + e, at[count - 1].gz);
-            backward(layers, count, some, at, into + r * parameters, n ? 1.0f : scale, step);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t r = 0; r < rows; r++) {
+            for (int64_t l = 0; l < count; l++)
+                pack(layers + l, start + r * stride, moved ? moved + r * parameters : NULL, at + l);
+            for (int64_t n = 0; n < examples; n += block) {
+                int64_t some = MIN(block, examples - n), e = r * examples + n;
+                forward(layers, count, some, x + e * inputs, at);
+                loss_gradient(some, classes, at[count].h, targets + e * classes, weights + e, at[count - 1].gz);
+                backward(layers, count, some, at, into + r * parameters, n ? 1.0f : scale, step);
+            }
         }
     }
 }

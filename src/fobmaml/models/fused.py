@@ -13,12 +13,9 @@ from torch import Tensor
 from fobmaml.models.activations import SiLU
 from fobmaml.models.stacked import Convolution, Dense, length_after
 
-EXAMPLES_AT_ONCE = 25
-"""Their activations stay in a processor's cache, and are enough to read the weights for; from 10 to 50, it matters
-little."""
-LARGEST = 2**17
-"""Weights of a layer: of more, a thread's cache does not hold the panels, and torch's products are as fast or faster
-(results/bench_breakdown.csv, made before this limit: at 250 channels, 187,500 weights)."""
+EXAMPLES_AT_ONCE, OF_LARGE_LAYERS, LARGE = 25, 50, 2**17
+"""Their activations stay in a processor's cache, and are enough to read the weights for. Of a layer of more than LARGE
+weights they do not, and twice the examples are faster (measured at 25, 64, 128 and 250 channels)."""
 ALIGNMENT = 64
 
 
@@ -40,19 +37,17 @@ def kernel() -> ctypes.CDLL | None:
     layers, whole, real, memory = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     library.fused_scratch.argtypes, library.fused_scratch.restype = [layers, whole, whole], whole
     library.fused_prepare.argtypes, library.fused_prepare.restype = [layers, whole, whole, memory, ctypes.c_int], None
-    library.fused_gradient.argtypes = [layers, *[whole] * 5, *[memory] * 4, real, real, memory, memory, ctypes.c_int]
+    library.fused_gradient.argtypes = [layers, *[whole] * 5, memory, whole, *[memory] * 4, real, real, memory, memory,
+                                       ctypes.c_int]
     library.fused_gradient.restype = None
     return library
 
 
-def fits(layers: Sequence[Convolution | Dense], shapes: Mapping[str, torch.Size], dtype: torch.dtype,
-         device: torch.device) -> bool:
-    """Whether the kernel knows such a network and gains: float32 on a CPU, SiLU after all layers but the last, which is
-    dense, and none too large."""
+def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel knows such a network: float32 on a CPU, SiLU after all layers but the last, which is dense."""
     *hidden, last = layers
     return (dtype == torch.float32 and device.type == "cpu" and isinstance(last, Dense) and last.activation is None
-            and all(isinstance(layer.activation, SiLU) for layer in hidden)
-            and all(shapes[layer.weight].numel() <= LARGEST for layer in layers) and kernel() is not None)
+            and all(isinstance(layer.activation, SiLU) for layer in hidden) and kernel() is not None)
 
 
 class FusedGradient:
@@ -60,7 +55,7 @@ class FusedGradient:
 
     ``shapes``: of the parameters by name, in the order of a row. ``x`` [R, N, length, channels], ``targets``
     [R, N, classes], one-hot, ``weights`` [R, N]. Rows are shared out among torch's threads, and the result does not
-    depend on their number. Memory: the activations of ``EXAMPLES_AT_ONCE`` examples and the weights twice, a thread.
+    depend on their number. Memory, a thread: the weights twice and the activations of the examples taken at once.
     Raises TypeError for anything but float32.
     """
 
@@ -85,20 +80,28 @@ class FusedGradient:
         found = kernel()
         assert found is not None
         self.kernel, self.threads = found, min(torch.get_num_threads(), len(x))
-        self.block = math.ceil(x.shape[1] / math.ceil(x.shape[1] / EXAMPLES_AT_ONCE))  # blocks of equal size
+        at_once = EXAMPLES_AT_ONCE if max(map(torch.Size.numel, shapes.values())) <= LARGE else OF_LARGE_LAYERS
+        self.block = math.ceil(x.shape[1] / math.ceil(x.shape[1] / at_once))  # blocks of equal size
         bytes_a_thread = self.kernel.fused_scratch(self.layers, len(layers), self.block)
         self.memory = torch.zeros(self.threads * bytes_a_thread + ALIGNMENT, dtype=torch.uint8)
         start = self.memory.data_ptr()
         self.scratch = start + -start % ALIGNMENT
         self.kernel.fused_prepare(self.layers, len(layers), self.block, self.scratch, self.threads)
 
-    def add(self, phi: Tensor, into: Tensor, scale: float, step: float) -> None:
-        """into ← scale · into + step · the gradient at ``phi``, both contiguous [R, P]."""
+    def add(self, start: Tensor, displacement: Tensor | None, into: Tensor, scale: float, step: float) -> None:
+        """into ← scale · into + step · the gradient at φ = start + displacement, ``into`` maybe the displacement.
+
+        ``start`` [1, P] or [R, P], which may be expanded; the others contiguous [R, P].
+        """
         x, targets, weights = self.data
-        for rows in (phi, into):
-            assert rows.shape == (len(x), self.parameters)
-            assert rows.dtype == torch.float32
+        start = start.expand(len(x), -1)
+        assert start.shape[1] == self.parameters
+        assert start.stride(1) == 1
+        for rows in (into, into if displacement is None else displacement):
+            assert rows.shape == start.shape
             assert rows.is_contiguous()
+        assert start.dtype == into.dtype == torch.float32
         self.kernel.fused_gradient(
-            self.layers, len(self.layers), *x.shape[:2], self.block, self.parameters, phi.data_ptr(), x.data_ptr(),
-            targets.data_ptr(), weights.data_ptr(), scale, step, into.data_ptr(), self.scratch, self.threads)
+            self.layers, len(self.layers), *x.shape[:2], self.block, self.parameters, start.data_ptr(), start.stride(0),
+            None if displacement is None else displacement.data_ptr(), x.data_ptr(), targets.data_ptr(),
+            weights.data_ptr(), scale, step, into.data_ptr(), self.scratch, self.threads)
