@@ -216,9 +216,9 @@ def by_part(steps: int) -> list[Row]:
             return result
         return call
 
-    def clocked_loop(training: MetaTraining) -> Iterator[Any]:
+    def clocked_loop(training: MetaTraining, *arguments: Any) -> Iterator[Any]:
         before, started = dict(spent), time.perf_counter()
-        yield from train(training)
+        yield from train(training, *arguments)
         loop.update({part: spent[part] - before[part] for part in spent}, all=time.perf_counter() - started)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,9 @@ from fobmaml.models import fused
 from fobmaml.models.stacked import StackedNetwork
 from fobmaml.tasks.batch import TaskBatch
 
+STEPS_A_CALL = 10
+"""Of the compiled kernel: within a call no thread waits for another, and nobody can interrupt."""
+
 
 class Evaluation(Protocol):
     """The sum over rows of a loss L(network(φᵣ, xᵣ)), with the parameters φ [R, P] in a layout of its own.
@@ -32,6 +35,12 @@ class Evaluation(Protocol):
         """
         for phi, theta, d in zip(self.parameters, start, displacement, strict=True):
             torch.add(theta, d, out=phi)
+
+    def descend(self, start: list[Tensor], displacement: list[Tensor], steps: int, scale: float, step: float) -> None:
+        """``steps`` times: displacement ← scale · displacement + step · the gradient at start + displacement."""
+        for _ in range(steps):
+            self.move(start, displacement)
+            self.add_gradient(displacement, scale, step)
 
     def loss(self) -> Tensor:
         """Of each row, [R]."""
@@ -218,6 +227,10 @@ class _Fused(_InRows):
     def add_gradient(self, into: list[Tensor], scale: float = 0.0, step: float = 1.0) -> None:
         moved_by = None if self.displacement is None else self.displacement[0]
         self.kernel.add(self.start[0], moved_by, into[0], scale, step)
+
+    def descend(self, start: list[Tensor], displacement: list[Tensor], steps: int, scale: float, step: float) -> None:
+        for done in range(0, steps, STEPS_A_CALL):
+            self.kernel.add(start[0], displacement[0], displacement[0], scale, step, min(STEPS_A_CALL, steps - done))
 
     def hessian_product(self, v: Tensor) -> Tensor:
         raise NotImplementedError("the compiled kernel knows no second derivatives: ask for second_order")

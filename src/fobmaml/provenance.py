@@ -10,11 +10,13 @@ import torch
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Commit (None outside a checkout; ``dirty`` if files differ from it), versions, processor, threads, device."""
+    """Commit (None outside a checkout; ``dirty`` if files differ from it, other than results), versions, processor,
+    threads, device."""
     commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     return {
         "commit": commit,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "dirty": bool(changed) if commit else None,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "numpy", "mnist1d")}},
         "processor": _processor(),
         "threads": torch.get_num_threads(),

@@ -119,16 +119,16 @@ class GradientDescent(Solver):
         theta = evaluation.pack(problem.theta[:1] if shared else problem.theta)
         # The displacement φ − θ is what moves: it is small, so that little of it is lost to rounding.
         displacement = [torch.zeros_like(part) for part in evaluation.parameters]
-        velocity = [torch.zeros_like(part) for part in displacement] if self.momentum else []
-        for _ in range(self.steps):
-            if self.momentum:
+        if self.momentum == 0.0:
+            evaluation.descend(theta, displacement, self.steps, 1.0 - self.lr * problem.lam, -self.lr)
+        else:
+            velocity = [torch.zeros_like(part) for part in displacement]
+            for _ in range(self.steps):
+                evaluation.move(theta, displacement)
                 evaluation.add_gradient(velocity, self.momentum)
                 for d, v in zip(displacement, velocity, strict=True):
                     v.add_(d, alpha=problem.lam)
                     d.sub_(v, alpha=self.lr)
-            else:
-                evaluation.add_gradient(displacement, 1.0 - self.lr * problem.lam, -self.lr)
-            evaluation.move(theta, displacement)
         return self._solution(problem, evaluation.unpack(displacement))
 
     def _solution(self, problem: InnerProblem, displacement: Tensor) -> Solution:

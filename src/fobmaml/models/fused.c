@@ -57,7 +57,7 @@ typedef struct {
     float *gh;            /* the loss's derivative by it, zero until it is summed up */
     float *gz;            /* first a'(z), then the derivative by z: [examples][length_out][out] */
     int64_t *from, *to;   /* where window m starts in h, and where its outputs go in the next layer's h */
-    float *part;          /* of the weights, or of gz, in another order */
+    float *part;          /* room for a part of one of these, in another order */
 } Buffers;
 
 INLINE vec load(const float *p) { return *(const unaligned *)p; }
@@ -449,17 +449,19 @@ static void backward(const Layer *layers, int64_t count, int64_t examples, Buffe
     }
 }
 
-/* into[r] = scale * into[r] + step * (the gradient at phi[r] of sum over n of weights[r][n] * cross-entropy)
+/* ``times`` times: into[r] = scale * into[r] + step * (the gradient at phi[r] of the sum over n of weights[r][n] *
+cross-entropy)
 
-phi[r] = start[r] + moved[r], or start[r] where ``moved`` is NULL; ``into`` may be ``moved``. start [rows][parameters],
-with ``stride`` numbers from a row to the next, moved and into [rows][parameters]; x [rows][examples][length][channels];
+phi[r] = start[r] + moved[r], or start[r] where ``moved`` is NULL; ``into`` may be ``moved``, which makes it gradient
+descent, without a thread waiting for another between the steps. start [rows][parameters], with ``stride`` numbers from
+a row to the next, moved and into [rows][parameters]; x [rows][examples][length][channels];
 targets [rows][examples][classes], one-hot; weights [rows][examples]. ``scratch``: threads * fused_scratch(layers,
 count, block) prepared bytes, aligned to 64; examples are taken in blocks of ``block``. What it returns does not depend
 on the number of threads. */
 void fused_gradient(const Layer *layers, int64_t count, int64_t rows, int64_t examples, int64_t block,
                     int64_t parameters, const float *start, int64_t stride, const float *moved, const float *x,
-                    const float *targets, const float *weights, float scale, float step, float *into, char *scratch,
-                    int threads) {
+                    const float *targets, const float *weights, int64_t times, float scale, float step, float *into,
+                    char *scratch, int threads) {
     int64_t bytes = fused_scratch(layers, count, block), inputs = layers->length_in * layers->in;
     int64_t classes = layers[count - 1].out;
 #pragma omp parallel num_threads(threads)
@@ -468,13 +470,15 @@ void fused_gradient(const Layer *layers, int64_t count, int64_t rows, int64_t ex
         arrange(layers, count, block, scratch + omp_get_thread_num() * bytes, at);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t r = 0; r < rows; r++) {
-            for (int64_t l = 0; l < count; l++)
-                pack(layers + l, start + r * stride, moved ? moved + r * parameters : NULL, at + l);
-            for (int64_t n = 0; n < examples; n += block) {
-                int64_t some = MIN(block, examples - n), e = r * examples + n;
-                forward(layers, count, some, x + e * inputs, at);
-                loss_gradient(some, classes, at[count].h, targets + e * classes, weights + e, at[count - 1].gz);
-                backward(layers, count, some, at, into + r * parameters, n ? 1.0f : scale, step);
+            for (int64_t t = 0; t < times; t++) {
+                for (int64_t l = 0; l < count; l++)
+                    pack(layers + l, start + r * stride, moved ? moved + r * parameters : NULL, at + l);
+                for (int64_t n = 0; n < examples; n += block) {
+                    int64_t some = MIN(block, examples - n), e = r * examples + n;
+                    forward(layers, count, some, x + e * inputs, at);
+                    loss_gradient(some, classes, at[count].h, targets + e * classes, weights + e, at[count - 1].gz);
+                    backward(layers, count, some, at, into + r * parameters, n ? 1.0f : scale, step);
+                }
             }
         }
     }

@@ -37,8 +37,8 @@ def kernel() -> ctypes.CDLL | None:
     layers, whole, real, memory = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     library.fused_scratch.argtypes, library.fused_scratch.restype = [layers, whole, whole], whole
     library.fused_prepare.argtypes, library.fused_prepare.restype = [layers, whole, whole, memory, ctypes.c_int], None
-    library.fused_gradient.argtypes = [layers, *[whole] * 5, memory, whole, *[memory] * 4, real, real, memory, memory,
-                                       ctypes.c_int]
+    library.fused_gradient.argtypes = [layers, *[whole] * 5, memory, whole, *[memory] * 4, whole, real, real, memory,
+                                       memory, ctypes.c_int]
     library.fused_gradient.restype = None
     return library
 
@@ -88,15 +88,18 @@ class FusedGradient:
         self.scratch = start + -start % ALIGNMENT
         self.kernel.fused_prepare(self.layers, len(layers), self.block, self.scratch, self.threads)
 
-    def add(self, start: Tensor, displacement: Tensor | None, into: Tensor, scale: float, step: float) -> None:
-        """into ← scale · into + step · the gradient at φ = start + displacement, ``into`` maybe the displacement.
+    def add(self, start: Tensor, displacement: Tensor | None, into: Tensor, scale: float, step: float,
+            times: int = 1) -> None:
+        """into ← scale · into + step · the gradient at φ = start + displacement, ``times`` times.
 
-        ``start`` [1, P] or [R, P], which may be expanded; the others contiguous [R, P].
+        ``into`` may be the displacement, which makes it gradient descent. ``start`` [1, P] or [R, P], which may be
+        expanded; the others contiguous [R, P].
         """
         x, targets, weights = self.data
         start = start.expand(len(x), -1)
         assert start.shape[1] == self.parameters
-        assert start.stride(1) == 1
+        if start.stride(1) != 1:
+            start = start.contiguous()
         for rows in (into, into if displacement is None else displacement):
             assert rows.shape == start.shape
             assert rows.is_contiguous()
@@ -104,4 +107,4 @@ class FusedGradient:
         self.kernel.fused_gradient(
             self.layers, len(self.layers), *x.shape[:2], self.block, self.parameters, start.data_ptr(), start.stride(0),
             None if displacement is None else displacement.data_ptr(), x.data_ptr(), targets.data_ptr(),
-            weights.data_ptr(), scale, step, into.data_ptr(), self.scratch, self.threads)
+            weights.data_ptr(), times, scale, step, into.data_ptr(), self.scratch, self.threads)
