@@ -19,7 +19,7 @@ class Evaluation(Protocol):
     """The sum over rows of a loss L(network(φᵣ, xᵣ)), with the parameters φ [R, P] in a layout of its own.
 
     ``parameters``: in that layout, as a list of tensors [R, ...], where the evaluation began; ``pack`` and ``unpack``
-    go between such lists and rows [R, P].
+    go between such lists and rows [R, P]; what is unpacked may be the list's own memory.
     """
 
     parameters: list[Tensor]
@@ -176,7 +176,7 @@ class _InRows(Evaluation):
         return [rows.clone(memory_format=torch.contiguous_format)]
 
     def unpack(self, packed: list[Tensor]) -> Tensor:
-        return packed[0].clone()
+        return packed[0]
 
 
 class _ByAutograd(_InRows):

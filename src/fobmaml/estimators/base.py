@@ -76,7 +76,7 @@ WORK_AT_ONCE = 2**25
 Measured (results/bench_chunks.csv): with less, calls cost time; with more, memory grows and time does not fall.
 """
 ROWS_A_THREAD = 8
-"""At least so many with the compiled kernel: a row is one thread's, and all threads wait for the last at every step."""
+"""At least so many with the compiled kernel: a row is one thread's, and all threads wait for the last."""
 
 
 def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
