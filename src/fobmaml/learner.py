@@ -18,7 +18,7 @@ STEPS_A_CALL = 10
 class Evaluation(Protocol):
     """The sum over rows of a loss L(network(φᵣ, xᵣ)), with the parameters φ [R, P] in a layout of its own.
 
-    ``parameters``: in that layout, as a list of tensors [R, ...], where the evaluation began; ``pack`` and ``unpack``
+    ``parameters``: in that layout, as a list of tensors [R, ...]; ``pack`` and ``unpack``
     go between such lists and rows [R, P]; what is unpacked may be the list's own memory.
     """
 
@@ -29,10 +29,7 @@ class Evaluation(Protocol):
     def unpack(self, packed: list[Tensor]) -> Tensor: ...
 
     def move(self, start: list[Tensor], displacement: list[Tensor]) -> None:
-        """φ ← start + displacement, lists like ``parameters``; ``start`` may have a single row for all.
-
-        They are read here or by the next ``add_gradient``, which may write into ``displacement``.
-        """
+        """φ ← start + displacement, lists like ``parameters``; ``start`` may have a single row for all."""
         for phi, theta, d in zip(self.parameters, start, displacement, strict=True):
             torch.add(theta, d, out=phi)
 
@@ -213,20 +210,17 @@ class _Fused(_InRows):
         layers = model.stacked_layers()
         loss.prepare(phi.new_empty(*x.shape[:2], learner.shapes[layers[-1].weight][0]))
         self.kernel = fused.FusedGradient(layers, learner.shapes, model.stacked_inputs(x), loss.one_hot, loss.weights)
-        self.parameters = self.start = [phi.detach()]
-        self.displacement: list[Tensor] | None = None
+        self.parameters = [phi.detach()]
         self.learner, self.x, self.row_loss = learner, x, loss
 
     def move(self, start: list[Tensor], displacement: list[Tensor]) -> None:
-        self.start, self.displacement = start, displacement
+        self.parameters = [start[0] + displacement[0]]  # what it began with belongs to somebody else
 
     def loss(self) -> Tensor:
-        phi = self.start[0] if self.displacement is None else self.start[0] + self.displacement[0]
-        return self.row_loss(self.learner.outputs(phi, self.x))
+        return self.row_loss(self.learner.outputs(self.parameters[0], self.x))
 
     def add_gradient(self, into: list[Tensor], scale: float = 0.0, step: float = 1.0) -> None:
-        moved_by = None if self.displacement is None else self.displacement[0]
-        self.kernel.add(self.start[0], moved_by, into[0], scale, step)
+        self.kernel.add(self.parameters[0], None, into[0], scale, step)
 
     def descend(self, start: list[Tensor], displacement: list[Tensor], steps: int, scale: float, step: float) -> None:
         for done in range(0, steps, STEPS_A_CALL):
