@@ -59,7 +59,7 @@ PATIENCE = 4.0
 MATRIX = 2048
 TOLERANCE = 1e-4
 """Of the relative distance between another library's MAML and ours."""
-QUICK = {"widths": [25, 64], "inner_steps": [10], "repeats": 2, "repeats_long": 2, "loop_steps": 30}
+QUICK = {"widths": [25, 64], "inner_steps": [10], "repeats": 1, "repeats_long": 1, "loop_steps": 30}
 ESTIMATORS: dict[str, Callable[[GradientDescent], Estimator]] = {
     "forward": estimators.Forward, "symmetric": estimators.Symmetric, "central4": estimators.Central,
     "maml": estimators.MAML, "maml_checkpoint": partial(estimators.MAML, checkpoint=True),
