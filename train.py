@@ -55,7 +55,7 @@ log = logging.getLogger("train")
 TRACED = "HYDRA_FULL_ERROR" in os.environ
 
 # Runs that agree in everything else are the same run, and continue each other's checkpoints.
-NOT_PART_OF_A_RUN = ("resume", "wandb", "device", "checkpoint_every")
+NOT_PART_OF_A_RUN = ("resume", "wandb", "device", "engine", "checkpoint_every")
 
 SUMMARY_KEYS = ("test/accuracy", "test/accuracy_ci95", "test/loss", "memory/peak_bytes", "bias/relative_error",
                 "bias/cosine", "bias/reference", "bias/reason", "time/meta_step_s", "inner/residual",
@@ -171,7 +171,8 @@ def lead(cfg: DictConfig, training: MetaTraining, folder: Path) -> float | None:
             error.args = (f"{error}; the last good checkpoint is {folder / 'checkpoint.pt'}",)
         raise
     finally:
-        measured = {"step": training.step, **dict.fromkeys(SUMMARY_KEYS), **training.latest}
+        measured = {"step": training.step, "engine": training.learner.used, **dict.fromkeys(SUMMARY_KEYS),
+                    **training.latest}
         summary |= {**measured, "choices": choices(), "seconds": round(time.time() - started, 1),
                     "provenance": provenance(training.learner.device), "config": config}
         events.close()
@@ -192,7 +193,7 @@ def build(cfg: DictConfig) -> MetaTraining:
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
         one_of("wandb.mode", cfg.wandb.mode, ("offline", "online", "disabled"))
         settings = Settings(**{key: cfg[key] for key in ("steps", "seed", "meta_batch", "fixed_tasks", "task_chunk",
-                                                         "memory_limit_mb", "compiled", "schedule", "log_every",
+                                                         "memory_limit_mb", "engine", "schedule", "log_every",
                                                          "checkpoint_every")},
                             **{f"{group}_{key}": value for group in ("eval", "bias", "smoothness", "curvature")
                                for key, value in cfg[group].items()})

@@ -31,27 +31,27 @@ STEPS = 10
 def shares(width: int, repeats: int) -> list[dict[str, object]]:
     """Medians over ``repeats``: of the whole, with the kernel and without in turns, and of each kind's part of it."""
     setting = Setting(width, STEPS)
-    used = (True, False) if Learner(setting.model, setting.loss_fn).compiled else (False,)
-    ways = {str(compiled).lower(): setting.ours("symmetric", compiled=compiled) for compiled in used}
+    used = ("fused", "stacked") if Learner(setting.model, setting.loss_fn).fused else ("stacked",)
+    ways = {engine: setting.ours("symmetric", engine=engine) for engine in used}
     with FlopCounterMode(display=False) as counter:
-        ways["false"].gradient(setting.tasks)
+        ways["stacked"].gradient(setting.tasks)
     operations = counter.get_total_flops()
-    whole = take_turns({compiled: way.calls(setting.tasks) for compiled, way in ways.items()}, repeats)
+    whole = take_turns({engine: way.calls(setting.tasks) for engine, way in ways.items()}, repeats)
     rows: list[dict[str, object]] = []
-    for compiled, way in ways.items():
+    for engine, way in ways.items():
         spent: dict[str, list[float]] = {}
         for _ in range(repeats):
-            found = (in_kernel if compiled == "true" else by_operator)(partial(way.gradient, setting.tasks))
+            found = (in_kernel if engine == "fused" else by_operator)(partial(way.gradient, setting.tasks))
             for kind, part in found.items():
                 spent.setdefault(kind, []).append(part)
         medians = {kind: statistics.median(parts) for kind, parts in spent.items()}
         for kind, median in medians.items():
             gflops = operations / median / 1e9 if kind in ("kernel", "matrix products") else None
             rows.append({
-                "width": width, "compiled": compiled, "tasks_at_once": way.at_once,
-                "total_seconds": round(statistics.median(total for total, _ in whole[compiled]), 5),
-                "fraction_of_limit": round(statistics.median(operations / t / rate for t, rate in whole[compiled]), 4),
-                "matrix_product_gflops": round(statistics.median(rate for _, rate in whole[compiled]) / 1e9, 1),
+                "width": width, "engine": engine, "tasks_at_once": way.at_once,
+                "total_seconds": round(statistics.median(total for total, _ in whole[engine]), 5),
+                "fraction_of_limit": round(statistics.median(operations / t / rate for t, rate in whole[engine]), 4),
+                "matrix_product_gflops": round(statistics.median(rate for _, rate in whole[engine]) / 1e9, 1),
                 "kind": kind, "seconds": round(median, 5), "share": round(median / sum(medians.values()), 4),
                 "gflops": gflops and round(gflops, 1)})
     return rows

@@ -74,6 +74,8 @@ class Candidate:
 
     gradient: Callable[[TaskBatch], Any]
     at_once: int
+    learner: Learner | None = None
+    """If it is ours."""
 
     def calls(self, tasks: TaskBatch) -> list[Callable[[], object]]:
         """One for each of the parts that are solved at once."""
@@ -90,13 +92,13 @@ class Setting:
         self.model = CNN1d(source.input_shape, source.outputs, width).to(dtype)
         self.loss_fn = source.loss_fn
 
-    def ours(self, name: str, chunk: int | None = None, compiled: bool = True) -> Candidate:
+    def ours(self, name: str, chunk: int | None = None, engine: str = "auto") -> Candidate:
         """``chunk``: None for task_chunk=auto."""
         estimator = ESTIMATORS[name](GradientDescent(self.steps, self.lr))
-        learner = Learner(self.model, self.loss_fn, compiled=compiled)
+        learner = Learner(self.model, self.loss_fn, engine)
         at_once, theta = chunk or chunk_size(learner, self.tasks, estimator), learner.theta()
         return Candidate(lambda part: estimate(estimator, learner, theta, part, at_once, diagnose=False).gradient,
-                         at_once)
+                         at_once, learner)
 
     def peer(self, name: str) -> Candidate:
         network = plain_network(self.model)
@@ -164,7 +166,7 @@ def by_estimator(width: int, steps: int, repeats: int) -> list[Row]:
     if steps > SHORT:
         setting.tasks = setting.tasks[:FEW]
     candidates = {**{name: setting.ours(name) for name in ESTIMATORS},
-                  "symmetric_operators": setting.ours("symmetric", compiled=False),
+                  "symmetric_operators": setting.ours("symmetric", engine="stacked"),
                   **{name: setting.peer(name) for name in PEERS}}
     parts = {name: setting.tasks[:TASKS if steps <= SHORT else c.at_once] for name, c in candidates.items()}
     errors = {name: gradient_error(name, width, steps) for name in PEERS}
@@ -173,14 +175,15 @@ def by_estimator(width: int, steps: int, repeats: int) -> list[Row]:
     for name, candidate in candidates.items():
         tasks, chunk = len(parts[name]), setting.tasks[:candidate.at_once]
         # The counter sees torch's operators only, so the same computation is counted there.
-        counted = setting.ours(name, compiled=False) if name in ESTIMATORS else candidate
+        counted = setting.ours(name, engine="stacked") if name in ESTIMATORS else candidate
         with FlopCounterMode(display=False) as counter:
             counted.gradient(chunk)
         multiply_adds = round(counter.get_total_flops() / 2 * tasks / len(chunk))
         times, rates = zip(*measured[name], strict=True)
         timing = spread(times)
         rows.append({
-            "estimator": name, "width": width, "inner_steps": steps, "tasks": tasks, "tasks_at_once": len(chunk),
+            "estimator": name, "engine": candidate.learner.used if candidate.learner else "autograd",
+            "width": width, "inner_steps": steps, "tasks": tasks, "tasks_at_once": len(chunk),
             **timing, f"seconds_{TASKS}_tasks": round(timing["seconds_median"] * TASKS / tasks, 5),
             "multiply_adds": multiply_adds, "matrix_product_gflops": round(statistics.median(rates) / 1e9, 1),
             "fraction_of_limit": round(statistics.median(2 * multiply_adds / t / r for t, r in measured[name]), 4),

@@ -30,11 +30,11 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("engine", ["auto", "autograd"])
 @pytest.mark.parametrize(("make", "length"), MODELS)
-def test_rows_equal_the_module(make, length, by_hand):
+def test_rows_equal_the_module(make, length, engine):
     torch.manual_seed(0)
-    learner = Learner(make().double(), F.cross_entropy, by_hand)
+    learner = Learner(make().double(), F.cross_entropy, engine)
     tasks = _batch(length=length)
     rows = learner.theta() + 0.1 * torch.randn(3, learner.parameter_count, dtype=torch.float64)
     problem = InnerProblem(learner, rows, tasks, 0.0)
@@ -105,7 +105,7 @@ def test_estimators_by_hand_equal_those_by_autograd(seed):
         for estimator in estimators:
             fast, plain = (estimate(estimator, learner, learner.theta(), tasks, chunk)
                            for learner, chunk in ((Learner(model, F.cross_entropy), size(1, count)),
-                                                  (Learner(model, F.cross_entropy, by_hand=False), None)))
+                                                  (Learner(model, F.cross_entropy, engine="autograd"), None)))
             kind = f"{type(estimator).__name__}, {dtype}, {model}"
             assert (fast.gradient - plain.gradient).norm() <= tol * plain.gradient.norm(), kind
             torch.testing.assert_close(fast.query_loss, plain.query_loss, rtol=tol, atol=tol, msg=kind)
@@ -135,7 +135,7 @@ def test_compiled_gradients_equal_autograd(instructions, seed):
         width, depth, examples = 230, 3, 110  # in the blocks of large layers
     torch.manual_seed(seed)
     model = (CNN1d if seed % 3 else MLP)((length,), outputs, width, depth)
-    learner, precise = Learner(model, F.cross_entropy), Learner(model.double(), F.cross_entropy, by_hand=False)
+    learner, precise = Learner(model, F.cross_entropy), Learner(model.double(), F.cross_entropy, engine="autograd")
     x, targets = torch.randn(rows, examples, length), torch.randint(outputs, (rows, examples))
     factor = torch.rand(rows)
     phi = precise.theta() * (1.0, 5.0)[seed % 2] + 0.1 * torch.randn(rows, precise.parameter_count)
@@ -150,14 +150,14 @@ def test_compiled_gradients_equal_autograd(instructions, seed):
             part.fill_(torch.nan)  # is not read
         evaluation.add_gradient(into, scale, step)
         found.append(evaluation.unpack(into))
-    assert learner.compiled
-    assert not precise.compiled
+    assert learner.fused
+    assert not precise.fused
     assert (found[0] - found[1]).norm() <= 1e-5 * found[1].norm()
 
 
 def test_compiled_gradients_do_not_depend_on_threads_and_tasks_at_once(instructions):
     learner, tasks = Learner(CNN1d((40,), 5, width=20), F.cross_entropy), _batch().to(dtype=torch.float32)
-    assert learner.compiled
+    assert learner.fused
     found = []
     for threads, chunk in ((1, 1), (1, 3), (2, 3), (5, 3)):
         torch.set_num_threads(threads)
@@ -183,18 +183,18 @@ def test_the_kernel_takes_float32_only(instructions):
 
 
 def test_the_kernel_is_for_what_it_knows(monkeypatch):
-    def compiled(model, **options):
-        return Learner(model, F.cross_entropy, **options).compiled
+    def is_fused(model, **options):
+        return Learner(model, F.cross_entropy, **options).fused
 
     model = CNN1d((40,), 5, width=4)
-    assert compiled(model) == (fused.kernel() is not None)
-    assert not compiled(model, compiled=False)
-    assert not compiled(model, by_hand=False)
-    assert not compiled(CNN1d((40,), 5, width=4, activation="tanh"))
-    assert not compiled(CNN1d((40,), 5, width=4).double())
+    assert is_fused(model) == (fused.kernel() is not None)
+    assert not is_fused(model, engine="stacked")
+    assert not is_fused(model, engine="autograd")
+    assert not is_fused(CNN1d((40,), 5, width=4, activation="tanh"))
+    assert not is_fused(CNN1d((40,), 5, width=4).double())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     fused.kernel.cache_clear()
-    assert not compiled(model)
+    assert not is_fused(model)
     fused.kernel.cache_clear()
 
 
@@ -219,11 +219,11 @@ class Doubled(CNN1d):
 @pytest.mark.parametrize("kind", [CNN1d, Doubled])
 def test_passes_by_hand_are_for_the_listed_network_only(kind):
     model = kind((40,), 5, width=4).double()
-    assert Learner(CNN1d((40,), 5, width=4), F.cross_entropy).by_hand
+    assert Learner(CNN1d((40,), 5, width=4), F.cross_entropy).stacked
     if kind is CNN1d:
         model.biases[1].requires_grad_(False)
     learner, tasks = Learner(model, F.cross_entropy), _batch()
-    assert not learner.by_hand
+    assert not learner.stacked
     rows = learner.theta().expand(3, -1)
     gradient = InnerProblem(learner, rows, tasks, 0.0).gradient(rows)
     support, _ = plain_losses(learner, tasks, 0)

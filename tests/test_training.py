@@ -16,7 +16,7 @@ from fobmaml.tasks import Sinusoid
 from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings
 
 QUICK = {"steps": 1, "seed": 0, "meta_batch": 16, "task_chunk": "auto",
-         "memory_limit_mb": None, "compiled": True, "schedule": "cosine", "log_every": 10,
+         "memory_limit_mb": None, "engine": "auto", "schedule": "cosine", "log_every": 10,
          "checkpoint_every": 100, "eval_every": 100, "eval_tasks": 8, "eval_validation_tasks": 8, "bias_every": 0,
          "bias_at_start": False, "bias_tasks": 2, "bias_tol": 1e-8, "fixed_tasks": False, "smoothness_every": 0,
          "smoothness_tasks": 2, "smoothness_radius": 1e-3, "curvature_every": 0, "curvature_tasks": 2}
@@ -143,7 +143,7 @@ def test_task_chunk_does_not_change_the_result(mnist1d):
 
 def test_automatic_chunks_shrink_with_width(mnist1d):
     tasks = mnist1d.sample("train", 16, torch.Generator().manual_seed(0))
-    small, large = (Learner(CNN1d((40,), 5, width=w), F.cross_entropy, compiled=False) for w in (16, 250))
+    small, large = (Learner(CNN1d((40,), 5, width=w), F.cross_entropy, "stacked") for w in (16, 250))
     central, forward, fomaml = (kind(solvers.GradientDescent()) for kind in (Central, Forward, FOMAML))
     assert [e.rows_per_task for e in (central, forward, fomaml)] == [4, 1, 1]
     assert chunk_size(small, tasks, central) == 16
@@ -153,7 +153,7 @@ def test_automatic_chunks_shrink_with_width(mnist1d):
 
 def test_automatic_chunks_keep_threads_busy_where_gradients_are_compiled(mnist1d):
     learner = Learner(CNN1d((40,), 5, width=250), F.cross_entropy)
-    learner.compiled = True  # also where there is no compiler
+    learner.fused = True  # also where there is no compiler
     tasks = mnist1d.sample("train", 16, torch.Generator().manual_seed(0))
     central, maml = (kind(solvers.GradientDescent()) for kind in (Central, MAML))
     chunks = {threads: [] for threads in (1, 2)}
@@ -232,7 +232,7 @@ def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
     ("steps", -1), ("steps", 2.5), ("meta_batch", 0), ("task_chunk", "some"), ("task_chunk", 0), ("schedule", "linear"),
     ("eval_every", 0), ("eval_tasks", 1), ("bias_every", -1), ("bias_tol", 0), ("seed", -1), ("checkpoint_every", 0),
     ("memory_limit_mb", 0), ("fixed_tasks", 1), ("bias_at_start", 0), ("smoothness_radius", 0), ("curvature_every", -1),
-    ("compiled", 1),
+    ("engine", "fast"),
 ])
 def test_bad_settings(setting, value):
     with pytest.raises(ValueError, match=f"^{setting}={value}: takes"):

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from fobmaml.arguments import one_of, refuse
 from fobmaml.losses import CrossEntropy, LossFn, RowLoss, moved, row_loss
 from fobmaml.models import fused
 from fobmaml.models.stacked import StackedNetwork
 from fobmaml.tasks.batch import TaskBatch
 
+ENGINES = ("auto", "autograd", "stacked", "fused")
 STEPS_A_CALL = 10
 """Of the compiled kernel: within a call no thread waits for another, and nobody can interrupt."""
 
@@ -54,15 +56,17 @@ class Learner:
 
     ``model``: any ``torch.nn.Module``; its trainable parameters, in the order of ``named_parameters``, are a row.
     One that lists its layers (``stacked_layers`` and ``stacked_inputs``, see ``CNN1d``) is evaluated and differentiated
-    by ``StackedNetwork``, several times faster; others, or all with ``by_hand=False``, by ``torch.func.vmap`` and
-    autograd. Gradients of a cross-entropy are faster again where ``models.fused`` fits, unless ``compiled=False``.
+    by ``StackedNetwork``, several times faster; others by ``torch.func.vmap`` and autograd. Gradients of a
+    cross-entropy are faster again where ``models.fused`` fits. ``engine`` insists on one of the three: ``stacked``,
+    ``autograd``, ``fused`` (whose Hessian products are ``stacked``); ``used`` says which were.
     ``loss_fn(outputs [N, ...], targets [N, ...])`` returns the mean loss.
 
     Raises ValueError for a model without trainable parameters, and for one whose loss is not a function of
     parameters and one example set alone (batch statistics, active dropout).
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, by_hand: bool = True, compiled: bool = True):
+    def __init__(self, model: nn.Module, loss_fn: LossFn, engine: str = "auto"):
+        one_of("engine", engine, ENGINES)
         _check_pure(model)
         self.model, self.loss_fn = model, loss_fn
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -74,9 +78,21 @@ class Learner:
         ((self.dtype, self.device),) = kinds
         self.shapes = {name: p.shape for name, p in trainable.items()}
         self.sizes = [p.numel() for p in trainable.values()]
-        self.by_hand = by_hand and _lists_its_layers(model, set(trainable))
+        self.stacked = engine != "autograd" and _lists_its_layers(model, set(trainable))
+        if engine in ("stacked", "fused") and not self.stacked:
+            raise refuse("engine", engine, "a network that lists its layers (CNN1d, MLP); auto takes any")
         listed: Any = model
-        self.compiled = compiled and self.by_hand and fused.fits(listed.stacked_layers(), self.dtype, self.device)
+        self.fused = (engine in ("auto", "fused") and self.stacked
+                      and fused.fits(listed.stacked_layers(), self.dtype, self.device))
+        if engine == "fused" and not self.fused:
+            raise refuse("engine", engine,
+                         "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any")
+        self._used: dict[str, None] = {}
+
+    @property
+    def used(self) -> str:
+        """The engines that have computed gradients so far: ``fused-avx512``, ``stacked``, ``autograd``, or several."""
+        return "+".join(sorted(self._used))
 
     @property
     def parameter_count(self) -> int:
@@ -96,9 +112,9 @@ class Learner:
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
         """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].
 
-        By hand, no graph is recorded: to differentiate, take an ``evaluation``.
+        Stacked, no graph is recorded: to differentiate, take an ``evaluation``.
         """
-        if self.by_hand:
+        if self.stacked:
             return _by_hand(self, phi, x).outputs()
         return vmap(lambda p, inputs: functional_call(self.model, p, (inputs,)))(self.fold(phi), x)
 
@@ -108,9 +124,11 @@ class Learner:
 
     def evaluation(self, phi: Tensor, x: Tensor, loss: RowLoss, second_order: bool = False) -> Evaluation:
         """At ``phi`` [R, P] and inputs ``x`` [R, N, ...]. ``second_order``: for Hessian products."""
-        if self.compiled and isinstance(loss, CrossEntropy) and not second_order:
+        if self.fused and isinstance(loss, CrossEntropy) and not second_order:
+            self._used[f"fused-{fused.instructions()}"] = None
             return _Fused(self, phi, x, loss)
-        return (_ByHand if self.by_hand else _ByAutograd)(self, phi, x, loss, second_order)
+        self._used["stacked" if self.stacked else "autograd"] = None
+        return (_ByHand if self.stacked else _ByAutograd)(self, phi, x, loss, second_order)
 
     def query_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """fᵢ(φᵢ), row i on task i: [T, P] -> [T]."""

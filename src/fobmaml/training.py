@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.estimators import Estimator, chunk_size, estimate
-from fobmaml.learner import Learner
+from fobmaml.learner import ENGINES, Learner
 from fobmaml.measure import bias, curvature, peak_bytes, smoothness
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import Split, TaskBatch, TaskSource
@@ -42,7 +42,7 @@ class Settings:
     fixed_tasks: bool
     task_chunk: int | str
     memory_limit_mb: float | None
-    compiled: bool
+    engine: str
     schedule: str
     log_every: int
     checkpoint_every: int
@@ -69,7 +69,7 @@ class Settings:
         for name in ("eval_tasks", "eval_validation_tasks"):  # an interval needs two
             if getattr(self, name) == 1:
                 raise refuse(name, 1, "a whole number of at least 2, or 0 for none")
-        for name in ("fixed_tasks", "bias_at_start", "compiled"):
+        for name in ("fixed_tasks", "bias_at_start"):
             if not isinstance(getattr(self, name), bool):
                 raise refuse(name, getattr(self, name), "true or false")
         if self.task_chunk != "auto":
@@ -81,6 +81,7 @@ class Settings:
             number("memory_limit_mb", self.memory_limit_mb, above=0.0)
             if self.task_chunk != "auto":
                 raise refuse("memory_limit_mb", self.memory_limit_mb, "task_chunk=auto, which it limits")
+        one_of("engine", self.engine, ENGINES)
         one_of("schedule", self.schedule, ("cosine", "constant"))
         number("bias_tol", self.bias_tol, above=0.0)
         number("smoothness_radius", self.smoothness_radius, above=0.0)
@@ -107,7 +108,7 @@ class MetaTraining:
                  make_optimizer: Callable[[list[nn.Parameter]], Optimizer]):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # differences need all digits
         self.settings, self.source, self.estimator = settings, source, estimator
-        self.learner = Learner(model, source.loss_fn, compiled=settings.compiled)
+        self.learner = Learner(model, source.loss_fn, settings.engine)
         named = dict(model.named_parameters())
         self.parameters = {name: named[name] for name in self.learner.shapes}
         self.optimizer = make_optimizer(list(self.parameters.values()))
@@ -291,7 +292,7 @@ class MetaTraining:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, as tensors and plain values."""
         return {"step": self.step, "model": self.learner.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "latest": dict(self.latest),
+                "latest": dict(self.latest), "engine": self.learner.used,
                 "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

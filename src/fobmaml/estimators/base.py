@@ -91,7 +91,7 @@ def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None =
     if estimator is not None:
         rows, examples = estimator.rows_per_task, support + query * estimator.query_in_inner_problem
     at_once = math.ceil(WORK_AT_ONCE / (rows * examples * learner.parameter_count))
-    if learner.compiled and (estimator is None or estimator.first_order):
+    if learner.fused and (estimator is None or estimator.first_order):
         at_once = max(at_once, math.ceil(ROWS_A_THREAD * torch.get_num_threads() / rows))
     return math.ceil(len(tasks) / math.ceil(len(tasks) / at_once))  # chunks of equal size
 

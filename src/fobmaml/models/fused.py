@@ -24,13 +24,18 @@ class _Layer(ctypes.Structure):
         "taps", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias"))
 
 
+def instructions() -> str:
+    """The set of vector instructions that torch uses and the kernel is chosen for: avx512, avx2 or another."""
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
 @cache
 def kernel() -> ctypes.CDLL | None:
     """The library for the vector instructions that torch uses, too; None if there is none or it was not compiled.
 
     ATEN_CPU_CAPABILITY=default, an environment variable of torch, turns it off.
     """
-    found = find_spec(f"fobmaml.models.fused_{torch.backends.cpu.get_cpu_capability().lower()}")
+    found = find_spec(f"fobmaml.models.fused_{instructions()}")
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
