@@ -10,7 +10,7 @@ from torch import nn
 import fobmaml
 from fobmaml import Learner, TaskBatch
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, estimate
-from fobmaml.losses import CrossEntropy, row_loss
+from fobmaml.losses import CrossEntropy, Loss, Part
 from fobmaml.models import MLP, CNN1d, fused
 from fobmaml.models.activations import ACTIVATIONS
 from fobmaml.solvers import GradientDescent, InnerProblem
@@ -57,7 +57,7 @@ def test_row_losses_are_the_loss_function(loss_fn):
     if loss_fn in (F.mse_loss, F.l1_loss):
         targets = torch.randn(3, 7, 5, generator=g, dtype=torch.float64)
     factor = torch.tensor([0.5, -0.5, 2.0], dtype=torch.float64)
-    loss = row_loss(loss_fn, targets, [(slice(2), 1.0), (slice(2, None), factor)])
+    loss = Loss(loss_fn).rows(targets, [Part(slice(2), 1.0), Part(slice(2, None), factor)])
     assert isinstance(loss, CrossEntropy) == (loss_fn is F.cross_entropy)
 
     def wanted(o):
@@ -76,7 +76,7 @@ def test_row_losses_are_the_loss_function(loss_fn):
 def test_ignored_targets_stay_ignored():
     targets = torch.tensor([[0, -100, 1]])
     outputs = torch.randn(1, 3, 2)
-    torch.testing.assert_close(row_loss(F.cross_entropy, targets, [(slice(None), 1.0)])(outputs),
+    torch.testing.assert_close(Loss(F.cross_entropy).rows(targets, [Part(slice(None), 1.0)])(outputs),
                                F.cross_entropy(outputs[0], targets[0]).unsqueeze(0))
 
 
@@ -143,7 +143,7 @@ def test_compiled_gradients_equal_autograd(instructions, seed):
     scale, step = ((0.0, 1.0), (0.9, -0.1))[seed // 2 % 2]
     found = []
     for which, dtype in ((learner, torch.float32), (precise, torch.float64)):
-        loss = row_loss(F.cross_entropy, targets, [(slice(None), factor.to(dtype))])
+        loss = Loss(F.cross_entropy).rows(targets, [Part(slice(None), factor.to(dtype))])
         evaluation = which.evaluation(phi.to(dtype), x.to(dtype), loss)
         into = evaluation.pack(before.to(dtype))
         for part in into if scale == 0.0 else []:

@@ -1,18 +1,24 @@
 """A network and a loss as functions of stacked flat parameters: one row a task."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 from fobmaml.arguments import one_of, refuse
-from fobmaml.losses import CrossEntropy, LossFn, RowLoss, moved, row_loss
+from fobmaml.losses import CrossEntropy, Loss, LossFn, Part, RowLoss, close, moved
 from fobmaml.models import fused
 from fobmaml.models.stacked import StackedNetwork
+from fobmaml.modules import PureModule, differentiable, private_copy
 from fobmaml.tasks.batch import TaskBatch
 
-ENGINES = ("auto", "autograd", "stacked", "fused")
+ENGINES = ("auto", "autograd", "loop", "stacked", "fused")
+LOOP_FROM = 10_000_000
+"""Floating-point operations of a row's forward pass from which a loop over rows is faster than ``torch.func.vmap``:
+measured on multilayer, convolutional and attention networks. A rule and no stopwatch, so that roundings repeat."""
 STEPS_A_CALL = 10
 """Of the compiled kernel: within a call no thread waits for another, and nobody can interrupt."""
 
@@ -54,33 +60,44 @@ class Evaluation(Protocol):
 class Learner:
     """The only place that knows how a flat row of parameters folds into a network's layers.
 
-    ``model``: any ``torch.nn.Module``; its trainable parameters, in the order of ``named_parameters``, are a row.
-    One that lists its layers (``stacked_layers`` and ``stacked_inputs``, see ``CNN1d``) is evaluated and differentiated
-    by ``StackedNetwork``, several times faster; others by ``torch.func.vmap`` and autograd. Gradients of a
-    cross-entropy are faster again where ``models.fused`` fits. ``engine`` insists on one of the three: ``stacked``,
-    ``autograd``, ``fused`` (whose Hessian products are ``stacked``); ``used`` says which were.
-    ``loss_fn(outputs [N, ...], targets [N, ...])`` returns the mean loss.
+    ``model``: any ``torch.nn.Module``; its trainable parameters, in the order of ``named_parameters``, are a row. It is
+    called as a private copy and comes back as it was. ``loss_fn(outputs [N, ...], targets [N, ...])``: the mean loss.
+    ``engine``, what computes gradients; ``used`` says which have:
 
-    Raises ValueError for a model without trainable parameters, and for one whose loss is not a function of
-    parameters and one example set alone (batch statistics, active dropout).
+    - ``stacked``: networks that list their layers (``stacked_layers``, ``stacked_inputs``, see ``CNN1d``), by hand;
+    - ``fused``: their gradients of a cross-entropy by a compiled kernel (Hessian products are ``stacked``);
+    - ``autograd``: any module that ``torch.func.vmap`` batches, all rows at once;
+    - ``loop``: any module, row by row;
+    - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
+
+    Where a network's examples interact, support and query set are evaluated apart. Raises ValueError for a model
+    without trainable parameters, and for one whose outputs are not a function of parameters and inputs (running batch
+    statistics, active dropout).
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, engine: str = "auto"):
         one_of("engine", engine, ENGINES)
-        _check_pure(model)
-        self.model, self.loss_fn = model, loss_fn
+        if not isinstance(model, nn.Module):
+            raise refuse("model", type(model).__name__, "a torch.nn.Module")
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError("model: takes a module with trainable parameters, got none")
+        for name, p in trainable.items():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise ValueError(f"model: parameter '{name}' has no shape yet: takes a module that was called once")
         kinds = {(p.dtype, p.device) for p in trainable.values()}
-        if len(kinds) > 1:
-            raise ValueError(f"model: takes parameters of one dtype on one device, got {sorted(map(str, kinds))}")
+        if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
+            raise ValueError("model: takes parameters of one real dtype on one device, got "
+                             f"{sorted(map(str, kinds))}")
         ((self.dtype, self.device),) = kinds
+        self.model, self.loss_fn, self.engine = model, loss_fn, engine
+        self.module, self.loss = PureModule(model, trainable), Loss(loss_fn)
         self.shapes = {name: p.shape for name, p in trainable.items()}
         self.sizes = [p.numel() for p in trainable.values()]
-        self.stacked = engine != "autograd" and _lists_its_layers(model, set(trainable))
+        self.stacked = engine not in ("autograd", "loop") and _lists_its_layers(model, set(trainable))
         if engine in ("stacked", "fused") and not self.stacked:
-            raise refuse("engine", engine, "a network that lists its layers (CNN1d, MLP); auto takes any")
+            raise refuse("engine", engine, "a network that lists its layers (CNN1d, MLP) and has no hooks; auto takes "
+                                           "any")
         listed: Any = model
         self.fused = (engine in ("auto", "fused") and self.stacked
                       and fused.fits(listed.stacked_layers(), self.dtype, self.device))
@@ -88,10 +105,13 @@ class Learner:
             raise refuse("engine", engine,
                          "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any")
         self._used: dict[str, None] = {}
+        self._batches: dict[bool, bool] = {}  # by whether Hessian products follow
+        self._joint: bool | None = None
+        self._listing_tried = False
 
     @property
     def used(self) -> str:
-        """The engines that have computed gradients so far: ``fused-avx512``, ``stacked``, ``autograd``, or several."""
+        """The engines that have computed gradients so far: ``fused-avx512``, ``stacked``, ``loop``, or several."""
         return "+".join(sorted(self._used))
 
     @property
@@ -103,41 +123,179 @@ class Learner:
         parameters = dict(self.model.named_parameters())
         return torch.cat([parameters[name].detach().reshape(-1) for name in self.shapes])
 
+    def in_double(self) -> "Learner":
+        """The same network and loss in float64, on copies of everything."""
+        model = private_copy(self.model, share=False).double()
+        return Learner(model, self.loss.to(torch.float64), "auto" if self.engine == "fused" else self.engine)
+
     def fold(self, rows: Tensor) -> dict[str, Tensor]:
         """[R, P] (or [P]) -> {parameter name: [R, ...] (or [...])}, views of ``rows``."""
         parts = rows.split(self.sizes, dim=-1)  # one backward for all parts, unlike slicing
-        return {name: part.reshape(*rows.shape[:-1], *shape)
+        return {name: part.reshape(rows.shape[:-1] + shape)
                 for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
-    def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
+    def outputs(self, phi: Tensor, x: Tensor, parts: Sequence[slice] = (slice(None),)) -> Tensor:
         """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].
 
-        Stacked, no graph is recorded: to differentiate, take an ``evaluation``.
+        ``parts``: examples that may not see each other. Stacked, no graph is recorded: to differentiate, take an
+        ``evaluation``.
         """
-        if self.stacked:
+        if self._is_stacked(phi, x):
             return _by_hand(self, phi, x).outputs()
-        return vmap(lambda p, inputs: functional_call(self.model, p, (inputs,)))(self.fold(phi), x)
+        one_by_one, batched = self._rows_one_by_one, self._rows_batched
+        of_rows = batched if self._is_batched(phi, x, False) else one_by_one
+        with differentiable():
+            if len(parts) > 1 and not self._is_joint(phi, x, parts):
+                return torch.cat([of_rows(phi, x[:, part]) for part in parts], dim=1)
+            return of_rows(phi, x)
+
+    def one_row(self, phi: Tensor, x: Tensor, parts: Sequence[slice] = (slice(None),)) -> Tensor:
+        """The same by the module itself, of a single row: [P], [N, ...] -> [N, ...]."""
+        folded = self.fold(phi)
+        if len(parts) > 1 and not self._is_joint(phi[None], x[None], parts):
+            return torch.cat([self.module(folded, x[part]) for part in parts])
+        return self.module(folded, x)
+
+    def _rows_one_by_one(self, phi: Tensor, x: Tensor) -> Tensor:
+        return torch.stack([self.module(self.fold(p), inputs) for p, inputs in zip(phi, x, strict=True)])
+
+    def _rows_batched(self, phi: Tensor, x: Tensor) -> Tensor:
+        return vmap(self.module)(self.fold(phi), x)
+
+    def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None) -> RowLoss:
+        """``targets`` [R, N, ...]; ``parts``: by default all examples of a row are one."""
+        return self.loss.rows(targets, parts or [Part(slice(None), 1.0)])
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of each row: [R, N, ...], [R, N, ...] -> [R]."""
-        return row_loss(self.loss_fn, targets, [(slice(None), 1.0)])(outputs)
+        return self.row_loss(targets)(outputs)
 
     def evaluation(self, phi: Tensor, x: Tensor, loss: RowLoss, second_order: bool = False) -> Evaluation:
         """At ``phi`` [R, P] and inputs ``x`` [R, N, ...]. ``second_order``: for Hessian products."""
-        if self.fused and isinstance(loss, CrossEntropy) and not second_order:
+        stacked = self._is_stacked(phi, x)
+        if stacked and self.fused and isinstance(loss, CrossEntropy) and not second_order:
             self._used[f"fused-{fused.instructions()}"] = None
             return _Fused(self, phi, x, loss)
-        self._used["stacked" if self.stacked else "autograd"] = None
-        return (_ByHand if self.stacked else _ByAutograd)(self, phi, x, loss, second_order)
+        if stacked:
+            self._used["stacked"] = None
+            return _ByHand(self, phi, x, loss, second_order)
+        batched = self._is_batched(phi, x, second_order)
+        self._used["autograd" if batched else "loop"] = None
+        return (_ByAutograd if batched else _ByLoop)(self, phi, x, loss, second_order)
 
     def query_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """fᵢ(φᵢ), row i on task i: [T, P] -> [T]."""
-        return self.losses(self.outputs(phi, tasks.query_x), tasks.query_y)
+        return self.row_loss(tasks.query_y, [QUERY])(self.outputs(phi, tasks.query_x))
 
     def query_gradient(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """∇fᵢ(φᵢ), row i on task i: [T, P] -> [T, P]. Cost: one query gradient a task."""
-        loss = row_loss(self.loss_fn, tasks.query_y, [(slice(None), 1.0)])
-        return gradient_of(self.evaluation(phi, tasks.query_x, loss))
+        return gradient_of(self.evaluation(phi, tasks.query_x, self.row_loss(tasks.query_y, [QUERY])))
+
+    def check(self, tasks: TaskBatch) -> TaskBatch:
+        """``tasks``, once they are known to fit the model. Raises ValueError naming what does not."""
+        tensors = {}
+        for name in ("support_x", "support_y", "query_x", "query_y"):
+            t = getattr(tasks, name)
+            if t.device != self.device:
+                raise refuse("tasks", f"tensors on {t.device}", f"the model's device, {self.device}")
+            if name.endswith("x") and t.is_floating_point() and t.dtype != self.dtype:
+                raise refuse(name, t.dtype, f"the model's dtype, {self.dtype}")
+            tensors[name] = t.clone() if t.is_inference() else t  # autograd does not take those
+        return TaskBatch(**tensors) if any(tensors[n] is not getattr(tasks, n) for n in tensors) else tasks
+
+    def _is_stacked(self, phi: Tensor, x: Tensor) -> bool:
+        """Whether the layers that a network lists are the network, tried once."""
+        if self.stacked and not self._listing_tried:
+            self._listing_tried = True
+            p, inputs = _elsewhere(phi), x[:1]
+            listed = _by_hand(self, p[:1], inputs).outputs()[0]
+            self.stacked = close(listed, self._called(inputs, lambda: self.one_row(p[0], inputs[0])))
+            if not self.stacked and self.engine in ("stacked", "fused"):
+                raise refuse("engine", self.engine, "a network whose forward is what its stacked_layers list")
+        return self.stacked
+
+    def _is_batched(self, phi: Tensor, x: Tensor, second_order: bool) -> bool:
+        """Whether rows are evaluated by vmap: it is the faster, and agrees with the module itself, tried once."""
+        if second_order not in self._batches:
+            self._batches[second_order] = self._try_batching(_elsewhere(phi), x[[0, -1]], second_order)
+        return self._batches[second_order]
+
+    def _try_batching(self, phi: Tensor, x: Tensor, second_order: bool) -> bool:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            first = self._called(x, lambda: self.one_row(phi[0], x[0]))
+        if not isinstance(first, Tensor) or first.dim() < 1 or len(first) != x.shape[1]:
+            got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+            raise refuse("model", f"outputs of {got}", f"a module that returns a tensor [{x.shape[1]}, ...], an entry "
+                                                       "for each example")
+        with torch.no_grad():
+            again = self.one_row(phi[0], x[0])
+        if not close(again, first):
+            layer = self.module.first_differing(self.fold(phi[0]), x[0]) or "its forward"
+            raise ValueError(f"model: {layer} returns something else for the same inputs, so differences of solutions "
+                             "are noise: takes a deterministic one, or .eval()")
+        with differentiable(second_order):
+            wanted = self._called(x, lambda: self._derivatives(self._rows_one_by_one, phi, x, second_order))
+            if self.engine == "loop" or (self.engine != "autograd" and (
+                    counter.get_total_flops() >= LOOP_FROM or any(map(_batches_wrongly, self.module.copy.modules())))):
+                return False
+            try:
+                found = self._derivatives(self._rows_batched, phi, x, second_order)
+                reason = "" if all(map(close, found, wanted)) else "it gives other numbers"
+            except Exception as error:  # whatever a rule for batching raises
+                reason = str(error).split("\n")[0]
+        if reason and self.engine == "autograd":
+            raise refuse("engine", self.engine, f"a network that torch.func.vmap can batch ({reason}); loop takes any")
+        return not reason
+
+    def _derivatives(self, of_rows: Callable[[Tensor, Tensor], Tensor], phi: Tensor, x: Tensor,
+                     second_order: bool) -> list[Tensor]:
+        """Outputs, a gradient and a Hessian product of a function of them."""
+        with torch.enable_grad():
+            leaf = phi.detach().requires_grad_()
+            outputs = of_rows(leaf, x)
+            value = (outputs.sin() + outputs).sum()
+            (g,) = torch.autograd.grad(value, leaf, create_graph=second_order)
+            return [outputs.detach(), g.detach(), *([moved(g, leaf, phi)] if second_order else [])]
+
+    def _called(self, x: Tensor, call: Callable[[], Any]) -> Any:
+        """``call()``, of rows ``x``; ValueError, with the layer and the way out, for whatever the module raises."""
+        try:
+            return call()
+        except Exception as error:
+            layer = self.module.failing(call) or type(self.model).__name__
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if "is not implemented" in reason:
+                reason += " (Forward, Symmetric, Central, FOMAML and Reptile need first derivatives only)"
+            raise ValueError(f"model: {layer} fails on inputs {tuple(x.shape[1:])} of {x.dtype}: {reason}") from error
+
+    def _is_joint(self, phi: Tensor, x: Tensor, parts: Sequence[slice]) -> bool:
+        """Whether examples do not see each other, so that the parts may be evaluated at once; tried once."""
+        if self._joint is None:
+            p, inputs = self.fold(_elsewhere(phi)[0]), x[0]
+            with torch.no_grad():
+                apart = [self.module(p, inputs[part]) for part in parts]
+                try:
+                    self._joint = close(self.module(p, inputs), torch.cat(apart)) and close(
+                        self.module(p, inputs[:1]), apart[0][:1])
+                except Exception:  # takes sets of certain sizes only
+                    self._joint = False
+        return self._joint
+
+
+QUERY = Part(slice(None), 1.0, "query_y")
+
+
+def _elsewhere(phi: Tensor) -> Tensor:
+    """Two rows near the first, [2, P], where nothing is zero by initialisation."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, phi.shape[1], generator=generator, dtype=torch.float64).to(phi)
+    row = phi[0].detach()
+    return row + 0.1 * (row.square().mean().sqrt() + 0.1) * noise
+
+
+def _batches_wrongly(module: nn.Module) -> bool:
+    """vmap's rule for embeddings forgets the row that gets no gradient."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
 
 
 def gradient_of(evaluation: Evaluation) -> Tensor:
@@ -195,29 +353,53 @@ class _InRows(Evaluation):
 
 
 class _ByAutograd(_InRows):
-    """Everything by autograd, for any module."""
+    """Everything by autograd, all rows at once by ``torch.func.vmap``."""
 
     def __init__(self, learner: Learner, phi: Tensor, x: Tensor, loss: RowLoss, second_order: bool):
         self.parameters = self.pack(phi.detach())
-        self.row_losses, self.second_order = (lambda p: loss(learner.outputs(p, x))), second_order
+        self.learner, self.x, self.row_loss, self.second_order = learner, x, loss, second_order
+        self.parts = [part.examples for part in loss.parts]
 
     def loss(self) -> Tensor:
         with torch.no_grad():
-            return self.row_losses(self.parameters[0])
+            return self._losses(self.parameters[0])
+
+    def _losses(self, phi: Tensor) -> Tensor:
+        return self.row_loss(self.learner.outputs(phi, self.x, self.parts))
 
     def add_gradient(self, into: list[Tensor], scale: float = 0.0, step: float = 1.0) -> None:
-        with torch.enable_grad():
-            # Where Hessian products follow, at a copy: the parameters may change before they are asked for.
-            phi = self.parameters[0].clone() if self.second_order else self.parameters[0]
-            self.phi = phi.detach().requires_grad_()
-            (self.g,) = torch.autograd.grad(self.row_losses(self.phi).sum(), self.phi, create_graph=self.second_order)
+        with torch.enable_grad(), differentiable(self.second_order):
+            gradient = self._gradient()
         if scale == 0.0:
-            torch.mul(self.g.detach(), step, out=into[0])
+            torch.mul(gradient, step, out=into[0])
         else:
-            into[0].mul_(scale).add_(self.g.detach(), alpha=step)
+            into[0].mul_(scale).add_(gradient, alpha=step)
+
+    def _gradient(self) -> Tensor:
+        # Where Hessian products follow, at a copy: the parameters may change before they are asked for.
+        phi = self.parameters[0].clone() if self.second_order else self.parameters[0]
+        self.phi = phi.detach().requires_grad_()
+        (self.g,) = torch.autograd.grad(self._losses(self.phi).sum(), self.phi, create_graph=self.second_order)
+        return self.g.detach()
 
     def hessian_product(self, v: Tensor) -> Tensor:
         return moved(self.g, self.phi, v)
+
+
+class _ByLoop(_ByAutograd):
+    """Everything by autograd, row by row."""
+
+    def _gradient(self) -> Tensor:
+        self.rows = []
+        for r, row in enumerate(self.parameters[0]):
+            phi = (row.clone() if self.second_order else row).detach().requires_grad_()
+            loss = self.row_loss.of_row(r, self.learner.one_row(phi, self.x[r], self.parts))
+            (g,) = torch.autograd.grad(loss, phi, create_graph=self.second_order)
+            self.rows.append((g, phi) if self.second_order else (g.detach(), phi))
+        return torch.stack([g.detach() for g, _ in self.rows])
+
+    def hessian_product(self, v: Tensor) -> Tensor:
+        return torch.stack([moved(g, phi, along) for (g, phi), along in zip(self.rows, v, strict=True)])
 
 
 class _Fused(_InRows):
@@ -249,23 +431,14 @@ class _Fused(_InRows):
 
 
 def _lists_its_layers(model: nn.Module, trainable: set[str]) -> bool:
-    """Whether ``stacked_layers`` is the model: it stands beside ``forward``, and all that it names is trainable."""
+    """Whether ``stacked_layers`` can be the model: it stands beside ``forward``, all that it names is trainable, and
+    nothing is hooked in between."""
     kind = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
     if "stacked_layers" not in vars(kind):
         return False
+    for module in model.modules():
+        if "forward" in vars(module) or any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+                                             module._backward_pre_hooks)):
+            return False
     listed: Any = model
     return {name for layer in listed.stacked_layers() for name in (layer.weight, layer.bias)} == trainable
-
-
-def _check_pure(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        kind = f"model: {type(module).__name__} '{name}'"
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            batch_statistics = module.training or module.running_mean is None
-            if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-                batch_statistics = module.training and module.track_running_stats
-            if batch_statistics:
-                raise ValueError(f"{kind} uses or updates batch statistics, so a task's loss is not a function of its "
-                                 "parameters alone: takes a layer without them (GroupNorm, LayerNorm), or .eval()")
-        elif isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise ValueError(f"{kind} is random, so differences of solutions are noise: takes p=0 or .eval()")

@@ -1,29 +1,73 @@
 """Losses of stacked outputs: a number a row, its gradient by the outputs, and the derivative of that."""
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
+
+from fobmaml.arguments import refuse
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
-class RowLoss:
-    """Lᵣ = Σ_p a_{r,p} · (the mean loss of row r over the examples of part p), of outputs [R, N, ...].
+class Part(NamedTuple):
+    """Some of a row's examples, whose mean loss counts ``factor`` times, a number or one a row, [R]."""
 
-    ``loss_fn(outputs, targets)``: any mean over examples. ``targets`` [R, N, ...]. ``parts``: slices of the examples,
-    each with its factor a, a number or [R].
+    examples: slice
+    factor: float | Tensor
+    name: str = "targets"
+
+
+def scalar(loss_fn: LossFn, outputs: Tensor, targets: Tensor) -> Tensor:
+    """``loss_fn(outputs, targets)`` as a tensor of shape []. Raises ValueError for anything but one number."""
+    try:
+        value = loss_fn(outputs, targets)
+    except (RuntimeError, IndexError, TypeError) as error:
+        if "vmap" in str(error) or "functorch" in str(error):
+            raise
+        raise ValueError(f"loss_fn: fails on outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}: "
+                         f"{str(error).splitlines()[0]}") from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise refuse("loss_fn", got, "a function that returns the mean loss of all examples, one number")
+    return value.reshape(())
+
+
+class RowLoss:
+    """Lᵣ = Σ_p a_{r,p} · (the loss of row r's examples in part p), of outputs [R, N, ...].
+
+    ``loss``: of the examples of a part. ``targets`` [R, N, ...].
     """
 
-    def __init__(self, loss_fn: LossFn, targets: Tensor, parts: Sequence[tuple[slice, float | Tensor]]):
-        self.loss_fn, self.targets, self.parts = loss_fn, targets, parts
+    def __init__(self, loss: "Loss", targets: Tensor, parts: Sequence[Part]):
+        self.of, self.targets, self.parts = loss, targets, parts
 
     def __call__(self, outputs: Tensor) -> Tensor:
         """[R, N, ...] -> [R]."""
-        return sum((factor * vmap(self.loss_fn)(outputs[:, part], self.targets[:, part])
-                    for part, factor in self.parts), start=outputs.new_zeros(len(outputs)))
+        if self.of.batched is None:
+            self.of.batched = self._batches(outputs)
+        return self._batched(outputs) if self.of.batched else self._one_by_one(outputs)
+
+    def _one_by_one(self, outputs: Tensor) -> Tensor:
+        return torch.stack([self.of_row(r, row) for r, row in enumerate(outputs)])
+
+    def _batched(self, outputs: Tensor) -> Tensor:
+        of_rows = vmap(lambda o, y: scalar(self.of.loss_fn, o, y))
+        return sum((part.factor * of_rows(outputs[:, part.examples], self.targets[:, part.examples])
+                    for part in self.parts), start=outputs.new_zeros(len(outputs)))
+
+    def of_row(self, row: int, outputs: Tensor) -> Tensor:
+        """Of one row's outputs [N, ...], a scalar."""
+        terms = []
+        for examples, factor, _ in self.parts:
+            value = scalar(self.of.loss_fn, outputs[examples], self.targets[row, examples])
+            terms.append(value * (factor[row] if isinstance(factor, Tensor) else factor))
+        return torch.stack(terms).sum()
 
     def linearize(self, outputs: Tensor, second_order: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """g = ∂ΣᵣLᵣ/∂outputs, and t ↦ the derivative of g as the outputs move along t, if ``second_order``."""
@@ -31,6 +75,21 @@ class RowLoss:
             leaf = outputs.detach().requires_grad_()
             (g,) = torch.autograd.grad(self(leaf).sum(), leaf, create_graph=second_order)
         return g.detach(), lambda t: moved(g, leaf, t)
+
+    def _batches(self, outputs: Tensor) -> bool:
+        """Whether vmap gives the values and gradients that two rows have one by one."""
+        few = RowLoss(self.of, self.targets[:2], [
+            Part(part.examples, part.factor[:2] if isinstance(part.factor, Tensor) else part.factor, part.name)
+            for part in self.parts])
+        with torch.enable_grad():
+            leaf = outputs[:2].detach().clone().requires_grad_()
+            wanted = few._one_by_one(leaf)
+            try:
+                found = few._batched(leaf)
+                gradients = [torch.autograd.grad(value.sum(), leaf)[0] for value in (found, wanted)]
+            except (RuntimeError, ValueError, NotImplementedError, TypeError, IndexError):
+                return False
+        return close(found, wanted) and close(*gradients)
 
 
 def moved(gradient: Tensor, leaf: Tensor, along: Tensor) -> Tensor:
@@ -40,26 +99,68 @@ def moved(gradient: Tensor, leaf: Tensor, along: Tensor) -> Tensor:
     return torch.autograd.grad(gradient, leaf, along, retain_graph=True, materialize_grads=True)[0]
 
 
-class CrossEntropy(RowLoss):
-    """The same for ``torch.nn.functional.cross_entropy`` and class indices, without vmap and autograd."""
+@dataclass(frozen=True)
+class Options:
+    """Of a cross-entropy, as in torch."""
 
-    def __init__(self, targets: Tensor, parts: Sequence[tuple[slice, float | Tensor]]):
-        super().__init__(F.cross_entropy, targets, parts)
+    weight: Tensor | None = None
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+
+
+class CrossEntropy(RowLoss):
+    """The same for cross-entropies of class indices [R, N], without vmap and autograd.
+
+    Raises ValueError for a class that there is no output for.
+    """
+
+    def __init__(self, loss: "Loss", targets: Tensor, parts: Sequence[Part], options: Options):
+        super().__init__(loss, targets.long(), parts)
+        self.options = options
         self.weights, self.one_hot = torch.empty(0), torch.empty(0)
 
     def prepare(self, outputs: Tensor) -> None:
-        """Makes ``weights`` [R, N, 1] and ``one_hot`` [R, N, classes] of the dtype of ``outputs`` [R, N, classes]."""
-        if not len(self.weights):
-            self.weights = outputs.new_empty(*self.targets.shape, 1)
-            for part, factor in self.parts:
-                share = self.weights[:, part]
-                share.copy_((outputs.new_ones(len(outputs)) * factor / share.shape[1]).view(-1, 1, 1))
-            self.one_hot = F.one_hot(self.targets, outputs.shape[-1]).to(outputs.dtype)
+        """Makes ``weights`` [R, N, 1] and ``one_hot`` [R, N, classes], of the dtype of ``outputs`` [R, N, classes]."""
+        if len(self.weights):
+            return
+        if outputs.dim() != 3:
+            raise refuse("model", f"outputs of shape {tuple(outputs.shape[1:])}",
+                         "one that returns [examples, classes] for class labels [examples]")
+        classes, o = outputs.shape[-1], self.options
+        counted = self.targets != o.ignore_index
+        known = torch.where(counted, self.targets, 0)
+        for part in self.parts:
+            least, most = (int(label) for label in known[:, part.examples].aminmax())
+            if least < 0 or most >= classes:
+                raise refuse(part.name, least if least < 0 else most,
+                             f"class labels from 0 to {classes - 1}, one for each of the model's outputs, or "
+                             f"{o.ignore_index} for no class")
+        each = counted.to(outputs.dtype)
+        if o.weight is not None:
+            each = each * o.weight.to(outputs)[known]
+        self.weights = torch.empty_like(each).unsqueeze(-1)
+        for part in self.parts:
+            share = each[:, part.examples]
+            total = share.sum(1, keepdim=True) if o.reduction == "mean" else share.new_ones(len(share), 1)
+            factor = part.factor.view(-1, 1) if isinstance(part.factor, Tensor) else part.factor
+            self.weights[:, part.examples, 0] = share * (factor / total)
+        self.one_hot = F.one_hot(known, classes).to(outputs.dtype)
+        if o.label_smoothing:
+            self.one_hot.mul_(1.0 - o.label_smoothing).add_(o.label_smoothing / classes)
 
     def __call__(self, outputs: Tensor) -> Tensor:
         self.prepare(outputs)
-        terms = F.cross_entropy(outputs.flatten(0, 1), self.targets.flatten(), reduction="none")
-        return (terms.view_as(self.targets) * self.weights[..., 0]).sum(1)
+        return (self._terms(outputs.flatten(0, 1), self.targets.flatten()).view_as(self.targets)
+                * self.weights[..., 0]).sum(1)
+
+    def of_row(self, row: int, outputs: Tensor) -> Tensor:
+        self.prepare(outputs.unsqueeze(0))
+        return (self._terms(outputs, self.targets[row]) * self.weights[row, :, 0]).sum()
+
+    def _terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none", ignore_index=self.options.ignore_index,
+                               label_smoothing=self.options.label_smoothing)
 
     def linearize(self, outputs: Tensor, second_order: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         self.prepare(outputs)
@@ -68,8 +169,48 @@ class CrossEntropy(RowLoss):
                 lambda t: (t - (p * t).sum(-1, keepdim=True)).mul_(p).mul_(self.weights))
 
 
-def row_loss(loss_fn: LossFn, targets: Tensor, parts: Sequence[tuple[slice, float | Tensor]]) -> RowLoss:
-    """The fastest that gives the same: a mean of cross-entropies over class indices, none of which is ignored."""
-    if loss_fn is F.cross_entropy and targets.dim() == 2 and not targets.is_floating_point() and (targets >= 0).all():
-        return CrossEntropy(targets, parts)
-    return RowLoss(loss_fn, targets, parts)
+class Loss:
+    """A loss function, and how its rows are computed: by the fastest way that gives what it gives row by row.
+
+    A cross-entropy of class indices (``F.cross_entropy``, or ``nn.CrossEntropyLoss`` unless it has class weights and
+    smoothing at once) is written out. Others go through ``torch.func.vmap`` where the first rows agree: ``batched``.
+    """
+
+    def __init__(self, loss_fn: LossFn):
+        if not callable(loss_fn):
+            raise refuse("loss_fn", type(loss_fn).__name__, "a function (outputs, targets) -> mean loss")
+        self.loss_fn, self._options = loss_fn, _cross_entropy_options(loss_fn)
+        self.batched: bool | None = None
+
+    def to(self, dtype: torch.dtype) -> LossFn:
+        """The same function in another precision: a module's own numbers are copied."""
+        return copy.deepcopy(self.loss_fn).to(dtype) if isinstance(self.loss_fn, nn.Module) else self.loss_fn
+
+    def rows(self, targets: Tensor, parts: Sequence[Part]) -> RowLoss:
+        """``targets`` [R, N, ...]."""
+        if self._options and _integral(targets):
+            if targets.dim() == 2:
+                return CrossEntropy(self, targets, parts, self._options)
+            targets = targets.long()
+        return RowLoss(self, targets, parts)
+
+
+def _integral(t: Tensor) -> bool:
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+
+
+def _cross_entropy_options(loss_fn: LossFn) -> Options | None:
+    if loss_fn is F.cross_entropy:
+        return Options()
+    if type(loss_fn) is not nn.CrossEntropyLoss or loss_fn._forward_hooks or loss_fn._forward_pre_hooks:
+        return None
+    if loss_fn.reduction == "none" or (loss_fn.weight is not None and loss_fn.label_smoothing):
+        return None
+    return Options(loss_fn.weight, loss_fn.ignore_index, loss_fn.reduction, loss_fn.label_smoothing)
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Equal up to rounding: half of the digits, so that only another function is told apart."""
+    if not found.isfinite().all() or not wanted.isfinite().all():
+        return torch.allclose(found, wanted, equal_nan=True)
+    return bool((found - wanted).norm() <= torch.finfo(wanted.dtype).eps ** 0.5 * wanted.norm())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fobmaml.arguments import number, whole_number
 from fobmaml.learner import Evaluation, Learner, gradient_of
-from fobmaml.losses import row_loss
+from fobmaml.losses import Part
 from fobmaml.tasks.batch import TaskBatch
 
 
@@ -32,13 +32,14 @@ class InnerProblem:
             self.theta = theta.repeat_interleave(offsets, dim=0)
         if nu is None:
             self.x, targets = tasks.support_x, tasks.support_y
-            parts: list[tuple[slice, float | Tensor]] = [(slice(None), 1.0)]
+            parts = [Part(slice(None), 1.0, "support_y")]
         else:
             self.x = torch.cat([tasks.support_x, tasks.query_x], dim=1).repeat_interleave(offsets, dim=0)
             targets = torch.cat([tasks.support_y, tasks.query_y], dim=1).repeat_interleave(offsets, dim=0)
             support = tasks.support_x.shape[1]
-            parts = [(slice(support), 1.0), (slice(support, None), nu.repeat(len(tasks)))]
-        self.loss = row_loss(learner.loss_fn, targets, parts)
+            parts = [Part(slice(support), 1.0, "support_y"),
+                     Part(slice(support, None), nu.repeat(len(tasks)), "query_y")]
+        self.loss = learner.row_loss(targets, parts)
 
     def evaluation(self, phi: Tensor, second_order: bool = False) -> Evaluation:
         """f̂ + ν f, the problem without its proximal term, at ``phi`` [R, P]. Support and query are one pass."""
@@ -81,8 +82,10 @@ class Solution:
 class Solver(ABC):
     """Solves every row of an inner problem from θ, so that all offsets of a stencil share one trajectory.
 
-    To add one, subclass it and implement ``solve``; with ``unroll`` too, and ``differentiable_steps`` True, MAML can
-    back-propagate through it.
+    To add one, subclass it and implement ``solve``: it starts every row at ``problem.theta`` and moves all parameters
+    towards the minimiser of h, the same way for every row, without random numbers of its own. One that leaves
+    parameters where they were is refused by the estimators that differentiate the solution. With ``unroll`` too, and
+    ``differentiable_steps`` True, MAML can back-propagate through it.
     """
 
     differentiable_steps = False
@@ -283,13 +286,21 @@ class Inexact(NewtonCG):
 
 
 @dataclass(frozen=True)
-class LinearSolve:
-    """``x`` [R, P]; ``relative_residual`` [R]; ``negative_curvature`` [R], True where the matrix was found not to be
-    positive definite (the row stopped there)."""
+class LinearStatistics:
+    """Of R linear solves Ax = b, [R] each: ``steps`` taken, a product with A each; ``relative_residual``: ‖b − Ax‖/‖b‖;
+    ``negative_curvature``: whether A was found not to be positive definite: the solve stopped there, at zero if that
+    was its first step."""
 
-    x: Tensor
+    steps: Tensor
     relative_residual: Tensor
     negative_curvature: Tensor
+
+
+@dataclass(frozen=True)
+class LinearSolve(LinearStatistics):
+    """``x`` [R, P]."""
+
+    x: Tensor
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: int,
@@ -303,11 +314,13 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: i
     rr = b.square().sum(1)
     threshold = tol**2 * rr
     negative = torch.zeros_like(rr, dtype=torch.bool)
+    taken = torch.zeros_like(rr, dtype=torch.long)
     for _ in range(steps):
         active = (rr > threshold) & ~negative
         if not active.any():
             break
         ap = product(p)
+        taken += active
         curvature = (p * ap).sum(1)
         negative |= active & (curvature <= 0)
         active &= curvature > 0
@@ -318,4 +331,4 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: i
         p = torch.where(active.unsqueeze(1), r + (rr / previous).unsqueeze(1) * p, p)
     norm = b.norm(dim=1)
     relative = torch.where(norm > 0, rr.sqrt() / norm, 0.0)
-    return LinearSolve(x, relative, negative)
+    return LinearSolve(taken, relative, negative, x)

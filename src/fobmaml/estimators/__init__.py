@@ -1,6 +1,14 @@
 """Meta-gradient estimators, one family a file."""
 
-from fobmaml.estimators.base import Estimate, Estimator, MeanEstimate, MetaGradient, chunk_size, estimate, meta_gradient
+from fobmaml.estimators.base import (
+    Estimate,
+    Estimator,
+    MeanEstimate,
+    MetaGradient,
+    chunk_size,
+    estimate,
+    meta_gradient,
+)
 from fobmaml.estimators.finite_difference import Central, FiniteDifference, Forward, Symmetric
 from fobmaml.estimators.first_order import FOMAML, Reptile
 from fobmaml.estimators.implicit import IMAML, Exact, NotConverged

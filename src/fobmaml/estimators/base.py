@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from fobmaml.arguments import number, refuse, whole_number
 from fobmaml.learner import Learner
 from fobmaml.losses import LossFn
-from fobmaml.solvers import InnerProblem, Solution, Solver
+from fobmaml.precision import full_precision
+from fobmaml.solvers import InnerProblem, LinearStatistics, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
 
 
@@ -20,11 +22,13 @@ class Estimate:
     """What an estimator returns: ``gradients`` [T, P], one row a task, and how to get the adapted parameters.
 
     ``adapted()`` returns the solution of the unperturbed inner problem. It is a call because some estimators do not
-    need that solution themselves: nothing is solved unless somebody asks.
+    need that solution themselves: nothing is solved unless somebody asks. ``linear``: what a linear solve met, if the
+    estimator does one.
     """
 
     gradients: Tensor
     adapted: Callable[[], Solution]
+    linear: LinearStatistics | None = None
 
 
 class Estimator(ABC):
@@ -42,6 +46,8 @@ class Estimator(ABC):
     """Whether those rows take gradients of the query set, too."""
     first_order = False
     """Whether it takes gradients only, no Hessian products."""
+    differentiates_solution = False
+    """Whether its formula takes the solver's result for the minimiser in all parameters."""
 
     def __init__(self, solver: Solver, lam: float):
         if not isinstance(solver, Solver):
@@ -58,16 +64,36 @@ class Estimator(ABC):
 
     def adapt(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Solution:
         """The solution of the unperturbed inner problem, φᵢ,₀: what a task's parameters are at test time."""
-        return self.solver.solve(InnerProblem(learner, theta, tasks, self.lam))
+        return self.solve(InnerProblem(learner, theta, tasks, self.lam))
+
+    def solve(self, problem: InnerProblem) -> Solution:
+        """By the solver. Raises ValueError for a solution that is none: of another shape, or, for an estimator that
+        differentiates it, with parameters left where they were although the problem has a slope there."""
+        solution = self.solver.solve(problem)
+        displacement, wanted = solution.displacement, (problem.rows, problem.learner.parameter_count)
+        name = type(self.solver).__name__
+        if displacement.shape != wanted:
+            raise refuse("solver", name, f"one whose solution is a displacement {list(wanted)}, and this one's has the "
+                                         f"shape {list(displacement.shape)}")
+        if self.differentiates_solution:
+            still = [name for name, part in problem.learner.fold(displacement[0]).items() if not part.any()]
+            still = [name for name in still if not problem.learner.fold(displacement)[name].any()]
+            slope = problem.learner.fold(problem.gradient(solution.phi)) if still else {}
+            if still := [name for name in still if slope[name].any()]:
+                raise refuse("solver", name, f"one that moves every parameter, and this one leaves {', '.join(still)} "
+                                             "where it was")
+        return solution
 
 
 @dataclass(frozen=True)
 class MeanEstimate:
-    """``gradient`` [P], the mean over tasks; ``query_loss`` and ``residual`` [T], None if they were not asked for."""
+    """``gradient`` [P], the mean over tasks; ``query_loss`` and ``residual`` [T], None if they were not asked for;
+    ``linear``: what each task's linear solve met, None for estimators without."""
 
     gradient: Tensor
     query_loss: Tensor | None
     residual: Tensor | None
+    linear: LinearStatistics | None
 
 
 WORK_AT_ONCE = 2**25
@@ -104,45 +130,56 @@ def estimate(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskB
     unperturbed problem where the estimator does not, and of one more gradient.
     """
     total = torch.zeros_like(theta)
-    query_loss, residual = [], []
-    for part in tasks.split(task_chunk or len(tasks)):
-        result = estimator(learner, theta, part)
-        total += result.gradients.sum(0)
-        if diagnose:
-            adapted = result.adapted()
-            with torch.no_grad():
-                query_loss.append(learner.query_loss(adapted.phi.detach(), part))
-            residual.append(adapted.residual)
-    return MeanEstimate(total / len(tasks), torch.cat(query_loss) if diagnose else None,
-                        torch.cat(residual) if diagnose else None)
+    query_loss, residual, linear = [], [], []
+    with torch.inference_mode(False), full_precision(learner.device):
+        for part in learner.check(tasks).split(task_chunk or len(tasks)):
+            result = estimator(learner, theta, part)
+            total += result.gradients.sum(0)
+            if result.linear is not None:
+                linear.append((result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature))
+            if diagnose:
+                adapted = result.adapted()
+                with torch.no_grad():
+                    query_loss.append(learner.query_loss(adapted.phi.detach(), part))
+                residual.append(adapted.residual)
+        return MeanEstimate(total / len(tasks), torch.cat(query_loss) if diagnose else None,
+                            torch.cat(residual) if diagnose else None,
+                            LinearStatistics(*map(torch.cat, zip(*linear, strict=True))) if linear else None)
 
 
 @dataclass(frozen=True)
 class MetaGradient:
     """``gradient``: {parameter name: tensor of its shape}, the mean over tasks. ``query_loss`` [T]: fᵢ at the
-    unperturbed adapted parameters. ``residual`` [T]: the norm of the inner problem's gradient there."""
+    unperturbed adapted parameters. ``residual`` [T]: the norm of the inner problem's gradient there. ``linear``: what
+    the linear solves met, None for estimators without. ``engine``: what computed it (``Learner``)."""
 
     gradient: dict[str, Tensor]
     query_loss: Tensor
     residual: Tensor
+    linear: LinearStatistics | None
+    engine: str
 
 
 def meta_gradient(estimator: Estimator, model: nn.Module, loss_fn: LossFn, tasks: TaskBatch,
-                  task_chunk: int | None = None) -> MetaGradient:
+                  task_chunk: int | None = None, engine: str = "auto") -> MetaGradient:
     """The meta-gradient at a model's present parameters, by any estimator.
 
-    ``model``: any module whose loss depends on its parameters and inputs alone; it is not changed.
+    ``model``: any module whose outputs are a function of its parameters and inputs; it is not changed.
     ``loss_fn(outputs, targets)`` returns the mean loss of one task's examples. ``task_chunk``: how many tasks are
-    solved at once (None: all); fewer take less memory. Dtype and device follow the model.
+    solved at once (None: all); fewer take less memory. ``engine``: see ``Learner``. Dtype and device follow the model;
+    autocast is left.
 
-    Raises ValueError for a model with batch statistics or active dropout, and for tasks of another device.
+    Raises ValueError, naming the argument, for a model with running batch statistics or active dropout, a loss that is
+    not one number, labels without an output, and tasks of another device.
     """
-    learner = Learner(model, loss_fn)
+    if not isinstance(estimator, Estimator):
+        raise refuse("estimator", type(estimator).__name__, "one of fobmaml.estimators")
+    if not isinstance(tasks, TaskBatch):
+        raise refuse("tasks", type(tasks).__name__, "a fobmaml.TaskBatch")
     if task_chunk is not None:
         whole_number("task_chunk", task_chunk)
-    if tasks.support_x.device != learner.device:
-        raise refuse("tasks", f"tensors on {tasks.support_x.device}", f"the model's device, {learner.device}")
-    result = estimate(estimator, learner, learner.theta(), tasks.to(dtype=learner.dtype), task_chunk)
-    assert result.query_loss is not None
-    assert result.residual is not None
-    return MetaGradient(learner.fold(result.gradient), result.query_loss, result.residual)
+    with torch.inference_mode(False):
+        learner = Learner(model, loss_fn, engine)
+        result = estimate(estimator, learner, learner.theta(), tasks.to(dtype=learner.dtype), task_chunk)
+        return MetaGradient(learner.fold(result.gradient), cast(Tensor, result.query_loss),
+                            cast(Tensor, result.residual), result.linear, learner.used)

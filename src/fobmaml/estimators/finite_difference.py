@@ -24,11 +24,12 @@ class FiniteDifference(Estimator):
 
     Cost: (non-zero offsets) × steps gradients of support and query, plus steps support gradients if 0 is an offset.
     Memory: (tasks at once) × (non-zero offsets) times one task's gradient; flat in the inner steps.
-    Raises ValueError unless λ > 0, ν > 0 and the weights sum to zero.
+    Raises ValueError unless λ > 0, ν > 0 and the weights sum to zero, and for a model in half precision.
     """
 
     query_in_inner_problem = True
     first_order = True
+    differentiates_solution = True
 
     def __init__(self, solver: Solver, lam: float, nu: float, offsets: tuple[int, ...], weights: tuple[float, ...]):
         super().__init__(solver, lam)
@@ -39,10 +40,13 @@ class FiniteDifference(Estimator):
         self.rows_per_task = sum(offset != 0 for offset in offsets)
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
+        if learner.dtype not in (torch.float32, torch.float64):
+            raise refuse("model", learner.dtype, "float32 or float64 parameters: differences of solutions lose all "
+                                                 "digits of a shorter format")
         offsets = [o for o in self.stencil if o != 0]
         nu = self.nu * theta.new_tensor(offsets)
         weights = theta.new_tensor([self.stencil[o] for o in offsets])
-        perturbed = self.solver.solve(InnerProblem(learner, theta, tasks, self.lam, nu))
+        perturbed = self.solve(InnerProblem(learner, theta, tasks, self.lam, nu))
         displacement = perturbed.displacement.view(len(tasks), len(offsets), -1)
         centre = self.adapt(learner, theta, tasks) if 0 in self.stencil else None
         # Displacements φ − θ rather than the solutions: the weights sum to zero, and rounding is smaller.

@@ -18,9 +18,13 @@ class IMAML(Estimator):
 
     Cost: K support gradients, up to ``cg_steps`` Hessian-vector products, one query gradient a task.
     Memory: one twice-differentiable support gradient of the tasks solved at once; flat in K and ``cg_steps``.
+    Where conjugate gradients meet negative curvature, v is what they had until then, zero at the first step;
+    ``Estimate.linear`` says for which tasks.
     Reference: Rajeswaran, Finn, Kakade & Levine 2019, arXiv:1909.04630, lemma 1 and algorithm 2.
     Raises ValueError unless λ > 0, cg_steps ≥ 1 and cg_tol ≥ 0.
     """
+
+    differentiates_solution = True
 
     def __init__(self, solver: Solver, lam: float = 0.5, cg_steps: int = 5, cg_tol: float = 1e-10):
         super().__init__(solver, lam)
@@ -30,7 +34,7 @@ class IMAML(Estimator):
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         solution = self.adapt(learner, theta, tasks)
         solve = self.solve_linear(learner, solution, tasks)
-        return Estimate(self.lam * solve.x, lambda: solution)
+        return Estimate(self.lam * solve.x, lambda: solution, solve)
 
     def solve_linear(self, learner: Learner, solution: Solution, tasks: TaskBatch) -> LinearSolve:
         _, hessian = solution.problem.linearize(solution.phi)  # of h, so with λI
@@ -65,4 +69,4 @@ class Exact(IMAML):
         if unsolved.any():
             raise NotConverged(f"linear solve: {int(unsolved.sum())} of {len(tasks)} tasks stopped at a relative "
                                f"residual of up to {float(solve.relative_residual.max()):.1e}, above {self.tol:.0e}")
-        return Estimate(self.lam * solve.x, lambda: solution)
+        return Estimate(self.lam * solve.x, lambda: solution, solve)

@@ -1,6 +1,5 @@
 """The bias of an estimator: its distance to the exact meta-gradient at the same θ and the same tasks."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +32,7 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     and the reference is its gradient, by back-propagation in float64.
     ``tasks`` in float64, so that both see the same examples. Cost: one estimate and one exact meta-gradient.
     """
-    precise = Learner(copy.deepcopy(learner.model).double(), learner.loss_fn)
+    precise = learner.in_double()
     theta = learner.theta()
     reference: Estimator
     if estimator.lam > 0:

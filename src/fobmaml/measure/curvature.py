@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from fobmaml.learner import Learner
 from fobmaml.solvers import GradientDescent
@@ -78,7 +78,7 @@ class _Loss:
     """One example set's loss as a function of flat parameters, and products with its curvature."""
 
     def __init__(self, learner: Learner, x: Tensor, y: Tensor):
-        self.outputs: Function = lambda phi: functional_call(learner.model, learner.fold(phi), (x,)).flatten()
+        self.outputs: Function = lambda phi: learner.module(learner.fold(phi), x).flatten()
         shape = self.outputs(learner.theta()).view(len(y), -1).shape if y.dim() == 1 else y.shape
         self.loss: Function = lambda m: learner.loss_fn(m.view(shape), y)
 

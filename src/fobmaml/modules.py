@@ -1,0 +1,171 @@
+"""A caller's module, called as a pure function of its parameters and inputs, and left as it is."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def private_copy(model: nn.Module, share: bool = True) -> nn.Module:
+    """The same modules as objects of their own, so that what ``forward`` assigns or counts stays in the copy.
+
+    Parameters are the model's own if ``share``, else copies. What cannot be copied (a lock, a file) is shared.
+    """
+    modules = list(model.modules())
+    memo: dict[int, Any] = {id(module): module.__new__(type(module)) for module in modules}
+    for p in model.parameters():
+        memo[id(p)] = p if share else nn.Parameter(p.detach().clone(), p.requires_grad)
+    for module in modules:
+        for value in vars(module).values():  # an earlier forward's, which deepcopy would not take
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    for module in modules:
+        attributes = vars(memo[id(module)])
+        for name, value in vars(module).items():
+            try:
+                attributes[name] = copy.deepcopy(value, memo)
+            except Exception:  # whatever an attribute's own copying raises
+                attributes[name] = value
+    return memo[id(model)]
+
+
+class PureModule:
+    """(parameters, inputs) -> outputs by a private copy of ``model``: every call begins from the model's present
+    buffers and frozen parameters, and leaves nothing behind.
+
+    Raises ValueError, naming the layer and the way out, for what cannot be a function of parameters and inputs:
+    running batch statistics, active dropout, weights that ``forward`` itself changes, gradient hooks on parameters.
+    """
+
+    def __init__(self, model: nn.Module, trainable: Mapping[str, Tensor]):
+        for name, p in trainable.items():
+            if getattr(p, "_backward_hooks", None):
+                raise ValueError(f"model: parameter '{name}' has a gradient hook, which would not be called: takes "
+                                 "parameters without")
+        for name, module in model.named_modules():
+            if problem := _impurity(module):
+                raise ValueError(f"model: {type(module).__name__} '{name}' {problem}")
+        self.model, self.trainable = model, trainable.keys()
+        self._all_trainable = dict(model.named_parameters()).keys() == trainable.keys() and not list(model.buffers())
+        self.copy = private_copy(model)
+        for module in self.copy.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.sparse = False  # the gradient is the same, as part of a dense row
+
+    def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        if self._all_trainable:
+            return functional_call(self.copy, dict(parameters), (x,))
+        state = {name: p.clone() if p.is_inference() else p for name, p in self.model.named_parameters()
+                 if name not in self.trainable}
+        state |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # forward may write to them
+        return functional_call(self.copy, {**state, **parameters}, (x,))
+
+    def first_differing(self, parameters: Mapping[str, Tensor], x: Tensor) -> str:
+        """The first layer whose output differs between two equal calls, as text; '' if none does."""
+        runs: list[list[tuple[str, Any]]] = []
+        names = {module: f"{type(module).__name__} '{name}'" for name, module in self.copy.named_modules()}
+        for _ in range(2):
+            calls: list[tuple[str, Any]] = []
+            runs.append(calls)
+
+            def keep(module: nn.Module, _: Any, output: Any, calls: list[tuple[str, Any]] = calls) -> None:
+                calls.append((names[module], output.clone() if isinstance(output, Tensor) else None))
+
+            handles = [module.register_forward_hook(keep) for module in names]
+            try:
+                self(parameters, x)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        for (name, first), (_, second) in zip(*runs, strict=False):
+            if isinstance(first, Tensor) and not torch.equal(first, second):
+                return name
+        return ""
+
+    def failing(self, call: Callable[[], object]) -> str:
+        """The innermost layer in whose ``forward`` ``call()`` raises, as text; '' if none."""
+        inside: list[str] = []
+        names = {module: f"{type(module).__name__} '{name}'" for name, module in self.copy.named_modules()}
+        handles = [h for module, name in names.items() for h in (
+            module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)),
+            module.register_forward_hook(lambda *_: (inside.pop(), None)[1]))]
+        try:
+            call()
+        except Exception:
+            return inside[-1] if inside else ""
+        finally:
+            for handle in handles:
+                handle.remove()
+        return ""
+
+
+def _impurity(module: nn.Module) -> str | None:
+    """Why a layer is not a function of its parameters and inputs, if its class and settings say so."""
+    if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+        return ("updates batch statistics, so a task's loss is not a function of its parameters alone: takes a layer "
+                "without them (GroupNorm, LayerNorm), or .eval()")
+    dropout = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0)
+    if module.training and isinstance(dropout, int | float) and dropout > 0:
+        return "is random, so differences of solutions are noise: takes p=0 or .eval()"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return "changes its weight in forward: takes max_norm=None"
+    return None
+
+
+class _Switch:
+    """Settings of torch that are the process's: the first of several threads to enter sets them, the last to leave puts
+    back what was there."""
+
+    def __init__(self, settings: Callable[[], Any]):
+        self._settings, self._lock, self._users = settings, threading.Lock(), 0
+        self._active: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._active = self._settings()
+                self._active.__enter__()
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._active.__exit__(None, None, None)
+
+
+@contextmanager
+def _no_inference_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+_once, _twice = _Switch(_no_inference_path), _Switch(_plain_kernels)
+
+
+@contextmanager
+def differentiable(twice: bool = False) -> Iterator[None]:
+    """Without torch's inference path for transformers, which has no derivative; ``twice``: also without its kernels for
+    attention and recurrent layers that have a first one only."""
+    with _once:
+        if twice:
+            with _twice:
+                yield
+        else:
+            yield
