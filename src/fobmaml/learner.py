@@ -207,9 +207,10 @@ class Learner:
         """Whether the layers that a network lists are the network, tried once."""
         if self.stacked and not self._listing_tried:
             self._listing_tried = True
-            p, inputs = _elsewhere(phi), x[:1]
-            listed = _by_hand(self, p[:1], inputs).outputs()[0]
-            self.stacked = close(listed, self._called(inputs, lambda: self.one_row(p[0], inputs[0])))
+            p, inputs = _elsewhere(phi)[:1], x[:1]
+            with torch.no_grad():
+                wanted = self._called(inputs, lambda: self.one_row(p[0], inputs[0]))
+            self.stacked = close(_by_hand(self, p, inputs).outputs()[0], wanted)
             if not self.stacked and self.engine in ("stacked", "fused"):
                 raise refuse("engine", self.engine, "a network whose forward is what its stacked_layers list")
         return self.stacked
@@ -235,6 +236,9 @@ class Learner:
                              "are noise: takes a deterministic one, or .eval()")
         with differentiable(second_order):
             wanted = self._called(x, lambda: self._derivatives(self._rows_one_by_one, phi, x, second_order))
+            if second_order and not _symmetric(wanted[2:], phi):
+                raise ValueError("model: its Hessian by autograd is not symmetric, so a layer's backward has a wrong "
+                                 "derivative: takes Forward, Symmetric, Central, FOMAML or Reptile, which need none")
             if self.engine == "loop" or (self.engine != "autograd" and (
                     counter.get_total_flops() >= LOOP_FROM or any(map(_batches_wrongly, self.module.copy.modules())))):
                 return False
@@ -253,9 +257,13 @@ class Learner:
         with torch.enable_grad():
             leaf = phi.detach().requires_grad_()
             outputs = of_rows(leaf, x)
+            if of_rows == self._rows_one_by_one and (name := self.module.foreign(outputs)):
+                raise ValueError(f"model: parameter '{name}' is read around the call, by a function that holds on to "
+                                 "the module (a hook, a forward set on it): takes one that uses its own arguments")
             value = (outputs.sin() + outputs).sum()
             (g,) = torch.autograd.grad(value, leaf, create_graph=second_order)
-            return [outputs.detach(), g.detach(), *([moved(g, leaf, phi)] if second_order else [])]
+            return [outputs.detach(), g.detach(), *([moved(g, leaf, d) for d in (phi, phi.flip(1))] if second_order
+                                                    else [])]
 
     def _called(self, x: Tensor, call: Callable[[], Any]) -> Any:
         """``call()``, of rows ``x``; ValueError, with the layer and the way out, for whatever the module raises."""
@@ -264,21 +272,28 @@ class Learner:
         except Exception as error:
             layer = self.module.failing(call) or type(self.model).__name__
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            if "is not implemented" in reason:
-                reason += " (Forward, Symmetric, Central, FOMAML and Reptile need first derivatives only)"
+            if isinstance(error, ValueError) and reason.startswith(("model:", "estimator:")):
+                raise
             raise ValueError(f"model: {layer} fails on inputs {tuple(x.shape[1:])} of {x.dtype}: {reason}") from error
 
     def _is_joint(self, phi: Tensor, x: Tensor, parts: Sequence[slice]) -> bool:
         """Whether examples do not see each other, so that the parts may be evaluated at once; tried once."""
         if self._joint is None:
-            p, inputs = self.fold(_elsewhere(phi)[0]), x[0]
-            with torch.no_grad():
-                apart = [self.module(p, inputs[part]) for part in parts]
-                try:
-                    self._joint = close(self.module(p, inputs), torch.cat(apart)) and close(
-                        self.module(p, inputs[:1]), apart[0][:1])
-                except Exception:  # takes sets of certain sizes only
-                    self._joint = False
+            self._joint = True  # in what follows
+            p, inputs = _elsewhere(phi)[:1], x[:1]
+
+            def derivatives(of: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+                return self._derivatives(of, p, inputs, False)
+
+            def apart(phi: Tensor, x: Tensor) -> Tensor:
+                return torch.cat([self._rows_one_by_one(phi, x[:, part]) for part in parts], dim=1)
+
+            wanted = self._called(x, lambda: derivatives(apart))
+            try:
+                self._joint = all(map(close, derivatives(self._rows_one_by_one), wanted)) and close(
+                    self.one_row(p[0], inputs[0, :1]), wanted[0][0, :1])
+            except Exception:  # takes sets of certain sizes only
+                self._joint = False
         return self._joint
 
 
@@ -291,6 +306,14 @@ def _elsewhere(phi: Tensor) -> Tensor:
     noise = torch.randn(2, phi.shape[1], generator=generator, dtype=torch.float64).to(phi)
     row = phi[0].detach()
     return row + 0.1 * (row.square().mean().sqrt() + 0.1) * noise
+
+
+def _symmetric(along: list[Tensor], v: Tensor) -> bool:
+    """Whether Hessian products along v and along v reversed are those of one symmetric matrix a row."""
+    u = v.flip(1)
+    one, other = (u * along[0]).sum(), (v * along[1]).sum()
+    size = u.norm() * along[0].norm() + v.norm() * along[1].norm()
+    return bool((one - other).abs() <= torch.finfo(v.dtype).eps ** 0.5 * size) or not bool(size.isfinite())
 
 
 def _batches_wrongly(module: nn.Module) -> bool:

@@ -93,10 +93,19 @@ class RowLoss:
 
 
 def moved(gradient: Tensor, leaf: Tensor, along: Tensor) -> Tensor:
-    """The derivative of a gradient, whose graph is kept, as ``leaf`` moves along a vector; zero if it is constant."""
+    """The derivative of a gradient, whose graph is kept, as ``leaf`` moves along a vector; zero if it is constant.
+
+    Raises ValueError where torch has no second derivative.
+    """
     if not gradient.requires_grad:
         return torch.zeros_like(leaf)
-    return torch.autograd.grad(gradient, leaf, along, retain_graph=True, materialize_grads=True)[0]
+    try:
+        return torch.autograd.grad(gradient, leaf, along, retain_graph=True, materialize_grads=True)[0]
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise ValueError(f"estimator: takes second derivatives, and torch has none for this model and loss_fn ({error})"
+                         ": Forward, Symmetric, Central, FOMAML and Reptile need first ones only") from error
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations
+from torch.nn.utils.weight_norm import WeightNorm
 
 
 def private_copy(model: nn.Module, share: bool = True) -> nn.Module:
@@ -54,17 +56,33 @@ class PureModule:
         self.model, self.trainable = model, trainable.keys()
         self._all_trainable = dict(model.named_parameters()).keys() == trainable.keys() and not list(model.buffers())
         self.copy = private_copy(model)
+        self._tied = _names_beyond_the_first(self.copy)
         for module in self.copy.modules():
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                module.sparse = False  # the gradient is the same, as part of a dense row
+            _made_differentiable(module)
 
     def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        parameters = {**parameters, **{name: parameters[first] for name, first in self._tied.items()
+                                       if first in parameters}}
         if self._all_trainable:
-            return functional_call(self.copy, dict(parameters), (x,))
+            return functional_call(self.copy, parameters, (x,), tie_weights=False)
         state = {name: p.clone() if p.is_inference() else p for name, p in self.model.named_parameters()
                  if name not in self.trainable}
         state |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # forward may write to them
-        return functional_call(self.copy, {**state, **parameters}, (x,))
+        return functional_call(self.copy, {**state, **parameters}, (x,), tie_weights=False)
+
+    def foreign(self, outputs: Tensor) -> str:
+        """A trainable parameter of the caller's that ``outputs`` were computed with, reached around the call; or ''."""
+        names = {id(p): name for name, p in self.model.named_parameters() if name in self.trainable}
+        waiting, seen = [outputs.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+                return name
+            waiting += [following for following, _ in node.next_functions]
+        return ""
 
     def first_differing(self, parameters: Mapping[str, Tensor], x: Tensor) -> str:
         """The first layer whose output differs between two equal calls, as text; '' if none does."""
@@ -103,6 +121,36 @@ class PureModule:
             for handle in handles:
                 handle.remove()
         return ""
+
+
+def _names_beyond_the_first(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, each with the first one, one for each place that a parameter stands in."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                full = f"{prefix}.{name}" if prefix else name
+                if first.setdefault(id(p), full) != full:
+                    tied[full] = first[id(p)]
+    return tied
+
+
+def _made_differentiable(module: nn.Module) -> None:
+    """Where torch has a fast way without the right derivative, takes the plain way to the same number."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        module.sparse = False  # the gradient becomes a part of a dense row
+    if isinstance(module, parametrizations._WeightNorm):
+        module.forward = lambda g, v: _weight_norm(v, g, module.dim)  # type: ignore[method-assign,assignment]
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            hook.compute_weight = lambda m, hook=hook: _weight_norm(  # type: ignore[method-assign]
+                getattr(m, hook.name + "_v"), getattr(m, hook.name + "_g"), hook.dim)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """torch's own has a second derivative that is not symmetric."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _impurity(module: nn.Module) -> str | None:
