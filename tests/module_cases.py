@@ -1,14 +1,17 @@
 """Kinds of modules and losses that users bring, and every estimator by plain autograd, task by task."""
 
+import sys
 from collections.abc import Callable
 from types import MethodType
 from unittest import mock
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as spectral_norm_by_hook
+from torch.nn.utils import weight_norm as weight_norm_by_hook
 
 from fobmaml import TaskBatch
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Estimator, Forward, Reptile, Symmetric
@@ -185,6 +188,7 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "spectral norm": lambda: on_vectors(parametrizations.spectral_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3)),
     "spectral norm by a hook": lambda: on_vectors(spectral_norm_by_hook(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3)),
     "weight norm": lambda: on_vectors(parametrizations.weight_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3)),
+    "weight norm by a hook": lambda: on_vectors(weight_norm_by_hook(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3)),
     "orthogonal": lambda: on_vectors(parametrizations.orthogonal(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 3)),
     "writes into zeros": lambda: Of(into_zeros, a=nn.Linear(6, 2), b=nn.Linear(6, 1)),
     "boolean mask": lambda: _two(by_mask),
@@ -194,6 +198,7 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "a scalar parameter": lambda: Of(lambda m, x: m.scale * m.a(x).tanh() + m.scale.exp(), a=nn.Linear(6, 3),
                                      scale=nn.Parameter(torch.tensor(0.7))),
     "tied weights": tied,
+    "traced by fx": lambda: torch.fx.symbolic_trace(on_vectors(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))),
     "a frozen layer": lambda: frozen(on_vectors(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), "0.weight", "0.bias"),
     "an unused parameter": lambda: Of(lambda m, x: m.a(x), a=nn.Linear(6, 3), b=nn.Linear(2, 2)),
     "counts its calls": lambda: with_buffer(Of(counting, a=nn.Linear(6, 3)), count=torch.zeros((), dtype=torch.long)),
@@ -340,7 +345,8 @@ class Plain:
         given = dict(zip(self.names, phi, strict=True))
         before = [(m, dict(m._parameters)) for m in self.model.modules()]
         with (torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-              mock.patch.object(torch, "_weight_norm", weight_norm)):
+              mock.patch.object(torch, "_weight_norm", weight_norm),
+              mock.patch.object(sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", weight_norm)):
             outputs = torch.func.functional_call(self.model, {**buffers, **given}, (x,))
         for module, parameters in before:  # of a layer that stands in two places, it forgets one
             module._parameters.update(parameters)

@@ -108,6 +108,10 @@ def test_a_cross_entropy_module_takes_the_fast_path():
     (lambda: nn.Sequential(nn.LazyLinear(3)), "has no shape yet"),
     (lambda: _mixed(), "takes parameters of one real dtype"),
     (lambda: nn.Linear(6, 3, dtype=torch.complex64), "takes parameters of one real dtype"),
+    (lambda: nn.Linear(6, 3, device="meta"), "one real device"),
+    (lambda: torch.jit.trace(nn.Linear(6, 3), torch.randn(2, 6)), "is TorchScript"),
+    (lambda: torch.compile(nn.Linear(6, 3)), "takes the module given to torch.compile"),
+    (lambda: nn.DataParallel(nn.Linear(6, 3)), "takes the module inside"),
 ])
 @pytest.mark.parametrize("estimator", [SYMMETRIC, FO, MAML(GD)])
 def test_networks_that_cannot_work_are_named(make, says, estimator):

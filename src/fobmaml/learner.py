@@ -86,8 +86,8 @@ class Learner:
             if isinstance(p, nn.parameter.UninitializedParameter):
                 raise ValueError(f"model: parameter '{name}' has no shape yet: takes a module that was called once")
         kinds = {(p.dtype, p.device) for p in trainable.values()}
-        if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
-            raise ValueError("model: takes parameters of one real dtype on one device, got "
+        if len(kinds) > 1 or not all(dtype.is_floating_point and device.type != "meta" for dtype, device in kinds):
+            raise ValueError("model: takes parameters of one real dtype on one real device, got "
                              f"{sorted(map(str, kinds))}")
         ((self.dtype, self.device),) = kinds
         self.model, self.loss_fn, self.engine = model, loss_fn, engine

@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def private_copy(model: nn.Module, share: bool = True) -> nn.Module:
     Parameters are the model's own if ``share``, else copies. What cannot be copied (a lock, a file) is shared.
     """
     modules = list(model.modules())
-    memo: dict[int, Any] = {id(module): module.__new__(type(module)) for module in modules}
+    memo: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
     for p in model.parameters():
         memo[id(p)] = p if share else nn.Parameter(p.detach().clone(), p.requires_grad)
     for module in modules:
@@ -141,20 +142,29 @@ def _made_differentiable(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         module.sparse = False  # the gradient becomes a part of a dense row
     if isinstance(module, parametrizations._WeightNorm):
-        module.forward = lambda g, v: _weight_norm(v, g, module.dim)  # type: ignore[method-assign,assignment]
+        module.forward = partial(_weight_norm, dim=module.dim)  # type: ignore[method-assign]
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
-            hook.compute_weight = lambda m, hook=hook: _weight_norm(  # type: ignore[method-assign]
-                getattr(m, hook.name + "_v"), getattr(m, hook.name + "_g"), hook.dim)
+            hook.compute_weight = partial(_hooked_weight, hook)  # type: ignore[method-assign]
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
+def _weight_norm(g: Tensor, v: Tensor, dim: int) -> Tensor:
     """torch's own has a second derivative that is not symmetric."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _hooked_weight(hook: WeightNorm, module: nn.Module) -> Tensor:
+    return _weight_norm(getattr(module, hook.name + "_g"), getattr(module, hook.name + "_v"), hook.dim)
+
+
 def _impurity(module: nn.Module) -> str | None:
     """Why a layer is not a function of its parameters and inputs, if its class and settings say so."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is TorchScript, which cannot be called with other parameters: takes the module that it was made from"
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "shares a batch out by itself: takes the module inside, .module"
+    if type(module).__name__ == "OptimizedModule":  # of torch.compile, which takes seconds to import
+        return "is compiled for its own parameters: takes the module given to torch.compile"
     if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
         return ("updates batch statistics, so a task's loss is not a function of its parameters alone: takes a layer "
                 "without them (GroupNorm, LayerNorm), or .eval()")

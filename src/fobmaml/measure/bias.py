@@ -46,7 +46,7 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
         # In chunks that fit the cache, and so that no task waits for a slower one where the network is large.
         chunk = chunk_size(precise, tasks)
         exact = estimate(reference, precise, theta.double(), tasks.to(dtype=torch.float64), chunk, False).gradient
-    except NotConverged as error:
+    except (NotConverged, ValueError) as error:  # a loss that holds float32 numbers cannot be had in float64
         return Bias(None, None, name, str(error))
     returned = estimate(estimator, learner, theta, tasks.to(dtype=learner.dtype), diagnose=False).gradient.double()
     norm = exact.norm()
