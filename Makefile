@@ -17,7 +17,9 @@ setup: .venv/complete ## make .venv and install everything (nothing to do when i
 	@echo "installing into .venv (a minute or two, once)"
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
+	@rm -f src/fobmaml/models/fused_*.so
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -c 'from fobmaml.models import fused; why = fused.missing(); print(f"no compiled kernel, so gradients take longer: {why}\n" * bool(why), end="")'
 	@touch $@
 
 train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS="estimator=maml steps=2000"
@@ -32,15 +34,11 @@ lint: setup ## check style and types
 
 figures: setup ## redraw every figure, and the tables of the READMEs, from results/
 	@$(BIN)/python scripts/figures.py
-	@$(BIN)/python scripts/summary.py
-	@$(BIN)/python scripts/tables.py
 
 reproduce: setup ## run the experiments behind results/ again (what is complete is not run twice), then draw; FAST=1: small ones
 	@$(BIN)/python scripts/reproduce.py $(if $(FAST),--fast) $(ARGS)
 	@$(if $(FAST),cp results/bench.csv outputs/fast/)
 	@$(BIN)/python scripts/figures.py $(if $(FAST),outputs/fast)
-	@$(BIN)/python scripts/summary.py $(if $(FAST),outputs/fast)
-	@$(if $(FAST),,$(BIN)/python scripts/tables.py)
 
 verify: setup ## run a little of the experiments again and compare it with results/
 	@$(BIN)/python scripts/verify.py

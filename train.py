@@ -3,11 +3,11 @@
 Every setting is in configs/; python train.py --help lists them.
 """
 
+import inspect
 import json
 import logging
 import os
 import re
-import shutil
 import signal
 import statistics
 import sys
@@ -15,30 +15,34 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import hydra
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fobmaml import distributed, sweeps
+from fobmaml import distributed, folders, sweeps
 from fobmaml.allocator import keep_freed_memory
-from fobmaml.arguments import number, one_of, refuse
-from fobmaml.estimators import NotConverged
+from fobmaml.arguments import number, one_of, refuse, whole_number
+from fobmaml.console import make_lasting, one_line
+from fobmaml.estimators import Estimator, NotConverged
 from fobmaml.files import (
     CannotWrite,
     CheckpointError,
     EventLog,
     FolderInUse,
+    events_until,
     load_checkpoint,
     read_events,
     save_checkpoint,
@@ -47,15 +51,20 @@ from fobmaml.files import (
 )
 from fobmaml.plotting import learning_curve, method
 from fobmaml.provenance import provenance
-from fobmaml.tracking import WandbRun
+from fobmaml.solvers import Solver
+from fobmaml.tasks.checks import check_members
+from fobmaml.tracking import WandbRun, check_options, options_of
 from fobmaml.training import Diverged, Event, MetaTraining, Settings
 
 log = logging.getLogger("train")
 
-TRACED = "HYDRA_FULL_ERROR" in os.environ
+TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"  # as in Hydra
 
 # Runs that agree in everything else are the same run, and continue each other's checkpoints.
 NOT_PART_OF_A_RUN = ("resume", "wandb", "device", "engine", "checkpoint_every")
+
+KINDS = {"model": torch.nn.Module, "solver": Solver, "estimator": Estimator, "optimizer": torch.optim.Optimizer}
+"""What the ``_target_`` of a group makes; of a data set it is looked at what it has."""
 
 SUMMARY_KEYS = ("test/accuracy", "test/accuracy_ci95", "test/loss", "memory/peak_bytes", "bias/relative_error",
                 "bias/cosine", "bias/reference", "bias/reason", "time/meta_step_s", "inner/residual",
@@ -72,28 +81,29 @@ class Interrupted(KeyboardInterrupt):
 
 # What a user can put right: reported in one line. Set HYDRA_FULL_ERROR=1 for the traceback.
 EXPECTED = (ConfigError, CannotWrite, CheckpointError, Diverged, FolderInUse, NotConverged, distributed.ProcessLost,
-            HydraException, OmegaConfBaseException)
+            HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One job: a run in its own folder. Returns its last validation accuracy, for sweepers."""
     keep_freed_memory()
+    make_lasting()  # in a job's process, too
     hydra_config = HydraConfig.get()
     folder, in_sweep = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
     try:
+        read_numbers(cfg)
         with distributed.processes():
             if distributed.rank() == 0:
                 return run(cfg, folder)
             follow(cfg)
             return None
     except EXPECTED as error:
-        kept = any((folder / name).exists() for name in ("checkpoint.pt", "summary.json", "metrics.jsonl"))
-        if not kept and not isinstance(error, FolderInUse):
-            shutil.rmtree(folder, ignore_errors=True)  # only Hydra's copy of the bad settings is in it
         if TRACED or in_sweep:  # a sweep goes on, and ends with the error
             raise
         sys.exit(f"error: {one_line(error)}")
+    finally:
+        folders.remove_empty()
 
 
 def follow(cfg: DictConfig) -> None:
@@ -109,38 +119,83 @@ def follow(cfg: DictConfig) -> None:
 def run(cfg: DictConfig, folder: Path) -> float | None:
     """Build, continue if there is a checkpoint, meta-train, measure, report."""
     training = distributed.everywhere(lambda: build(cfg))
-    with distributed.leading(training.learner.device), sole_user(folder):
-        return lead(cfg, training, folder)
+    with distributed.leading(training.learner.device):
+        load(cfg, training, folder)  # for its errors: nothing is written before all is known to fit
+        with sole_user(folder):
+            return lead(cfg, training, folder)
 
 
-def lead(cfg: DictConfig, training: MetaTraining, folder: Path) -> float | None:
-    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    same_run = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN}
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on: at a checkpoint's ``state`` from ``source``, after the events that ``history`` says."""
+
+    source: Path | None
+    state: dict[str, Any] | None
+    history: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+    """Of the run that is complete already."""
+
+
+def load(cfg: DictConfig, training: MetaTraining, folder: Path) -> Start:
+    """Brings ``training`` to where the run goes on. Raises CheckpointError, CannotWrite."""
     source = checkpoint_to_continue(cfg, folder)
-    try:
-        state = load_checkpoint(source, same_run) if source else None
-    except CheckpointError as error:
-        raise CheckpointError(f"{'checkpoint ' if cfg.resume is None else 'resume='}{error}") from None
-    summary_path = folder / "summary.json"
-    if source and source.parent == folder and summary_path.exists():
-        summary = json.loads(summary_path.read_text())
-        if summary["status"] == "completed":
-            log.info("%s is complete: nothing to do", folder)
-            report(summary, folder)
-            return cast(float | None, summary["val/accuracy"])
-
-    if state and source:
+    state, history = None, []
+    if source:
+        try:
+            state = load_checkpoint(source, same_run(cfg))
+        except CheckpointError as error:
+            raise CheckpointError(f"{'checkpoint ' if source.parent == folder else 'resume='}{error}") from None
         try:
             training.load_state_dict(state)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{source}: takes a whole checkpoint of this program, and this one's state does not "
                                   f"fit ({one_line(error) or type(error).__name__})") from None
-        log.info("continuing %s at step %d", source, training.step)
-    events = EventLog(folder / "metrics.jsonl", training.step if state else None,
-                      source.with_name("metrics.jsonl") if source else None)
-    wandb_run = WandbRun(folder, {**config, "choices": choices()}, **config["wandb"] | {
-        "group": cfg.wandb.group or sweep_name(), "name": "-".join(folder.parts[-2:]),
-        "id": state["wandb_id"] if state and source and source.parent == folder else None})
+        history = events_until(source.with_name("metrics.jsonl"), training.step)
+    summary = read_summary(folder / "summary.json")
+    if source is None or source.parent != folder:
+        folders.refuse_foreign(folder, "hydra.run.dir", folders.CONFIG,
+                               ("summary.json", "metrics.jsonl", "learning_curve.png"))
+        steps = [event["step"] for event in events_until(folder / "metrics.jsonl", sys.maxsize)]
+        if any(steps) or (summary and (summary["step"] or summary["status"] == "completed")):
+            raise CannotWrite(f"hydra.run.dir={folder}: takes a folder without results, and there are those of a run "
+                              "whose checkpoint.pt is gone")
+        summary = None
+    return Start(source, state, history, summary if summary and summary["status"] == "completed" else None)
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        return {**summary, "status": summary["status"], "step": summary["step"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: takes a summary of this program's ({one_line(error)})") from None
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+
+
+def same_run(cfg: DictConfig) -> dict[str, Any]:
+    return {key: value for key, value in plain_config(cfg).items() if key not in NOT_PART_OF_A_RUN}
+
+
+def lead(cfg: DictConfig, training: MetaTraining, folder: Path) -> float | None:
+    start = load(cfg, training, folder)  # again: another process may have gone on until now
+    if start.summary:
+        log.info("%s is complete: nothing to do", folder)
+        report(start.summary, folder)
+        return cast(float | None, start.summary["val/accuracy"])
+    config, state = plain_config(cfg), start.state
+    folders.write_settings(folder, cfg)
+    if state:
+        log.info("continuing %s at step %d", start.source, training.step)
+    events = EventLog(folder / "metrics.jsonl", start.history)
+    own = start.source is not None and start.source.parent == folder
+    wandb_run = WandbRun(folder, {**config, "choices": choices()},
+                         options_of(config["wandb"], sweep_name(), "-".join(folder.parts[-2:]),
+                                    state["wandb_id"] if state and own else None))
 
     def record(event: Event) -> None:
         if event:
@@ -148,13 +203,13 @@ def lead(cfg: DictConfig, training: MetaTraining, folder: Path) -> float | None:
             wandb_run.write(training.step, event)
 
     def checkpoint() -> None:
-        save_checkpoint(folder / "checkpoint.pt", {**training.state_dict(), "wandb_id": wandb_run.id}, same_run)
+        save_checkpoint(folder / "checkpoint.pt", {**training.state_dict(), "wandb_id": wandb_run.id}, same_run(cfg))
 
-    summary = {"status": "failed"}
+    summary: dict[str, Any] = {"status": "failed"}
     started = time.time()
     try:
         with stop_requests() as stop:
-            meta_train(training, state is None, record, checkpoint, stop)
+            meta_train(training, state, record, checkpoint, stop)
             log.info("measuring memory and %d meta-test tasks", training.settings.eval_tasks)
             record({**training.test(), **training.measure_memory()})
         summary["status"] = "completed"
@@ -174,10 +229,11 @@ def lead(cfg: DictConfig, training: MetaTraining, folder: Path) -> float | None:
         measured = {"step": training.step, "engine": training.learner.used, **dict.fromkeys(SUMMARY_KEYS),
                     **training.latest}
         summary |= {**measured, "choices": choices(), "seconds": round(time.time() - started, 1),
-                    "provenance": provenance(training.learner.device), "config": config}
+                    "provenance": provenance(training.learner.device, training.learner.used), "config": config}
         events.close()
         try:
-            write_json(summary_path, summary)
+            with suppress(CannotWrite) if "reason" in summary else nullcontext():  # the first error is the one to say
+                write_json(folder / "summary.json", summary)
         finally:
             wandb_run.finish(measured, exit_code=0 if summary["status"] == "completed" else 1)
     if summary["val/loss"] is not None:
@@ -191,7 +247,8 @@ def build(cfg: DictConfig) -> MetaTraining:
     with bad_values_named():
         device = choose_device(cfg.device)
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
-        one_of("wandb.mode", cfg.wandb.mode, ("offline", "online", "disabled"))
+        check_options(plain_config(cfg)["wandb"])
+        whole_number("seed", cfg.seed, at_least=0, at_most=2**64 - 1)  # what torch takes
         settings = Settings(**{key: cfg[key] for key in ("steps", "seed", "meta_batch", "fixed_tasks", "task_chunk",
                                                          "memory_limit_mb", "engine", "schedule", "log_every",
                                                          "checkpoint_every")},
@@ -199,6 +256,8 @@ def build(cfg: DictConfig) -> MetaTraining:
                                for key, value in cfg[group].items()})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     dataset = build_part(cfg, "dataset")
+    with bad_values_named():
+        check_members(dataset)
     torch.manual_seed(settings.seed)
     model = build_part(cfg, "model", input_shape=dataset.input_shape, outputs=dataset.outputs).to(device, dtype)
     estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
@@ -206,10 +265,42 @@ def build(cfg: DictConfig) -> MetaTraining:
         return MetaTraining(model, dataset, estimator, settings, lambda p: build_part(cfg, "optimizer", params=p))
 
 
+def read_numbers(node: DictConfig | ListConfig) -> None:
+    """Makes numbers of text that reads as one, as environment variables have it: seed=${oc.env:SLURM_ARRAY_TASK_ID}.
+
+    What the class of a group (``_target_``) takes as text, and wandb's settings, stay as they are.
+    """
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        if key in ("_target_", "resume", "wandb") or OmegaConf.is_missing(node, key):
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig | ListConfig):
+            read_numbers(value)
+        elif isinstance(value, str) and takes_number(node, key):
+            with suppress(HydraException):  # it is no value that a command line could have
+                read = OverridesParser.create().parse_override(f"value={value}").value()
+                if isinstance(read, int | float):
+                    node[key] = read
+
+
+def takes_number(node: DictConfig | ListConfig, key: Any) -> bool:
+    """Whether a setting may be a number. Where a class does not say, text is meant if it was written as text."""
+    if isinstance(node, ListConfig) or "_target_" not in node:
+        return True
+    try:
+        parameters = inspect.signature(hydra.utils.get_object(node["_target_"])).parameters
+    except (HydraException, ImportError, ValueError, TypeError):  # build_part says it
+        return False
+    wanted = parameters[key].annotation if key in parameters else inspect.Parameter.empty
+    if wanted in (inspect.Parameter.empty, Any) or isinstance(wanted, str):
+        return OmegaConf.is_interpolation(node, key)
+    return bool({int, float, bool} & {wanted, *get_args(wanted)})
+
+
 def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
     """What a group's ``_target_`` makes of its settings. Raises ConfigError."""
     try:
-        return hydra.utils.instantiate(cfg[group], **given, _convert_="all")
+        part = hydra.utils.instantiate(cfg[group], **given, _convert_="all")
     except InstantiationException as error:
         if not isinstance(error.__cause__, ValueError | TypeError):
             raise
@@ -220,6 +311,11 @@ def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
         else:
             text = f"{group}={choices()[group]}: {text}"
         raise ConfigError(text) from error
+    kind = KINDS.get(group, object)
+    if not isinstance(part, kind):
+        raise ConfigError(f"{group}._target_={cfg[group].get('_target_')}: takes one that makes a "
+                          f"{kind.__module__}.{kind.__qualname__}")
+    return part
 
 
 @contextmanager
@@ -249,6 +345,8 @@ def checkpoint_to_continue(cfg: DictConfig, folder: Path) -> Path | None:
     if own.exists() or cfg.resume is None:
         return own if own.exists() else None
     path = Path(str(cfg.resume))
+    if HydraConfig.get().job.chdir:  # it is said from where the command is given
+        path = Path(hydra.utils.to_absolute_path(str(path)))
     return path / own.name if path.is_dir() else path
 
 
@@ -260,14 +358,17 @@ def choices() -> dict[str, str]:
 
 def sweep_name() -> str | None:
     config = HydraConfig.get()
-    return Path(config.sweep.dir).as_posix() if config.mode == RunMode.MULTIRUN else None
+    if config.mode != RunMode.MULTIRUN:
+        return None
+    folder, here = Path(config.sweep.dir).absolute(), Path(config.runtime.cwd)
+    return (folder.relative_to(here) if folder.is_relative_to(here) else folder).as_posix()
 
 
-def meta_train(training: MetaTraining, fresh: bool, record: Callable[[Event], None], checkpoint: Callable[[], None],
-               stop: "StopRequest") -> None:
-    """The loop: meta-steps, and after each what is due; what is due at the start, if it is ``fresh``."""
-    s = training.settings
-    if fresh:
+def meta_train(training: MetaTraining, state: dict[str, Any] | None, record: Callable[[Event], None],
+               checkpoint: Callable[[], None], stop: "StopRequest") -> None:
+    """The loop: meta-steps, and after each what is due; what is due at the start, if it continues no ``state``."""
+    s, first = training.settings, training.step + 1
+    if state is None:
         record(training.measure(first=True))
         checkpoint()
     on_terminal = sys.stderr.isatty()
@@ -280,6 +381,8 @@ def meta_train(training: MetaTraining, fresh: bool, record: Callable[[Event], No
             record(event)
             if training.step % s.checkpoint_every == 0 or training.step == s.steps:
                 checkpoint()
+            if state and training.step == first:
+                say_if_another_engine(state.get("engine", ""), training.learner.used)
             bar.set_postfix(progress(training), refresh=False)
             bar.update()
             if measured and not on_terminal:
@@ -289,6 +392,12 @@ def meta_train(training: MetaTraining, fresh: bool, record: Callable[[Event], No
     if stop.requested:
         checkpoint()
         raise Interrupted(f"stopped by {stop.requested} at step {training.step}")
+
+
+def say_if_another_engine(before: str, now: str) -> None:
+    if before and set(now.split("+")) - set(before.split("+")):
+        log.warning("gradients are computed by engine %s, and up to this checkpoint by %s: the run may differ from an "
+                    "uninterrupted one by rounding", now, before)
 
 
 def progress(training: MetaTraining) -> dict[str, str]:
@@ -355,25 +464,14 @@ def report(summary: Mapping[str, Any], folder: Path) -> None:
     print("\n" + "\n".join(f"  {label:<{width}}  {value}" for label, value in rows) + "\n", flush=True)
 
 
-def one_line(error: Exception) -> str:
-    """What was wrong on the command line, as one line."""
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return f"{group}={choice}: takes one of {', '.join(error.options)}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    unknown = re.match("Could not override '(.+)'", lines[0])
-    if unknown:
-        return f"{unknown[1]}: there is no such setting (python train.py --help lists them)"
-    return "; ".join(lines[:2])
-
-
 def start() -> None:
     """What ``main`` does, with every expected end told in one line."""
+    make_lasting()
     try:
-        if {"-m", "--multirun"} & set(sys.argv):
+        os.environ["FOBMAML_SWEEP"] = sweeps.name_of(sys.argv[1:])
+        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv):
             if distributed.size() > 1:
                 raise ConfigError("--multirun: takes one process, and torchrun started this one with others")
-            os.environ["FOBMAML_SWEEP"] = sweeps.name_of(sys.argv[1:])
             if any(argument.startswith("hydra/launcher=") for argument in sys.argv):
                 os.environ.setdefault("OMP_NUM_THREADS", "1")  # jobs side by side do not fight for cores
         main()
@@ -381,6 +479,7 @@ def start() -> None:
         if TRACED:
             raise
         if not sweeps.failures():
+            sweeps.undo()
             sys.exit(f"error: {one_line(error)}" if distributed.rank() == 0 else 1)
     except OSError as error:  # Hydra's own files, before a run begins
         if TRACED or error.errno is None:
@@ -389,12 +488,15 @@ def start() -> None:
     except KeyboardInterrupt as error:
         print(f"\n{str(error) or 'stopped; the same command continues'}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        folders.remove_empty()
     if failed := sweeps.failures():
         jobs = "\n".join(f"  {failure['job']}: {failure['reason']}" for failure in failed)
         sys.exit(f"error: {len(failed)} of the jobs failed; the same command runs them again:\n{jobs}")
 
 
 if __name__ == "__main__":
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it logs is raised, too
     logging.raiseExceptions = False  # a log that cannot be written does not fill the screen
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors then arrive here instead of being printed by Hydra
     if distributed.rank() == 0:

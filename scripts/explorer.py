@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import vl_convert
+from drawing import Missing, folder_given
 from explorer_data import compare, measured, methods, tradeoff
-from figures import FOLDER
 from playwright.sync_api import Browser, sync_playwright
 
 from fobmaml.files import write_atomically, write_csv, write_json
@@ -27,8 +27,8 @@ PANELS = ("curvature", "compare", "tradeoff", "measured")
 MOVES = 20
 
 
-def build(path: Path) -> None:
-    data = {"methods": methods(), "compare": compare(), "tradeoff": tradeoff(), "measured": measured()}
+def build(path: Path, folder: Path) -> None:
+    data = {"methods": methods(), "compare": compare(), "tradeoff": tradeoff(), "measured": measured(folder)}
     page = (PARTS / "page.html").read_text(encoding="utf-8")
     commit = provenance()["commit"]
     for place, part in (("<!--commit-->", f"commit {commit[:10]}" if commit else "outside a checkout"),
@@ -63,7 +63,7 @@ def browser() -> Iterator[Browser]:
         started.close()
 
 
-def look(page: Path) -> None:
+def look(page: Path, folder: Path) -> None:
     """Takes a picture of every panel, and the time that each slider's moves take to be drawn."""
     rows = []
     with browser() as started:
@@ -71,7 +71,7 @@ def look(page: Path) -> None:
         tab.goto(page.resolve().as_uri())
         tab.wait_for_selector("html[data-ready]")
         for name in PANELS:
-            path = FOLDER / "figures" / f"explorer_{name}.png"
+            path = folder / "figures" / f"explorer_{name}.png"
             tab.locator(f"#{name}").screenshot(path=path)
             print(os.path.relpath(path))
         for name in PANELS:
@@ -84,8 +84,8 @@ def look(page: Path) -> None:
                 rows.append({"panel": name, "slider": slider.get_attribute("id"), "moves": MOVES,
                              "milliseconds": statistics.median(times), "most": max(times)})
         version = started.version
-    write_csv(FOLDER / "explorer.csv", rows)
-    write_json(FOLDER / "explorer.json", {
+    write_csv(folder / "explorer.csv", rows)
+    write_json(folder / "explorer.json", {
         "command": "make explorer", "what": "milliseconds from a slider's move to its drawing: median and most",
         "chromium": version, "provenance": provenance()})
     print(f"a slider's move is drawn within {max(row['milliseconds'] for row in rows):.0f} ms (median of the slowest)")
@@ -93,10 +93,14 @@ def look(page: Path) -> None:
 
 def main() -> None:
     path = next((Path(given[7:]) for given in sys.argv if given.startswith("--page=")), Path("outputs/explorer.html"))
-    build(path)
+    folder = folder_given()
+    try:
+        build(path, folder)
+    except Missing as missing:
+        sys.exit(f"error: {missing}")
     if "--no-pictures" not in sys.argv:
         if chromium():
-            look(path)
+            look(path, folder)
         else:
             print("no pictures: there is no Chromium (on Debian: apt-get install chromium)")
 

@@ -5,11 +5,12 @@ All of it is computed when the page is built; the page looks up and draws.
 
 import base64
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from drawing import groups, load
 from figure_bias import best_nu
-from figures import groups, load
 from statistics_of_runs import interval
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -150,10 +151,10 @@ def tradeoff() -> dict[str, Any]:
             "centre": centre.tolist(), "tangent": (-exact / POINT_LAM).tolist(), "points": points, "errors": errors}
 
 
-def measured() -> dict[str, list[dict[str, Any]]]:
+def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows {method, x, y, ...} of each chart of measured results."""
     accuracy = []
-    for (name, step), rows in groups(load("accuracy_curves"), "estimator", "step").items():
+    for (name, step), rows in groups(load(folder, "accuracy_curves"), "estimator", "step").items():
         values = [100 * row["val/accuracy"] for row in rows if row["val/accuracy"] is not None]
         if values:
             mean, half = interval(values)
@@ -162,12 +163,12 @@ def measured() -> dict[str, list[dict[str, Any]]]:
     charts = {"accuracy": accuracy}
     for chart, table, x in (("width", "memory", "width"), ("steps", "memory_steps", "solver.steps"),
                             ("depth", "memory_depth", "depth")):
-        rows = load(table)
+        rows = load(folder, table)
         longest = max((row["solver.steps"] for row in rows), default=None) if chart == "width" else None
         charts[chart] = sorted(({"method": row["estimator"], "x": row[x], "y": row["memory/peak_bytes"] / 1e6}
                                 for row in rows if longest is None or row["solver.steps"] == longest),
                                key=lambda row: (row["method"], row["x"]))
-    bias = {**best_nu(load("bias_delta")), **groups(load("bias_floor"), "estimator")}
+    bias = {**best_nu(load(folder, "bias_delta")), **groups(load(folder, "bias_floor"), "estimator")}
     charts["bias"] = [{"method": name, "x": row["solver.delta"], "y": row["bias/relative_error"],
                        "nu": row.get("estimator.nu")}
                       for name, rows in bias.items() for row in sorted(rows, key=lambda row: row["solver.delta"])]

@@ -1,13 +1,16 @@
 """Draws accuracy.png and .pdf: validation accuracy by meta-step and by training time, every method."""
 
-from figures import groups, legend_below, load, save, style
+from pathlib import Path
+
+from drawing import draw_alone, groups, legend_below, load, save, style
 from statistics_of_runs import interval
 
 from fobmaml.plotting import new_figure
 
 
-def main() -> None:
-    rows = [row for row in load("accuracy_curves", columns=("seed", "time/train_s")) if row["val/accuracy"] is not None]
+def draw(folder: Path) -> None:
+    rows = [row for row in load(folder, "accuracy_curves", columns=("seed", "time/train_s"))
+            if row["val/accuracy"] is not None]
     figure, axes = new_figure(columns=2, width_in=7.0, height_in=3.1)
     seeds = sorted({len({row["seed"] for row in found}) for found in groups(rows, "estimator").values()})
     seeds = seeds if len(seeds) == 1 else [seeds[0], seeds[-1]]
@@ -28,8 +31,8 @@ def main() -> None:
         ax.set_ylim(15, 100)
     axes[0].set_title(f"mean and 95 % interval over {' to '.join(map(str, seeds))} seeds", fontsize=8)
     legend_below(figure, axes, 4)
-    save(figure, "accuracy")
+    save(figure, folder, "accuracy")
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

@@ -1,8 +1,9 @@
 """Draws bias.png and .pdf: bias by inner precision δ at the best ν, with fitted slopes, and by inner steps."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from figures import FOLDER, Row, groups, legend_below, load, logarithmic, save, style
+from drawing import Row, draw_alone, groups, legend_below, load, logarithmic, save, style
 from statistics_of_runs import slope
 
 from fobmaml.files import write_csv
@@ -18,8 +19,8 @@ def best_nu(rows: Sequence[Row]) -> dict[str, list[Row]]:
             for name, found in groups(rows, "estimator").items()}
 
 
-def main() -> None:
-    best, floor, steps = best_nu(load("bias_delta")), load("bias_floor"), load("bias_steps")
+def draw(folder: Path) -> None:
+    best, floor, steps = best_nu(load(folder, "bias_delta")), load(folder, "bias_floor"), load(folder, "bias_steps")
     figure, (left, right) = new_figure(columns=2, width_in=7.0, height_in=3.4)
     fitted = []
     for name, rows in best.items():
@@ -35,7 +36,7 @@ def main() -> None:
     for name, rows in groups(floor, "estimator").items():
         rows = sorted(rows, key=lambda row: row["solver.delta"])
         left.plot([row["solver.delta"] for row in rows], [row["bias/relative_error"] for row in rows], **style(name))
-    write_csv(FOLDER / "bias_slopes.csv", fitted)
+    write_csv(folder / "bias_slopes.csv", fitted)
     left.set_xscale("log")
     left.set_yscale("log")
     left.set_xlabel("inner precision δ = ‖φ − φ*‖")
@@ -49,8 +50,8 @@ def main() -> None:
     right.set_xlabel("inner steps K")
     right.set_title("(b) MNIST-1D, CNN, λ = 2, float64", fontsize=8)
     legend_below(figure, [left, right], 4)
-    save(figure, "bias")
+    save(figure, folder, "bias")
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

@@ -1,12 +1,14 @@
 """Draws convergence.png and .pdf: the norm of the exact meta-gradient along training by each method."""
 
-from figures import groups, legend_below, load, save, style
+from pathlib import Path
+
+from drawing import draw_alone, groups, legend_below, load, save, style
 
 from fobmaml.plotting import new_figure
 
 
-def main() -> None:
-    rows = [row for row in load("convergence_curves") if row["bias/exact_norm"] is not None]
+def draw(folder: Path) -> None:
+    rows = [row for row in load(folder, "convergence_curves") if row["bias/exact_norm"] is not None]
     figure, (ax,) = new_figure(width_in=3.5, height_in=3.4)
     for name, found in groups(rows, "estimator").items():
         ax.plot([row["step"] for row in found], [row["bias/exact_norm"] for row in found], **style(name, markevery=5))
@@ -15,8 +17,8 @@ def main() -> None:
     ax.set_ylabel("‖∇F(θₜ)‖")
     ax.set_title("logistic tasks, gradient descent on fixed tasks", fontsize=8)
     legend_below(figure, [ax], 2)
-    save(figure, "convergence")
+    save(figure, folder, "convergence")
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

@@ -1,6 +1,8 @@
 """Draws curvature.png and .pdf: the parts of the support loss's Hessian during meta-training, and FO-MAML's error."""
 
-from figures import groups, legend_below, load, save
+from pathlib import Path
+
+from drawing import draw_alone, groups, legend_below, load, save
 
 from fobmaml.plotting import method, new_figure
 
@@ -11,8 +13,9 @@ ERRORS = {"fomaml_error": ("FO-MAML: without the Hessian", method("fomaml").colo
           "gauss_newton_error": ("without the network's own curvature", "#D55E00", "P", "--")}
 
 
-def main() -> None:
-    rows = [row for row in load("curvature_curves", columns=("dataset.loss",)) if row["curvature/hessian"] is not None]
+def draw(folder: Path) -> None:
+    rows = [row for row in load(folder, "curvature_curves", columns=("dataset.loss",))
+            if row["curvature/hessian"] is not None]
     figure, axes = new_figure(columns=4, width_in=7.0, height_in=2.9)
     for column, (loss, found) in enumerate(groups(rows, "dataset.loss").items()):
         for ax, parts in ((axes[column], PARTS), (axes[2 + column], ERRORS)):
@@ -30,8 +33,8 @@ def main() -> None:
         for ax in pair:
             ax.set_ylim(*limits)
     legend_below(figure, axes, 3)
-    save(figure, "curvature")
+    save(figure, folder, "curvature")
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

@@ -1,13 +1,16 @@
 """Draws inner_steps.png and .pdf: test accuracy by inner steps, symmetric and MAML."""
 
-from figures import groups, load, logarithmic, save, style
+from pathlib import Path
+
+from drawing import draw_alone, groups, load, logarithmic, save, style
 from statistics_of_runs import interval
 
 from fobmaml.plotting import new_figure
 
 
-def main() -> None:
-    rows = [row for row in load("inner_steps", columns=("seed", "solver.steps")) if row["test/accuracy"] is not None]
+def draw(folder: Path) -> None:
+    rows = [row for row in load(folder, "inner_steps", columns=("seed", "solver.steps"))
+            if row["test/accuracy"] is not None]
     figure, (ax,) = new_figure(height_in=2.6)
     for name, found in groups(rows, "estimator").items():
         by_steps = dict(sorted(groups(found, "solver.steps").items()))
@@ -19,8 +22,8 @@ def main() -> None:
     ax.set_ylabel("meta-test accuracy (%)")
     ax.set_title(f"mean and 95 % interval over {len({row['seed'] for row in rows})} seeds", fontsize=8)
     ax.legend(fontsize=8, frameon=False)
-    save(figure, "inner_steps")
+    save(figure, folder, "inner_steps")
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

@@ -1,12 +1,14 @@
 """Draws memory.png and .pdf: peak memory of one task's meta-gradient by width, inner steps and depth."""
 
-from figures import groups, legend_below, load, logarithmic, save, style
+from pathlib import Path
+
+from drawing import draw_alone, groups, legend_below, load, logarithmic, save, style
 
 from fobmaml.plotting import new_figure
 
 
-def main() -> None:
-    width, steps, depth = load("memory"), load("memory_steps"), load("memory_depth")
+def draw(folder: Path) -> None:
+    width, steps, depth = load(folder, "memory"), load(folder, "memory_steps"), load(folder, "memory_depth")
     longest = max((row["solver.steps"] for row in width if "solver.steps" in row), default=None)
     width = [row for row in width if row.get("solver.steps") == longest]
     figure, axes = new_figure(columns=3, width_in=7.0, height_in=3.4)
@@ -25,8 +27,8 @@ def main() -> None:
     axes[2].set_title("(c) 64 channels, 10 inner steps", fontsize=8)
     axes[0].set_ylabel("peak memory, one task (MB)")
     legend_below(figure, axes, 3)
-    save(figure, "memory")
+    save(figure, folder, "memory")
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

@@ -1,8 +1,9 @@
 """Draws nu.png and .pdf: bias by ν, with the optimum that the theory gives, and in both precisions."""
 
 import math
+from pathlib import Path
 
-from figures import groups, legend_below, load, save, style
+from drawing import draw_alone, groups, legend_below, load, save, style
 
 from fobmaml.plotting import method, new_figure
 
@@ -10,9 +11,9 @@ ORDER = {"forward": 1, "symmetric": 2, "central4": 4}
 SHOWN_DELTA = 1e-6
 
 
-def main() -> None:
-    logistic = [row for row in load("bias_delta") if row["solver.delta"] == SHOWN_DELTA]
-    network = load("nu")
+def draw(folder: Path) -> None:
+    logistic = [row for row in load(folder, "bias_delta") if row["solver.delta"] == SHOWN_DELTA]
+    network = load(folder, "nu")
     figure, (left, right) = new_figure(columns=2, width_in=7.0, height_in=3.4)
     for name, rows in groups(logistic, "estimator").items():
         rows = sorted(rows, key=lambda row: row["estimator.nu"])
@@ -40,8 +41,8 @@ def main() -> None:
         ax.set_yscale("log")
         ax.set_xlabel("ν")
     legend_below(figure, [left, right], 3)
-    save(figure, "nu")
+    save(figure, folder, "nu")
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

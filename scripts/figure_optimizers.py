@@ -1,8 +1,9 @@
 """Draws optimizers.png and .pdf: final validation loss and share of failed runs by learning rate, outer optimizers."""
 
 import math
+from pathlib import Path
 
-from figures import Row, groups, legend_below, load, logarithmic, save
+from drawing import Row, draw_alone, groups, legend_below, load, logarithmic, save
 
 from fobmaml.plotting import new_figure
 
@@ -10,8 +11,8 @@ LOOKS = {"sgd": ("SGD", "#E69F00", "^"), "clipped_sgd": ("clipped SGD", "#009E73
          "sngdm": ("SNGDM", "#0072B2", "o"), "adam": ("Adam", "#000000", "s")}
 
 
-def main() -> None:
-    rows = load("optimizers", columns=("optimizer", "optimizer.lr"))
+def draw(folder: Path) -> None:
+    rows = load(folder, "optimizers", columns=("optimizer", "optimizer.lr"))
     chance = math.log(5)
     figure, (left, right) = new_figure(columns=2, width_in=7.0, height_in=2.9)
     for name, found in groups(rows, "optimizer").items():
@@ -37,8 +38,8 @@ def main() -> None:
         logarithmic(ax, [row["optimizer.lr"] for row in rows])
         ax.set_xlabel("learning rate")
     legend_below(figure, [left, right], 5)
-    save(figure, "optimizers")
+    save(figure, folder, "optimizers")
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

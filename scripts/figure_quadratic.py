@@ -3,8 +3,10 @@
 Nothing is measured: contours and arrows are the formula. The numbers beside them go to quadratic.csv.
 """
 
+from pathlib import Path
+
 import numpy as np
-from figures import FOLDER, save
+from drawing import draw_alone, save
 
 from fobmaml.files import write_csv
 from fobmaml.plotting import method, new_figure
@@ -13,7 +15,7 @@ CURVATURES = [(0.0, 0.0, 0.0), (0.1, 0.0, 0.1), (0.5, -0.1, 0.0), (0.5, 0.3, 0.5
 G, X = np.array([0.1, -0.1]), np.array([0.3, 0.1])
 
 
-def main() -> None:
+def draw(folder: Path) -> None:
     figure, axes = new_figure(columns=4, width_in=7.0, height_in=2.4)
     grid = np.linspace(-0.4, 1.0, 81)
     points = np.stack(np.meshgrid(grid, grid), axis=-1) - 0.5
@@ -39,9 +41,9 @@ def main() -> None:
         ax.set_yticks([0, 0.5, 1])
     axes[0].set_ylabel("$x_2$")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    write_csv(FOLDER / "quadratic.csv", table)
-    save(figure, "quadratic")
+    write_csv(folder / "quadratic.csv", table)
+    save(figure, folder, "quadratic")
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

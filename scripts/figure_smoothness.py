@@ -1,16 +1,18 @@
 """Draws smoothness.png and .pdf: local smoothness of F against the norm of its gradient, along training."""
 
+from pathlib import Path
+
 import numpy as np
-from figures import load, save
+from drawing import draw_alone, load, save
 from matplotlib.ticker import LogLocator, NullFormatter
 from statistics_of_runs import slope
 
 from fobmaml.plotting import method, new_figure
 
 
-def main() -> None:
-    tables = [("(a) MNIST-1D, CNN, MAML's objective", load("smoothness_curves"), "maml"),
-              ("(b) logistic tasks, proximal objective", load("smoothness_logistic_curves"), "exact")]
+def draw(folder: Path) -> None:
+    tables = [("(a) MNIST-1D, CNN, MAML's objective", load(folder, "smoothness_curves"), "maml"),
+              ("(b) logistic tasks, proximal objective", load(folder, "smoothness_logistic_curves"), "exact")]
     figure, axes = new_figure(columns=2, width_in=7.0, height_in=2.8)
     for ax, (title, rows, name) in zip(axes, tables, strict=True):
         points = [(row["smoothness/gradient_norm"], row["smoothness/local"]) for row in rows
@@ -32,8 +34,8 @@ def main() -> None:
         ax.set_xlabel("‖∇F(θ)‖")
         ax.legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("‖∇F(θ + d) − ∇F(θ)‖ / ‖d‖")
-    save(figure, "smoothness")
+    save(figure, folder, "smoothness")
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

@@ -1,8 +1,9 @@
 """Draws time.png and .pdf: time of one meta-gradient by width and by inner steps, and its use of the arithmetic."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from figures import Row, groups, legend_below, load, logarithmic, save, style
+from drawing import Row, draw_alone, groups, legend_below, load, logarithmic, save, style
 from matplotlib.axes import Axes
 
 from fobmaml.plotting import method, new_figure
@@ -12,8 +13,8 @@ COLUMNS = ("width", "inner_steps", "seconds_median", "seconds_q25", "seconds_q75
 IN_THE_MIDDLE = ("symmetric", "symmetric_operators", "maml", "higher", "torchopt")
 
 
-def main() -> None:
-    rows = load("bench", "make bench", COLUMNS)
+def draw(folder: Path) -> None:
+    rows = load(folder, "bench", "make bench", COLUMNS)
     steps, width = min(row["inner_steps"] for row in rows), max(row["width"] for row in rows)
     by_width = groups([row for row in rows if row["inner_steps"] == steps], "estimator")
     by_steps = groups([row for row in rows if row["width"] == width], "estimator")
@@ -40,7 +41,7 @@ def main() -> None:
         ax.set_xlabel("channels" if key == "width" else "inner steps")
         logarithmic(ax, [row[key] for row in rows], y=ax is not middle)
     legend_below(figure, [left], 3)
-    save(figure, "time")
+    save(figure, folder, "time")
 
 
 def draw_seconds(ax: Axes, rows: Sequence[Row], key: str) -> None:
@@ -53,4 +54,4 @@ def draw_seconds(ax: Axes, rows: Sequence[Row], key: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    draw_alone(draw)

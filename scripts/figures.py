@@ -1,106 +1,53 @@
-"""Draws every figure (python scripts/figures.py [FOLDER]), and what the scripts of single figures share.
+"""Draws every figure and writes the tables of the READMEs: python scripts/figures.py [FOLDER]
 
-FOLDER: where the tables are, by default results/; figures go to FOLDER/figures.
+FOLDER: where the tables are, by default results/; figures go to FOLDER/figures, what the tables say of each claim to
+FOLDER/README.md, and from results/ the tables of this project's README to their places there.
 """
 
-import math
+import importlib
+import multiprocessing
 import os
-import runpy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+import summary
+import tables
+from drawing import RESULTS, Missing, folder_given
 
-from fobmaml.files import read_csv
-from fobmaml.plotting import METHODS, method
-
-SCRIPTS = Path(__file__).parent
-FOLDER = next((Path(given) for given in sys.argv[1:] if not given.startswith("-")), SCRIPTS.parent / "results")
-
-Row = dict[str, Any]
+FIGURES = {path.stem: importlib.import_module(path.stem) for path in sorted(Path(__file__).parent.glob("figure_*.py"))}
 
 
-def load(name: str, made_by: str | None = None, columns: Iterable[str] = ()) -> list[Row]:
-    """A table with numbers as numbers and empty cells as None. Ends the program where it is missing, saying what makes
-    it: ``made_by``, by default the experiment of the same name."""
-    path = FOLDER / f"{name}.csv"
-    command = made_by or f"make reproduce ARGS={name.removesuffix('_curves')}"
-    if not path.exists():
-        sys.exit(f"error: {os.path.relpath(path)} is missing: {command} makes it")
-    rows = [{key: parse(value) for key, value in row.items()} for row in read_csv(path)]
-    order = {name: place for place, name in enumerate(METHODS)}
-    rows.sort(key=lambda row: order.get(str(row.get("estimator")), len(order)))
-    missing = [column for column in columns if column not in rows[0]]
-    if missing:
-        sys.exit(f"error: {os.path.relpath(path)} lacks {', '.join(missing)}: {command} makes it anew")
-    return rows
-
-
-def parse(text: str) -> float | str | None:
+def draw(name: str, folder: Path) -> str | None:
+    """What is missing, if it is."""
     try:
-        return float(text) if text else None
-    except ValueError:
-        return text
+        FIGURES[name].draw(folder)
+    except Missing as missing:
+        return str(missing)
+    return None
 
 
-def save(figure: Figure, name: str) -> None:
-    (FOLDER / "figures").mkdir(exist_ok=True)
-    for suffix in ("png", "pdf"):
-        path = FOLDER / "figures" / f"{name}.{suffix}"
-        figure.savefig(path, metadata={"CreationDate": None} if suffix == "pdf" else {"Software": None})
-        print(os.path.relpath(path))
+def draw_all(folder: Path) -> list[str]:
+    """Side by side, in processes that begin with all that is imported here; what is missing."""
+    forks = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"  # where drawing may not fork
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) if forks else nullcontext() as pool:
+        found = (pool.map if pool else map)(draw, FIGURES, [folder] * len(FIGURES))
+        return [missing for missing in found if missing]
 
 
-def groups(rows: Sequence[Row], *keys: str) -> dict[Any, list[Row]]:
-    """The rows by the value of one key, or by the values of several."""
-    found: dict[Any, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys), []).append(row)
-    return found
-
-
-def style(name: str, **changes: Any) -> Row:
-    look = method(name)
-    return {"color": look.colour, "marker": look.marker, "label": look.label, "linewidth": 1.0, "markersize": 4.0,
-            "linestyle": look.linestyle, "markerfacecolor": "none" if look.linestyle != "-" else look.colour} | changes
-
-
-def logarithmic(ax: Axes, x: Sequence[float] | None = None, y: bool = False) -> None:
-    """A logarithmic x axis with ticks where it was measured and there is room, or a y axis with plain numbers."""
-    if x is not None:
-        ax.set_xscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")
-        ticks = sorted(set(x))
-        apart = 0.1 * math.log(ticks[-1] / ticks[0])
-        shown = [ticks[-1]]
-        for tick in reversed(ticks[:-1]):
-            if math.log(shown[-1] / tick) > apart:
-                shown.append(tick)
-        ax.set_xticks(shown)
-        ax.xaxis.set_minor_locator(NullLocator())
-    if y:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def legend_below(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
-    """One legend for all axes, each label once."""
-    found: Mapping[str, Any] = {label: handle for ax in axes
-                                for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+def main() -> None:
+    folder = folder_given()
+    missing = draw_all(folder)
+    summary.write(folder)
+    if folder.resolve() == RESULTS.resolve():
+        try:
+            tables.write()
+        except Missing as table:
+            missing.append(str(table))
+    if missing:
+        sys.exit("\n".join(f"error: {line}" for line in missing))
 
 
 if __name__ == "__main__":
-    missing = []
-    for script in sorted(SCRIPTS.glob("figure_*.py")):
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as stopped:
-            missing.append(str(stopped))
-    if missing:
-        sys.exit("\n".join(missing))
+    main()

@@ -2,22 +2,25 @@
 
 An experiment is a sweep, configs/experiment/NAME.yaml, its jobs below outputs/experiments/NAME. A job that is complete
 is not run again, one that was stopped continues. ``--collect``: only collect what is there. ``--fast``: smaller sweeps,
-below outputs/fast, which leave results/ alone.
+below outputs/fast, which leave results/ alone. The exit status says whether every job of every sweep is there.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from tqdm import tqdm
 
 from fobmaml.files import read_events, write_csv, write_json
@@ -50,6 +53,8 @@ EXPERIMENTS = {
 """The experiments in results/, each with its settings for ``--fast``."""
 
 MEASURED = ("val/", "test/", "train/", "memory/", "bias/", "inner/", "time/", "smoothness/", "curvature/")
+OUTCOMES = ("the meta-gradient at step ", "inner solve: ", "linear solve: ")
+"""How the reason of a failed run begins that belongs to the results: it diverged, or found no exact meta-gradient."""
 CURVES = ("val/", "bias/", "smoothness/", "curvature/", "time/train_s")
 INTERRUPTED = 130
 
@@ -67,16 +72,53 @@ def main() -> None:
     if arguments.jobs < 1:
         sys.exit(f"error: --jobs={arguments.jobs}: takes a whole number of at least 1")
     outputs = ROOT / "outputs" / ("fast" if arguments.fast else "experiments")
-    if not arguments.collect:
-        sweep({name: EXPERIMENTS[name].split() if arguments.fast else [] for name in names}, outputs, arguments.jobs)
+    overrides = {name: EXPERIMENTS[name].split() if arguments.fast else [] for name in names}
+    ended = {} if arguments.collect else sweep(overrides, outputs, arguments.jobs)
+    wrong = []
     for name in names:
         collect(name, outputs / name, outputs if arguments.fast else ROOT / "results")
+        wrong += faults(name, jobs_of(name, overrides[name]), outputs / name, ended.get(name, 0))
+    if wrong:
+        sys.exit("\n".join(f"error: {fault}" for fault in wrong))
 
 
-def sweep(overrides: Mapping[str, list[str]], outputs: Path, at_once: int) -> None:
-    """Runs the sweeps, some at once, with a bar of jobs. Ends the program where it is interrupted."""
-    waiting, running = list(overrides), dict[str, subprocess.Popen[bytes]]()
-    with tqdm(unit="job", dynamic_ncols=True, smoothing=0.1, disable=None) as bar, stopping_too(running):
+def jobs_of(name: str, overrides: Sequence[str]) -> list[frozenset[str]]:
+    """The settings of each job of a sweep, as Hydra's sweeper makes them of its file and the command line."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        sweeper = compose("train", [f"experiment={name}"], return_hydra_config=True).hydra.sweeper
+    swept = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*swept, f"experiment={name}", *overrides])
+    return [frozenset(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+
+def faults(name: str, jobs: Sequence[frozenset[str]], folder: Path, status: int = 0) -> list[str]:
+    """Says how many of the jobs are there, and returns what is wrong: jobs that are not, and a sweep's exit status that
+    no diverged run explains. One that diverged is there."""
+    there, diverged, failed = set(), 0, []
+    for path in sorted(folder.glob("*/summary.json")):
+        job = frozenset(yaml.safe_load((path.parent / ".hydra" / "overrides.yaml").read_text()))
+        summary = json.loads(path.read_text())
+        if job not in jobs or job in there:
+            continue
+        reason = summary.get("reason") or ""
+        if summary["status"] == "completed" or reason.startswith(OUTCOMES):
+            there.add(job)
+            diverged += summary["status"] != "completed"
+        elif summary["status"] == "failed":
+            failed.append(f"{name}: {path.parent.name}: {reason}")
+    count = f"{name}: {len(there)} of {len(jobs)} jobs are there"
+    print(count + f", {diverged} of them diverged" * bool(diverged))
+    if len(there) < len(jobs):
+        return [count, *failed]
+    return [f"{name}: its sweep ended with status {status}: {folder / 'sweep.log'}"] if status and not diverged else []
+
+
+def sweep(overrides: Mapping[str, list[str]], outputs: Path, at_once: int) -> dict[str, int]:
+    """Runs the sweeps, some at once, with a bar of jobs; their exit statuses. Raises KeyboardInterrupt where one is
+    interrupted."""
+    waiting, running, ended = list(overrides), dict[str, subprocess.Popen[bytes]](), {}
+    total = sum(len(jobs_of(name, given)) for name, given in overrides.items())
+    with tqdm(total=total, unit="job", dynamic_ncols=True, smoothing=0.1, disable=None) as bar, stopping_too(running):
         while waiting or running:
             while waiting and len(running) < at_once:
                 name = waiting.pop(0)
@@ -88,21 +130,19 @@ def sweep(overrides: Mapping[str, list[str]], outputs: Path, at_once: int) -> No
                         stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                         start_new_session=True)
             time.sleep(0.5)
-            started = [name for name in overrides if name not in waiting]
-            launches = [re.search(rb"Launching (\d+) jobs", (outputs / name / "sweep.log").read_bytes())
-                        for name in started]
-            bar.total = sum(int(found[1]) for found in launches if found)
-            bar.n = sum(len(list((outputs / name).glob("*/summary.json"))) for name in started)
+            bar.n = sum(len(list((outputs / name).glob("*/summary.json"))) for name in overrides if name not in waiting)
             bar.set_description(", ".join(running))
             for name, process in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[name]
+                ended[name] = process.returncode
                 if process.returncode == INTERRUPTED:
                     raise KeyboardInterrupt
                 if process.returncode:
                     last = (outputs / name / "sweep.log").read_text(errors="replace").strip().splitlines()[-1:]
                     bar.write(f"{name}: {' '.join(last)} (all of it: {outputs / name / 'sweep.log'})")
+    return ended
 
 
 @contextlib.contextmanager
@@ -158,7 +198,7 @@ def collect(name: str, folder: Path, results: Path) -> None:
         "settings": {key: value for key, value in first.items() if key not in varied},
         "varied": {key: list(dict.fromkeys(found.get(key) for found in settings.values())) for key in varied}})
     failed = sum(summary["status"] == "failed" for summary in runs.values())
-    print(f"{name}: {len(runs)} jobs{f', {failed} of them failed,' * bool(failed)} in {results.name}/{name}.csv")
+    print(f"{results.name}/{name}.csv: {len(runs)} jobs" + f", {failed} of them failed" * bool(failed))
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from drawing import Missing, Row, folder_given, groups, load, settings
 from figure_bias import THEORY, best_nu
-from figures import FOLDER, Row, groups, load
 from statistics_of_runs import paired, slope
 from tables import percent
 
@@ -36,7 +37,7 @@ class Claim:
     title: str
     paper: str
     figure: str
-    examine: Callable[[], Finding]
+    examine: Callable[[Path], Finding]
 
 
 def against_maml(rows: Sequence[Row]) -> tuple[float, float, float, int]:
@@ -47,8 +48,8 @@ def against_maml(rows: Sequence[Row]) -> tuple[float, float, float, int]:
     return *paired([scores["symmetric"][seed] for seed in seeds], [scores["maml"][seed] for seed in seeds]), len(seeds)
 
 
-def accuracy(table: str) -> Finding:
-    rows = load(table)
+def accuracy(table: str, folder: Path) -> Finding:
+    rows = load(folder, table)
     mean, half, p, seeds = against_maml(rows)
     parts = [f"{method(name).label} {percent(found)}" for name, found in groups(rows, "estimator").items()]
     return Finding(f"symmetric − MAML = {mean:+.1f} ± {half:.1f} points over {seeds} seeds (paired t test, p = "
@@ -56,9 +57,9 @@ def accuracy(table: str) -> Finding:
                    HOLDS if mean + half >= 0 else DOES_NOT)
 
 
-def inner_steps() -> Finding:
+def inner_steps(folder: Path) -> Finding:
     parts, level = [], []
-    for steps, rows in sorted(groups(load("inner_steps"), "solver.steps").items()):
+    for steps, rows in sorted(groups(load(folder, "inner_steps"), "solver.steps").items()):
         mean, half, *_ = against_maml(rows)
         level.append(mean + half >= 0)
         parts.append(f"K = {steps:.0f}: {mean:+.1f} ± {half:.1f}")
@@ -66,12 +67,13 @@ def inner_steps() -> Finding:
                    HOLDS if all(level) else IN_PART if any(level) else DOES_NOT)
 
 
-def memory() -> Finding:
-    steps = groups(load("memory_steps"), "estimator")
+def memory(folder: Path) -> Finding:
+    steps = groups(load(folder, "memory_steps"), "estimator")
     at = {name: {row["solver.steps"]: row["memory/peak_bytes"] for row in rows} for name, rows in steps.items()}
     short, long = 10, max(at["symmetric"])
     growth = {name: sizes[long] / sizes[short] for name, sizes in at.items()}
-    wide = {(row["estimator"], row["width"], row["solver.steps"]): row["memory/peak_bytes"] for row in load("memory")}
+    wide = {(row["estimator"], row["width"], row["solver.steps"]): row["memory/peak_bytes"]
+            for row in load(folder, "memory")}
     _, top, most = max(wide, key=lambda key: key[1:])
     ratio = wide["maml", top, most] / wide["symmetric", top, most]
     rival = wide["maml_checkpoint", top, most] / wide["symmetric", top, most]
@@ -82,8 +84,8 @@ def memory() -> Finding:
         f"checkpointed {rival:.1f} times.", HOLDS if growth["symmetric"] < 1.05 and ratio > 1 else DOES_NOT)
 
 
-def seconds() -> Finding:
-    rows = load("bench", "make bench")
+def seconds(folder: Path) -> Finding:
+    rows = load(folder, "bench", "make bench")
     steps = min(row["inner_steps"] for row in rows)
     at = {(row["estimator"], row["width"]): row["seconds_16_tasks"] for row in rows if row["inner_steps"] == steps}
     widths = sorted({row["width"] for row in rows})
@@ -97,14 +99,14 @@ def seconds() -> Finding:
                    "steps).", HOLDS if held else IN_PART)
 
 
-def bias() -> Finding:
+def bias(folder: Path) -> Finding:
     parts, good = [], []
-    for name, rows in best_nu(load("bias_delta")).items():
+    for name, rows in best_nu(load(folder, "bias_delta")).items():
         rate, half, _ = slope([row["solver.delta"] for row in rows], [row["bias/relative_error"] for row in rows])
         a, b = THEORY[name].split("/")
         good.append(abs(rate - int(a) / int(b)) < max(half, 0.05))
         parts.append(f"{name} {rate:.3f} ± {half:.3f} (theory {THEORY[name]})")
-    floor = groups(load("bias_floor"), "estimator")
+    floor = groups(load(folder, "bias_floor"), "estimator")
     least = {name: min(rows, key=lambda row: row["bias/relative_error"]) for name, rows in floor.items()}
     left = ", ".join(f"{method(name).label} {row['bias/relative_error']:.2g} (cosine {row['bias/cosine']:.4f})"
                      for name, row in least.items())
@@ -113,8 +115,8 @@ def bias() -> Finding:
                    f"‖∇F‖: {left}.", HOLDS if all(good) and kept > 0.01 else IN_PART)
 
 
-def bias_of_steps() -> Finding:
-    rows = groups([row for row in load("bias_steps") if row["bias/relative_error"] is not None], "estimator")
+def bias_of_steps(folder: Path) -> Finding:
+    rows = groups([row for row in load(folder, "bias_steps") if row["bias/relative_error"] is not None], "estimator")
     last = {name: max(found, key=lambda row: row["solver.steps"]) for name, found in rows.items()}
     parts = ", ".join(f"{method(name).label} {row['bias/relative_error']:.2g}" for name, row in last.items())
     steps = max(row["solver.steps"] for row in last.values())
@@ -123,14 +125,14 @@ def bias_of_steps() -> Finding:
                    else IN_PART)
 
 
-def trade_off() -> Finding:
+def trade_off(folder: Path) -> Finding:
     parts = []
-    for name, rows in groups(load("nu"), "estimator", "dtype").items():
+    for name, rows in groups(load(folder, "nu"), "estimator", "dtype").items():
         known = [row for row in rows if row["bias/relative_error"] is not None]
         best = min(known, key=lambda row: row["bias/relative_error"])
         parts.append(f"{name[0]}, {name[1]}: {best['bias/relative_error']:.1e} at ν = {best['estimator.nu']:g}")
     inside = []
-    for rows in groups(load("bias_delta"), "estimator", "solver.delta").values():
+    for rows in groups(load(folder, "bias_delta"), "estimator", "solver.delta").values():
         tried = sorted(row["estimator.nu"] for row in rows)
         best = min(rows, key=lambda row: row["bias/relative_error"])
         inside.append(tried[0] < best["estimator.nu"] < tried[-1])
@@ -139,10 +141,10 @@ def trade_off() -> Finding:
                    HOLDS if all(inside) else IN_PART)
 
 
-def smoothness() -> Finding:
+def smoothness(folder: Path) -> Finding:
     parts, positive, strong = [], [], []
     for name, label in (("smoothness_curves", "MNIST-1D"), ("smoothness_logistic_curves", "logistic tasks")):
-        rows = [row for row in load(name) if row["smoothness/local"] is not None]
+        rows = [row for row in load(folder, name) if row["smoothness/local"] is not None]
         power, half, _ = slope([row["smoothness/gradient_norm"] for row in rows],
                                [row["smoothness/local"] for row in rows])
         strong.append(power - half > 0.5)
@@ -153,9 +155,9 @@ def smoothness() -> Finding:
                    HOLDS if all(strong) else IN_PART if any(positive) else DOES_NOT)
 
 
-def optimizers() -> Finding:
+def optimizers(folder: Path) -> Finding:
     parts, spans, failures, unfinished = [], {}, {}, []
-    rows = load("optimizers")
+    rows = load(folder, "optimizers")
     least = min(row["val/loss"] for row in rows if row["val/loss"] is not None)
     fastest = max(row["optimizer.lr"] for row in rows)
     for name, found in groups(rows, "optimizer").items():
@@ -181,17 +183,17 @@ def optimizers() -> Finding:
     return Finding("; ".join(parts) + ".", HOLDS if wider else IN_PART if safer else DOES_NOT)
 
 
-def convergence() -> Finding:
+def convergence(folder: Path) -> Finding:
+    measured = [row for row in load(folder, "convergence_curves") if row["bias/exact_norm"] is not None]
     ends = {name: max(rows, key=lambda row: row["step"])["bias/exact_norm"]
-            for name, rows in groups([row for row in load("convergence_curves") if row["bias/exact_norm"] is not None],
-                                     "estimator").items()}
+            for name, rows in groups(measured, "estimator").items()}
     parts = ", ".join(f"{method(name).label} {value:.1e}" for name, value in ends.items())
     return Finding(f"‖∇F‖ at the end: {parts}.",
                    HOLDS if 10 * ends["symmetric"] < min(ends["fomaml"], ends["reptile"]) else IN_PART)
 
 
-def curvature() -> Finding:
-    rows = [row for row in load("curvature_curves") if row["curvature/hessian"] is not None]
+def curvature(folder: Path) -> Finding:
+    rows = [row for row in load(folder, "curvature_curves") if row["curvature/hessian"] is not None]
     parts = []
     for loss, found in groups(rows, "dataset.loss").items():
         for step in (0, max(row["step"] for row in found)):
@@ -202,14 +204,17 @@ def curvature() -> Finding:
                          f"{mean['gauss_newton']:.2g} (Gauss–Newton), {mean['network']:.2g} (network); error of "
                          f"FO-MAML {mean['fomaml_error']:.2f}, without the network's own curvature alone "
                          f"{mean['gauss_newton_error']:.2f}")
-    lr = json.loads((FOLDER / "curvature.json").read_text())["settings"]["solver.lr"]
+    lr = settings(folder, "curvature")["solver.lr"]
     parts.append(f"inner gradient descent with steps of {lr:g} is unstable where the Hessian's norm exceeds {2 / lr:g}")
     smaller = all(row["curvature/gauss_newton_error"] < row["curvature/fomaml_error"] for row in rows)
     return Finding("; ".join(parts) + ".", HOLDS if smaller else IN_PART)
 
 
-def tuning() -> str:
-    rows = [row for table in TUNING for row in load(table)]
+def tuning(folder: Path) -> str:
+    try:
+        rows = [row for table in TUNING for row in load(folder, table)]
+    except Missing as missing:
+        return f"Not measured: {missing}."
     lines = ["| method | trials | failed | best on validation tasks | outer steps | inner lr |",
              "|---|---|---|---|---|---|"]
     for name, found in groups(rows, "estimator").items():
@@ -246,10 +251,10 @@ CLAIMS = [
 ]
 
 
-def costs() -> str:
+def costs(folder: Path) -> str:
     """What each experiment took."""
     lines = ["| table | jobs | minutes, one thread each | commit |", "|---|---|---|---|"]
-    for path in sorted(FOLDER.glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         about = json.loads(path.read_text())
         if "jobs" in about:
             commits = dict.fromkeys(made["commit"][:7] for made in about["provenance"])
@@ -258,13 +263,13 @@ def costs() -> str:
     return "\n".join(lines)
 
 
-def page() -> str:
+def page(folder: Path) -> str:
     sections, verdicts = [], ["| claim | verdict |", "|---|---|"]
     for claim in CLAIMS:
         try:
-            found = claim.examine()
-        except SystemExit as missing:
-            found = Finding(str(missing).removeprefix("error: ") + ".", "not measured")
+            found = claim.examine(folder)
+        except Missing as missing:
+            found = Finding(f"{missing}.", "not measured")
         verdicts.append(f"| {claim.title} | {found.verdict} |")
         picture = f"\n\n![{claim.title}](figures/{claim.figure}.png)" if claim.figure else ""
         sections.append(f"## {claim.title}: {found.verdict}\n\n*Claim:* {claim.paper}\n\n*Measured:* {found.measured}"
@@ -273,18 +278,22 @@ def page() -> str:
             "`NAME.json` has the commit, versions, machine and settings of `NAME.csv`, and `make reproduce ARGS=NAME` "
             "makes it again. Intervals are 95 %.\n\n" + "\n".join(verdicts) + "\n\n" + "\n".join(sections)
             + "\n## Tuning\n\nThe same trials for every method, on validation tasks, one seed, "
-            f"{', '.join(f'[{t}.csv]({t}.csv)' for t in TUNING)}.\n\n" + tuning()
-            + "\n\n## What it took\n\n" + costs() + "\n")
+            f"{', '.join(f'[{t}.csv]({t}.csv)' for t in TUNING)}.\n\n" + tuning(folder)
+            + "\n\n## What it took\n\n" + costs(folder) + "\n")
+
+
+def write(folder: Path) -> None:
+    path, text = folder / "README.md", page(folder)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    print(os.path.relpath(path))
 
 
 def main() -> None:
-    path, text = FOLDER / "README.md", page()
-    if "--check" in sys.argv:
-        if not path.exists() or path.read_text() != text:
-            sys.exit(f"error: {os.path.relpath(path)} differs from the tables: make figures")
-    else:
-        write_atomically(path, lambda file: file.write(text.encode()))
-        print(os.path.relpath(path))
+    folder = folder_given()
+    if "--check" not in sys.argv:
+        write(folder)
+    elif not (folder / "README.md").exists() or (folder / "README.md").read_text() != page(folder):
+        sys.exit(f"error: {os.path.relpath(folder / 'README.md')} differs from the tables: make figures")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
 """Writes the README's tables from results/: python scripts/tables.py (--check: only says whether they are)."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from figures import FOLDER, Row, groups, load
+from drawing import RESULTS, Missing, Row, groups, load, settings
 from statistics_of_runs import interval
 
 from fobmaml.files import read_csv, write_atomically
 from fobmaml.plotting import method
 
-ROOT = Path(__file__).parents[1]
+README = Path(__file__).parents[1] / "README.md"
 
 
 def accuracy() -> str:
-    rows = load("accuracy")
-    settings = json.loads((FOLDER / "accuracy.json").read_text())["settings"]
-    lines = [f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {settings['width']}, {settings['steps']} meta-steps of "
-             f"{settings['meta_batch']} tasks, {settings['solver.steps']} inner steps, {settings['eval.tasks']} "
+    rows = load(RESULTS, "accuracy")
+    common = settings(RESULTS, "accuracy")
+    lines = [f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {common['width']}, {common['steps']} meta-steps of "
+             f"{common['meta_batch']} tasks, {common['solver.steps']} inner steps, {common['eval.tasks']} "
              f"meta-test tasks; mean and 95 % interval over seeds; settings chosen by the same trials for each method "
              "on validation tasks.", "",
              "| method | seeds | meta-test accuracy | outer steps |",
@@ -26,7 +25,7 @@ def accuracy() -> str:
     for name, found in groups(rows, "estimator").items():
         cells = [method(name).label, str(len(found)), percent(found),
                  f"{found[0]['optimizer']}, lr {found[0]['optimizer.lr']:g}; inner lr "
-                 f"{found[0].get('solver.lr', settings.get('solver.lr')):g}"]
+                 f"{found[0].get('solver.lr', common.get('solver.lr')):g}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -42,7 +41,8 @@ def percent(rows: Sequence[Row]) -> str:
 
 
 def speed() -> str:
-    rows = read_csv(ROOT / "results" / "bench.csv")
+    load(RESULTS, "bench", "make bench")  # says so where it is missing
+    rows = read_csv(RESULTS / "bench.csv")
     widths, steps = ([*dict.fromkeys(int(row[key]) for row in rows)] for key in ("width", "inner_steps"))
     long = steps[1:]  # with as many tasks alive: some of the kernel's memory is the threads', not the tasks'
     cells = {(row["estimator"], int(row["width"]), int(row["inner_steps"])): row for row in rows}
@@ -67,18 +67,29 @@ def speed() -> str:
 TABLES = {"accuracy": accuracy, "speed": speed}
 
 
-def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
+def page() -> str:
+    """The README with its tables as they are now."""
+    text = README.read_text()
     for name, table in TABLES.items():
         begin, end = f"<!-- table:{name} -->\n", "<!-- end -->"
         before, rest = text.split(begin)
         text = before + begin + table() + "\n" + end + rest.split(end, 1)[1]
-    if "--check" in sys.argv:
-        if text != path.read_text():
-            sys.exit("error: README.md differs from results/: python scripts/tables.py")
-    else:
-        write_atomically(path, lambda file: file.write(text.encode()))
+    return text
+
+
+def write() -> None:
+    text = page()
+    write_atomically(README, lambda file: file.write(text.encode()))
+
+
+def main() -> None:
+    try:
+        if "--check" not in sys.argv:
+            write()
+        elif page() != README.read_text():
+            sys.exit("error: README.md differs from results/: make figures")
+    except Missing as missing:
+        sys.exit(f"error: {missing}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import shutil
 import sys
 
-from figures import load
-from reproduce import ROOT, collect, sweep
+from drawing import RESULTS, load
+from reproduce import ROOT, collect, faults, jobs_of, sweep
 
 from fobmaml.files import read_csv
 
@@ -20,13 +20,15 @@ FOLDER = ROOT / "outputs" / "verify"
 
 
 def main() -> None:
-    committed = {name: {row["run"]: row for row in load(name)} for name in CHECKS}
+    committed = {name: {row["run"]: row for row in load(RESULTS, name)} for name in CHECKS}
     shutil.rmtree(FOLDER, ignore_errors=True)  # run again, not continued
-    sweep({name: overrides for name, (overrides, _) in CHECKS.items()}, FOLDER, at_once=2)
+    ended = sweep({name: overrides for name, (overrides, _) in CHECKS.items()}, FOLDER, at_once=2)
     differing = compared = 0
-    for name, (_, tolerances) in CHECKS.items():
+    wrong = []
+    for name, (overrides, tolerances) in CHECKS.items():
+        wrong += faults(name, jobs_of(name, overrides), FOLDER / name, ended[name])
         collect(name, FOLDER / name, FOLDER)
-        for row in read_csv(FOLDER / f"{name}.csv"):
+        for row in read_csv(FOLDER / f"{name}.csv") if (FOLDER / f"{name}.csv").exists() else []:
             for column, (relative, absolute) in tolerances.items():
                 wanted, found = committed[name][row["run"]][column], float(row[column] or "nan")
                 compared += 1
@@ -34,8 +36,8 @@ def main() -> None:
                     differing += 1
                     print(f"{name} {row['run']}: {column} is {found:g}, and results/{name}.csv has {wanted:g}")
     print(f"{compared} numbers compared with results/, {differing} differ")
-    if differing or not compared:
-        sys.exit(1)
+    if differing or wrong:
+        sys.exit("\n".join(f"error: {fault}" for fault in wrong) or 1)
 
 
 if __name__ == "__main__":

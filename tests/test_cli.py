@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,13 +131,204 @@ def test_the_table_is_printed(run_train, tmp_path):
     (["depht=3"], "depht: there is no such setting.*"),
     (["dataset=sinusoid", "model=cnn"], r"model=cnn: input_shape=\(1,\): takes one sequence of at least 3 values.*"),
     (["estimator=maml", "solver=bb"], "estimator=maml: solver=BarzilaiBorwein: takes a solver with differentiable.*"),
+    (["seed=18446744073709551616"], "seed=18446744073709551616: takes a whole number of at least 0 and at most 1844.*"),
+    (["-cn", "nope"], "Cannot find primary config 'nope'.*; looked in .*/configs"),
+    (["--config-dir", "nope"], "Additional config directory '.*/nope' not found"),
+    (["width=[1"], r"width=\[1; no viable alternative at input '\[1'"),
+    (["hydra.mode=MULTI"], "Error merging override hydra.mode=MULTI; Invalid value 'MULTI', expected one of .*"),
+    (["seed=${oc.env:NOT_SET}"], ".*Environment variable 'NOT_SET' not found.*seed"),
+    (["model._target_=mine.Net"], "Error locating target 'mine.Net'; full_key: model; No module named 'mine'"),
+    (["optimizer._target_=builtins.dict"], "optimizer._target_=builtins.dict: takes one that makes a torch.optim.*"),
+    (["dataset._target_=builtins.dict"], "dataset: dict has no sample: takes .*"),
+    (["+wandb.colour=red"], "wandb.colour=red: takes an argument of wandb.init: .*job_type.*"),
+    (["+wandb.resume=perhaps"], "wandb.resume=perhaps: takes what wandb does .*'allow', 'must', 'never' or 'auto'.*"),
+    (["wandb.mode=on"], "wandb.mode=.*: takes one of offline, online, disabled"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(run_train, tmp_path, overrides, line):
-    done = run_train(*overrides)
+    done = run_train(*overrides, env={"HYDRA_FULL_ERROR": "0"})  # off, as in Hydra
     assert done.returncode != 0
     assert done.stdout == ""
     assert re.fullmatch(f"error: {line}\n", done.stderr), done.stderr
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not list(tmp_path.rglob("*.*"))
+    assert set(tmp_path.rglob("*")) <= {tmp_path / "outputs", *tmp_path.glob("outputs/*")}
+
+
+def _content(folder: Path) -> dict[str, bytes | None]:
+    """Every file below, and every folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def _plant(folder: Path) -> None:
+    """A user's files, and what a run of this program has left."""
+    for name, text in (("mine", "a"), ("below/mine.txt", "b"), ("train.log", "a line"), ("empty/none", None),
+                       (".hydra/config.yaml", OWN), (".hydra/overrides.yaml", "[]"), (".hydra/hydra.yaml", "{}")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            (folder / name).write_text(text)
+
+
+OWN = "meta_batch: 1\ncheckpoint_every: 2\nwandb: {}\n"
+WRONG = [("width=0",), ("resume=missing.pt",), ("resume=mine",), ("depht=3",), ("estimator=foo",), ("-cn", "nope"),
+         ("device=cuda:99",), ("model._target_=mine.Net",), ("seed=18446744073709551616",), ("+wandb.colour=red",),
+         ("estimator=maml", "solver=bb")]
+
+
+@pytest.mark.parametrize("place", ["keep", "."])
+@pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
+def test_what_is_there_survives_bad_input(run_train, tmp_path, wrong, place):
+    _plant(tmp_path / place)
+    before = _content(tmp_path)
+    done = run_train(*wrong, f"hydra.run.dir={place}")
+    assert done.returncode == 1
+    assert re.fullmatch("error: .*\n", done.stderr), done.stderr
+    assert _content(tmp_path) == before
+
+
+@pytest.mark.parametrize("wrong", [("width=0,1", "optimizer.lr=-1"), ("resume=missing.pt,mine",),
+                                   ("width=0", "depht=3,4"), ("model._target_=mine.Net,our.Net",),
+                                   ("estimator=foo,bar",)], ids=" ".join)
+def test_what_is_there_survives_bad_sweeps(run_train, tmp_path, wrong):
+    _plant(tmp_path / "keep")
+    jobs = [f"{wrong[0].split('=')[0]}={value}" for value in wrong[0].split("=")[1].split(",")]
+    for job in jobs:  # one in the place of a job's folder, and an empty one
+        _plant(tmp_path / "keep" / ",".join(sorted((job, *wrong[1:]))))
+    before = _content(tmp_path)
+    done = run_train("-m", *wrong, "hydra.sweep.dir=keep")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    after = _content(tmp_path)
+    assert {name: after.get(name, b"gone") for name in before} == before
+    assert after.keys() - before.keys() <= {"keep/multirun.yaml", "keep/failed.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "checkpoint.pt", "learning_curve.png",
+                                  ".hydra/config.yaml"])
+def test_files_of_another_program_are_not_overwritten(run_train, tmp_path, name):
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).write_text('{"step": 7, "status": "completed"}\n')
+    before = _content(tmp_path)
+    done = run_train(*QUICK, "hydra.run.dir=run")
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: .*{re.escape(name)}.*\n", done.stderr), done.stderr
+    assert _content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["multirun.yaml", "failed.jsonl", "optimization_results.yaml"])
+def test_files_of_another_sweep_are_not_overwritten(run_train, tmp_path, name):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / name).write_text("mine: 1\n")
+    before = _content(tmp_path)
+    done = run_train("-m", *QUICK, "hydra.sweep.dir=sweep")
+    assert done.returncode == 1
+    assert re.fullmatch(f"error: hydra.sweep.dir=.*: takes a folder without {name} of another program, and there is "
+                        "one\n", done.stderr), done.stderr
+    assert _content(tmp_path) == before
+
+
+def test_results_are_not_overwritten_once_their_checkpoint_is_gone(run_train, tmp_path):
+    run = (*QUICK, "bias.every=0", "hydra.run.dir=run", "wandb.mode=disabled")
+    assert run_train(*run).returncode == 0
+    (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "elsewhere.pt")
+    before = _content(tmp_path)
+    for more in ((), ("resume=elsewhere.pt",), ("width=9",)):
+        done = run_train(*run, *more)
+        assert done.returncode == 1
+        assert re.fullmatch("error: hydra.run.dir=.*: takes a folder without results.*\n", done.stderr), done.stderr
+        assert _content(tmp_path) == before
+    (tmp_path / "elsewhere.pt").rename(tmp_path / "run" / "checkpoint.pt")
+    log = tmp_path / "run" / "metrics.jsonl"
+    (tmp_path / "run" / "summary.json").unlink()
+    log.write_text("a note\nand another\n" + log.read_text())
+    before = _content(tmp_path)
+    done = run_train(*run)
+    assert re.fullmatch("error: .*metrics.jsonl: takes an event of this program's a line .*\n", done.stderr)
+    assert _content(tmp_path) == before
+
+
+def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path):
+    run = (*QUICK, "bias.every=0", "wandb.mode=disabled")
+    runs = [start_train(tmp_path, *run, f"width={width}", "hydra.run.dir='outputs/${now:%Y}'") for width in (4, 5, 6)]
+    assert [process.wait(300) for process in runs] == [0, 0, 0]
+    folders = list(tmp_path.glob("outputs/*"))
+    assert sorted(_summary(folder)["config"]["width"] for folder in folders) == [4, 5, 6]
+    for folder in folders:
+        width = _summary(folder)["config"]["width"]
+        assert f"width={width}" in (folder / ".hydra" / "overrides.yaml").read_text()
+    assert "    dir: outputs/${now:" in (ROOT / "configs" / "train.yaml").read_text()  # the default is of that kind
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "koi8-r:strict", "utf-8"])
+def test_output_in_any_encoding(run_train, encoding):
+    done = run_train(*QUICK, "bias.every=0", "wandb.mode=disabled", env={"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert re.search(rf"meta-test accuracy +\d+\.\d {'±' if encoding == 'utf-8' else '[+]-'} \d", done.stdout)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("redirected", "status"), [
+    ("| true", 0), ("| head -1", 0), ("2>&-", 0), (">&-", 0), ("<&- >&- 2>&-", 0), ("> /dev/full", 0),
+    ("2>&1 width=0 | true", 1), ("optimizer.lr=1e30 optimizer=sgd steps=50 2>&1 | true", 1)])
+def test_the_run_outlives_who_reads_its_output(tmp_path, redirected, status, unbuffered):
+    command = " ".join([sys.executable, str(ROOT / "train.py"), *QUICK, "bias.every=0", "wandb.mode=disabled",
+                        "hydra.run.dir=run", redirected])
+    done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=300, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    assert done.returncode == status
+    assert done.stderr == ""
+    if "width=0" not in redirected:
+        assert _summary(tmp_path / "run")["status"] == ("failed" if status else "completed")
+
+
+def test_full_tracebacks_are_asked_for(run_train):
+    assert "Traceback" in run_train("width=0", env={"HYDRA_FULL_ERROR": "1"}).stderr
+
+
+def test_numbers_in_text_are_numbers(run_train, tmp_path):
+    run = ("steps=2", "eval.validation_tasks=10", "wandb.mode=disabled", "hydra.run.dir=run")
+    text = ("seed=${oc.env:ID}", "width='4'", "eval.tasks=${oc.env:TASKS}", "bias.every='0'",
+            "estimator.nu=${oc.env:NU}", "optimizer.lr='1e-2'", "fixed_tasks=${oc.env:FIXED}", "task_chunk='2'")
+    done = run_train(*run, *text, env={"ID": "3", "TASKS": "20", "NU": "0.25", "FIXED": "true"})
+    assert done.returncode == 0, done.stderr
+    config = _summary(tmp_path / "run")["config"]
+    assert [config[key] for key in ("seed", "width", "fixed_tasks", "task_chunk")] == [3, 4, True, 2]
+    assert (config["estimator"]["nu"], config["optimizer"]["lr"], config["model"]["width"]) == (0.25, 0.01, 4)
+    numbers = ("seed=3", "width=4", "eval.tasks=20", "bias.every=0", "estimator.nu=0.25", "optimizer.lr=0.01",
+               "fixed_tasks=true", "task_chunk=2")
+    done = run_train(*run, *numbers)  # the same run
+    assert "is complete" in done.stdout, done.stderr
+    done = run_train(*run, *text, env={"ID": "three", "TASKS": "20", "NU": "0.25", "FIXED": "true"})
+    assert done.stderr == "error: seed=three: takes a whole number of at least 0 and at most 18446744073709551615\n"
+
+
+def test_text_stays_text(run_train, tmp_path):
+    """What a user's class takes as text, or was written as text where it does not say."""
+    (tmp_path / "mine.py").write_text(
+        "from fobmaml.models import CNN1d\n"
+        "class Net(CNN1d):\n"
+        "    def __init__(self, input_shape, outputs, width: int, depth: int, label: str, tag, size, **more):\n"
+        "        super().__init__(input_shape, outputs, width, depth, **more)\n"
+        "        print('got', [label, tag, size])\n")
+    done = run_train(*QUICK, "bias.every=0", "wandb.mode=disabled", "model._target_=mine.Net",
+                     "+model.label=${oc.env:N}", "+model.tag='7'",
+                     "+model.size=${oc.env:N}", env={"N": "7", "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert "got ['7', '7', 7]" in done.stdout
+
+
+def test_a_run_continued_on_another_engine_says_so(run_train, tmp_path):
+    run = (*QUICK, "steps=100000", "bias.every=0", "wandb.mode=disabled", "eval.every=100000", "hydra.run.dir=run")
+    metrics, said = tmp_path / "run" / "metrics.jsonl", []
+    for engine in ("autograd", "stacked", "stacked"):
+        process = start_train(tmp_path, *run, f"engine={engine}")
+        before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        wait_until(lambda wanted=before + 3: metrics.exists() and metrics.read_text().count("\n") >= wanted, process)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate()
+        said.append("gradients are computed by engine stacked, and up to this checkpoint by autograd" in out)
+        summary = _summary(tmp_path / "run")
+        assert summary["engine"] == summary["provenance"]["engine"] == engine
+    assert said == [False, True, False]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -245,6 +437,64 @@ def test_without_a_network_an_online_run_is_kept_offline(run_train, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "wandb init (online) failed" in done.stdout
     _complete(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("variables", "settings", "offline", "said"), [
+    ({}, (), True, {"project": "fobmaml", "name": "{folder}-run"}),
+    ({"WANDB_MODE": "disabled"}, (), False, {}),
+    ({"WANDB_DISABLED": "true"}, (), False, {}),
+    ({"WANDB_DISABLED": "false"}, (), True, {}),
+    ({"WANDB_MODE": "disabled"}, ("wandb.mode=offline",), True, {}),
+    ({"WANDB_DISABLED": "true"}, ("wandb.mode=offline",), True, {}),
+    ({"WANDB_PROJECT": "theirs", "WANDB_ENTITY": "us", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g", "WANDB_TAGS": "a,b",
+      "WANDB_NOTES": "hm", "WANDB_RUN_ID": "abc"}, (), True,
+     {"project": "theirs", "entity": "us", "name": "n", "group": "g", "tags": ["a", "b"], "notes": "hm", "id": "abc"}),
+    ({"WANDB_PROJECT": "theirs", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g"},
+     ("wandb.project=ours", "+wandb.name=2024", "wandb.group=h", "wandb.tags=[c]", "+wandb.notes=why",
+      "+wandb.job_type=try", "+wandb.id=xyz", "+wandb.resume=allow"), True,
+     {"project": "ours", "name": "2024", "group": "h", "tags": ["c"], "notes": "why", "job_type": "try", "id": "xyz"}),
+])
+def test_wandbs_own_variables_hold_where_nothing_is_set(run_train, tmp_path, variables, settings, offline, said):
+    done = run_train(*QUICK, "bias.every=0", "hydra.run.dir=run", *settings, env=variables)
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stdout
+    assert bool(list(tmp_path.glob("run/wandb/offline-run-*"))) == offline
+    if offline:
+        run = read_run(tmp_path / "run")
+        assert {key: run[key] for key in said} == {
+            key: value.format(folder=tmp_path.name) if isinstance(value, str) else value for key, value in said.items()}
+
+
+def test_wandbs_variable_asks_for_online(run_train, tmp_path):
+    done = run_train(*QUICK, "bias.every=0", "hydra.run.dir=run",
+                     env={"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"})
+    assert done.returncode == 0, done.stderr
+    assert "wandb init (online) failed" in done.stdout
+    _complete(tmp_path / "run")
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="takes root, to be another user")
+def test_without_a_home(tmp_path):
+    """A user that the machine has no entry for: neither the data set's cache nor wandb has a place."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME", "USER")}
+    other = ["setpriv", "--reuid=54321", "--clear-groups", "--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+    homeless = subprocess.run([*other, sys.executable, "-c", "from pathlib import Path; Path.home()"], env=environment,
+                              text=True, capture_output=True)
+    assert "Could not determine home" in homeless.stderr
+    done = subprocess.run([*other, sys.executable, str(ROOT / "train.py"), *QUICK, "bias.every=0", "hydra.run.dir=run"],
+                          cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert _summary(tmp_path / "run")["status"] == "completed"
+
+
+def test_without_fcntl(tmp_path):
+    """As on Windows."""
+    blocked = "import runpy, sys; sys.modules['fcntl'] = None; sys.argv = sys.argv[1:]; "
+    done = subprocess.run([sys.executable, "-c", blocked + "runpy.run_path(sys.argv[0], run_name='__main__')",
+                           str(ROOT / "train.py"), *QUICK, "bias.every=0", "wandb.mode=disabled", "hydra.run.dir=run"],
+                          cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert _summary(tmp_path / "run")["status"] == "completed"
 
 
 def test_wandb_without_a_place_to_write(run_train, tmp_path):

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,3 +113,34 @@ def test_what_fails_in_one_process_is_said_and_ends_the_job(tmp_path):
                                     "hydra.run.dir=run"))
     assert code != 0
     assert re.search("error: .*the exact meta-gradient at step 1 is not available", err)
+
+
+FIRST_ERROR = """
+import os, sys, time
+from fobmaml import distributed
+def call():
+    if distributed.rank():
+        os._exit(3)
+    time.sleep(1)  # until the other is gone
+    raise ValueError("the first error")
+try:
+    with distributed.processes():
+        distributed.everywhere(call)
+except BaseException as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_an_error_is_not_hidden_by_a_process_that_is_gone(tmp_path):
+    """Without torchrun, which would end the process that has something to say."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    first, second = (subprocess.Popen([sys.executable, "-c", FIRST_ERROR], text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE, env={**os.environ, **together, "RANK": str(rank)})
+                     for rank in range(2))
+    out, err = first.communicate(timeout=120)
+    second.communicate(timeout=120)
+    assert second.returncode == 3
+    assert out == "ValueError the first error\n", err

@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +15,14 @@ from fobmaml.files import (
     CheckpointError,
     EventLog,
     FolderInUse,
+    events_until,
     load_checkpoint,
     read_events,
     save_checkpoint,
     sole_user,
     write_json,
 )
+from fobmaml.tasks import mnist1d
 
 CONFIG = {"width": 8, "estimator": {"lam": 0.5}}
 
@@ -119,7 +123,67 @@ def test_event_log_continues_after_a_kill(tmp_path):
     log.close()
     with path.open("a") as file:
         file.write('{"step": 5, "x"')  # cut short
-    log = EventLog(path, continue_at=3)
+    log = EventLog(path, events_until(path, 3))
     log.write(4, {"x": -1.0})
     log.close()
     assert [(e["step"], e["x"]) for e in read_events(path)] == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.5), (4, -1.0)]
+
+
+def test_a_log_that_is_not_one_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for text in ('{"step": 1}\nnote\n{"step": 2}\n', '[1]\n', '{"stop": 1}\n', "a\nb\n"):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: takes an event of this program's a line"):
+            events_until(path, 5)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> tuple[bytes, dict]:
+    folder = tmp_path_factory.mktemp("cache")
+    arrays = mnist1d.load_arrays(folder)
+    return (folder / "mnist1d.npz").read_bytes(), arrays
+
+
+def test_a_damaged_cache_is_known_whatever_the_damage(tmp_path, cache):
+    content, arrays = cache
+    path, random = tmp_path / "mnist1d.npz", np.random.default_rng(0)
+    middle = content.index(b"NUMPY")
+    damaged = [b"", b"x", b"PK\x03\x04", pickle.dumps(Malice()), content[: len(content) // 2], content[:-1],
+               content[1:], content.replace(b"descr", b"d(scr"), content.replace(b"'shape'", b"\x00\xff((((("),
+               content.replace(b"\x93NUMPY\x01", b"\x93NUMPY\x09"), content[:middle] + content[middle + 64 :]]
+    for _ in range(100):  # where the formats are: the directory at the end, and the headers
+        place = int(random.choice([random.integers(200), len(content) - 1 - random.integers(400)]))
+        damaged.append(content[:place] + bytes([content[place] ^ 1 << int(random.integers(8))]) + content[place + 1 :])
+    unknown = 0
+    for data in damaged:
+        path.write_bytes(data)
+        found = mnist1d._stored(path)
+        unknown += found is None
+        assert found is None or all(np.array_equal(found[name], arrays[name]) for name in arrays)
+    assert unknown > 50
+    path.unlink()
+    path.mkdir()
+    assert mnist1d._stored(path) is None
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_bytes(b"PK damaged"), lambda p: p.mkdir(),
+                                  lambda p: p.parent.chmod(0o500),
+                                  lambda p: (p.parent.rmdir(), p.parent.write_text("in the way"))])
+def test_a_cache_that_cannot_be_used_costs_only_time(tmp_path, cache, make):
+    (tmp_path / "cache").mkdir()
+    make(tmp_path / "cache" / "mnist1d.npz")
+    found = mnist1d.load_arrays(tmp_path / "cache")
+    assert all(np.array_equal(found[name], cache[1][name]) for name in cache[1])
+
+
+def test_a_cache_in_a_folder_that_cannot_be_written(tmp_path, cache):
+    """A file system mounted read-only: root may write to a folder whatever its mode."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        found = mnist1d.load_arrays(disk)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    assert all(np.array_equal(found[name], cache[1][name]) for name in cache[1])

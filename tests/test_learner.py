@@ -11,7 +11,7 @@ import fobmaml
 from fobmaml import Learner, TaskBatch
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, estimate
 from fobmaml.losses import CrossEntropy, Loss, Part
-from fobmaml.models import MLP, CNN1d, fused
+from fobmaml.models import MLP, CNN1d
 from fobmaml.models.activations import ACTIVATIONS
 from fobmaml.solvers import GradientDescent, InnerProblem
 
@@ -110,92 +110,6 @@ def test_estimators_by_hand_equal_those_by_autograd(seed):
             assert (fast.gradient - plain.gradient).norm() <= tol * plain.gradient.norm(), kind
             torch.testing.assert_close(fast.query_loss, plain.query_loss, rtol=tol, atol=tol, msg=kind)
             torch.testing.assert_close(fast.residual, plain.residual, rtol=tol, atol=tol, msg=kind)
-
-
-@pytest.fixture(params=["AVX512", "AVX2"])
-def instructions(request, monkeypatch):
-    """The compiled kernel for each set of vector instructions that this processor has."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    fused.kernel.cache_clear()
-    if fused.kernel() is None:
-        pytest.skip("the kernel was not compiled")
-    yield
-    fused.kernel.cache_clear()
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_compiled_gradients_equal_autograd(instructions, seed):
-    """Sizes on both sides of all that the kernel cuts into blocks; every other time with saturated units."""
-    choose = np.random.default_rng(seed)
-    length, outputs, width, depth, rows, examples = (int(choose.integers(low, high)) for low, high in (
-        (3, 50), (2, 60), (1, 120), (1, 5), (1, 6), (1, 140)))
-    if seed == 11:
-        width, depth, examples = 230, 3, 110  # in the blocks of large layers
-    torch.manual_seed(seed)
-    model = (CNN1d if seed % 3 else MLP)((length,), outputs, width, depth)
-    learner, precise = Learner(model, F.cross_entropy), Learner(model.double(), F.cross_entropy, engine="autograd")
-    x, targets = torch.randn(rows, examples, length), torch.randint(outputs, (rows, examples))
-    factor = torch.rand(rows)
-    phi = precise.theta() * (1.0, 5.0)[seed % 2] + 0.1 * torch.randn(rows, precise.parameter_count)
-    before = torch.randn(rows, precise.parameter_count)
-    scale, step = ((0.0, 1.0), (0.9, -0.1))[seed // 2 % 2]
-    found = []
-    for which, dtype in ((learner, torch.float32), (precise, torch.float64)):
-        loss = Loss(F.cross_entropy).rows(targets, [Part(slice(None), factor.to(dtype))])
-        evaluation = which.evaluation(phi.to(dtype), x.to(dtype), loss)
-        into = evaluation.pack(before.to(dtype))
-        for part in into if scale == 0.0 else []:
-            part.fill_(torch.nan)  # is not read
-        evaluation.add_gradient(into, scale, step)
-        found.append(evaluation.unpack(into))
-    assert learner.fused
-    assert not precise.fused
-    assert (found[0] - found[1]).norm() <= 1e-5 * found[1].norm()
-
-
-def test_compiled_gradients_do_not_depend_on_threads_and_tasks_at_once(instructions):
-    learner, tasks = Learner(CNN1d((40,), 5, width=20), F.cross_entropy), _batch().to(dtype=torch.float32)
-    assert learner.fused
-    found = []
-    for threads, chunk in ((1, 1), (1, 3), (2, 3), (5, 3)):
-        torch.set_num_threads(threads)
-        try:
-            found.append(estimate(Symmetric(GradientDescent()), learner, learner.theta(), tasks, chunk).gradient)
-        finally:
-            torch.set_num_threads(1)
-    assert all(torch.equal(found[1], other) for other in found[2:])
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)  # the sum over tasks is in other parts
-
-
-def test_a_network_that_overflows_is_not_finite(instructions):
-    learner, tasks = Learner(CNN1d((40,), 5, width=20), F.cross_entropy), _batch().to(dtype=torch.float32)
-    for value in (torch.nan, torch.inf, 1e30):
-        rows = (learner.theta() * value).expand(len(tasks), -1)
-        assert not InnerProblem(learner, rows, tasks, 1.0).gradient(rows).isfinite().all()
-
-
-def test_the_kernel_takes_float32_only(instructions):
-    learner, tasks = Learner(CNN1d((40,), 5, width=4), F.cross_entropy), _batch()
-    with pytest.raises(TypeError, match=r"takes float32, got torch\.float64"):
-        estimate(Symmetric(GradientDescent()), learner, learner.theta(), tasks)
-
-
-def test_the_kernel_is_for_what_it_knows(monkeypatch):
-    def is_fused(model, **options):
-        return Learner(model, F.cross_entropy, **options).fused
-
-    model = CNN1d((40,), 5, width=4)
-    assert is_fused(model) == (fused.kernel() is not None)
-    assert not is_fused(model, engine="stacked")
-    assert not is_fused(model, engine="autograd")
-    assert not is_fused(CNN1d((40,), 5, width=4, activation="tanh"))
-    assert not is_fused(CNN1d((40,), 5, width=4).double())
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    fused.kernel.cache_clear()
-    assert not is_fused(model)
-    fused.kernel.cache_clear()
 
 
 def test_theta_round_trip():

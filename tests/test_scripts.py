@@ -1,20 +1,23 @@
 """From a sweep to tables, figures and verdicts: what is there is not run again, and nothing is drawn from nowhere."""
 
-import csv
+import ast
 import json
-import os
+import math
+import re
 import shutil
 import subprocess
 import sys
+from decimal import Decimal
 
 import pytest
+import summary
 import yaml
 from conftest import ROOT
-from figures import groups, load
-from reproduce import EXPERIMENTS, collect
+from drawing import Missing, groups, load
+from reproduce import EXPERIMENTS, collect, faults, jobs_of
 from statistics_of_runs import interval, paired, slope
 
-from fobmaml.files import read_csv
+from fobmaml.files import read_csv, write_csv
 
 RESULTS = ROOT / "results"
 
@@ -85,49 +88,219 @@ def test_a_sweep_goes_on_after_a_failed_job(run_train, tmp_path):
 
 
 def test_a_missing_table_is_named_with_what_makes_it(tmp_path):
-    for script, says in (("figure_nu.py", "bias_delta.csv is missing: make reproduce ARGS=bias_delta makes it"),
-                         ("figure_time.py", "bench.csv is missing: make bench makes it"),
-                         ("figure_convergence.py", "make reproduce ARGS=convergence makes it")):
-        done = _script(script, tmp_path)
-        assert done.returncode == 1
-        assert says in done.stderr
+    done = _script("figure_time.py", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "bench.csv is missing: make bench makes it" in done.stderr
+    for name, maker in (("bias_delta", "bias_delta"), ("convergence_curves", "convergence")):
+        with pytest.raises(Missing, match=rf"{name}.csv is missing: make reproduce ARGS={maker} makes it"):
+            load(tmp_path, name)
+    (tmp_path / "nu.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(Missing, match=r"nu.csv lacks c, d: make reproduce ARGS=nu makes it anew"):
+        load(tmp_path, "nu", columns=("a", "c", "d"))
+
+
+def _cell(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _same_table(found, wanted) -> bool:
+    """The same columns and rows, and numbers that differ by no more than another processor's rounding."""
+    return [list(row) for row in found] == [list(row) for row in wanted] and all(
+        math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12) if isinstance(a, float) and isinstance(b, float) else a == b
+        for one, other in zip(found, wanted, strict=True)
+        for a, b in zip(map(_cell, one.values()), map(_cell, other.values()), strict=True))
+
+
+def test_tables_are_compared_as_numbers():
+    table = [{"a": "x", "b": "0.30000000000000004", "c": ""}, {"a": "y", "b": "1e-3", "c": "2"}]
+    assert _same_table(table, [{"a": "x", "b": "0.3", "c": ""}, {"a": "y", "b": "0.001", "c": "2.0"}])
+    for other in ([table[0]], [{**table[0], "b": "0.30001"}, table[1]], [{**table[0], "c": "0"}, table[1]],
+                  [{**table[0], "a": "z"}, table[1]], [{"b": "0.3", "a": "x", "c": ""}, table[1]]):
+        assert not _same_table(table, other)
 
 
 def test_figures_are_drawn_from_the_tables(tmp_path):
-    for table in RESULTS.glob("*.csv"):
+    for table in [*RESULTS.glob("*.csv"), *RESULTS.glob("*.json")]:
         shutil.copy(table, tmp_path)
+    derived = {"bias_slopes.csv", "quadratic.csv"}
+    for table in derived:
+        (tmp_path / table).unlink()
     done = _script("figures.py", tmp_path)
     assert done.returncode == 0, done.stderr
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    committed = {path.name for path in (RESULTS / "figures").iterdir()}
-    assert drawn == {name for name in committed if not name.startswith("explorer_")}  # pictures of the page
-    for table in tmp_path.glob("*.csv"):  # some scripts write tables: the same as committed
-        assert table.read_text() == (RESULTS / table.name).read_text()
+    figures = {path.stem.removeprefix("figure_") for path in (ROOT / "scripts").glob("figure_*.py")}
+    assert drawn == {f"{name}.{suffix}" for name in figures for suffix in ("png", "pdf")}
+    for path in (tmp_path / "figures").iterdir():
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
+        assert len(content) > 5000
+    assert "| claim | verdict |" in (tmp_path / "README.md").read_text()
+    for table in derived:
+        assert _same_table(read_csv(tmp_path / table), read_csv(RESULTS / table))
+    for table in RESULTS.glob("*.csv"):
+        if table.name not in derived:  # what they are drawn from is not touched
+            assert (tmp_path / table.name).read_bytes() == table.read_bytes()
+
+
+def test_a_script_of_a_figure_draws_it_alone(tmp_path):
+    shutil.copy(RESULTS / "convergence_curves.csv", tmp_path)
+    done = _script("figure_convergence.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"convergence.png", "convergence.pdf"}
+
+
+def test_figures_that_lack_a_table_are_named_and_the_others_drawn(tmp_path):
+    shutil.copy(RESULTS / "convergence_curves.csv", tmp_path)
+    done = _script("figures.py", tmp_path)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(list((ROOT / "scripts").glob("figure_*.py"))) - 2  # one is drawn from a formula
+    assert all(line.startswith("error: ") and "makes it" in line for line in lines)
+    assert (tmp_path / "figures" / "convergence.png").exists()
+
+
+def test_a_figure_is_drawn_once_a_format(tmp_path, monkeypatch):
+    """Layout and drawing are most of what drawing costs, and matplotlib's own way does them several times."""
+    from matplotlib.axes import Axes
+
+    drawn, draw = [], Axes.draw
+    monkeypatch.setattr(Axes, "draw", lambda self, renderer: (drawn.append(1), draw(self, renderer)))
+    import figure_convergence
+
+    shutil.copy(RESULTS / "convergence_curves.csv", tmp_path)
+    figure_convergence.draw(tmp_path)
+    assert len(drawn) == 2
+
+
+def test_importing_a_script_reads_no_command_line():
+    """So that all run in one process."""
+    for path in (ROOT / "scripts").glob("*.py"):
+        if path.name in ("kill_test.py", "sanitize_kernel.py"):
+            continue
+        for statement in ast.parse(path.read_text()).body:
+            if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.If):
+                continue
+            names = {node.attr for node in ast.walk(statement) if isinstance(node, ast.Attribute)}
+            assert "argv" not in names, path
+
+
+NUMBER = re.compile(r"[-+−]?\d+\.?\d*(?:e[-+]?\d+)?")
+
+
+def same_text(found: str, wanted: str) -> bool:
+    """The same words, and numbers that differ by no more than one in the last place shown, as another processor's
+    rounding may make them."""
+    def numbers(text: str) -> list[tuple[float, float]]:
+        return [(float(n.replace("−", "-")), 1.01 * 10.0 ** int(Decimal(n.replace("−", "-")).as_tuple().exponent))
+                for n in NUMBER.findall(text)]
+
+    return NUMBER.split(found) == NUMBER.split(wanted) and all(
+        abs(a - b) <= last for (a, last), (b, _) in zip(numbers(found), numbers(wanted), strict=True))
+
+
+def test_texts_are_compared_as_numbers():
+    assert same_text("x 1.25 ± 0.30 (p = 1.2e-05)", "x 1.26 ± 0.30 (p = 1.3e-05)")
+    for other in ("x 1.27 ± 0.30 (p = 1.2e-05)", "y 1.25 ± 0.30 (p = 1.2e-05)", "x 1.25 ± 0.30 (p = 1.2e-04)",
+                  "x 1.25 ± 0.30", "x 1.25 ± 0.30 (p = -1.2e-05)"):
+        assert not same_text("x 1.25 ± 0.30 (p = 1.2e-05)", other)
 
 
 def test_the_page_that_sums_up_is_that_of_the_tables():
-    done = _script("summary.py", "--check")
-    assert done.returncode == 0, done.stderr
+    assert same_text(summary.page(RESULTS), (RESULTS / "README.md").read_text())
+
+
+def test_the_page_that_sums_up_is_checked(tmp_path):
+    summary.write(tmp_path)
+    assert "Not measured: " in (tmp_path / "README.md").read_text()
+    assert _script("summary.py", "--check", tmp_path).returncode == 0
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "more\n")
+    done = _script("summary.py", "--check", tmp_path)
+    assert done.returncode == 1
+    assert "differs from the tables: make figures" in done.stderr
 
 
 def test_verdicts_follow_the_tables(tmp_path):
-    """With symmetric's memory made to grow, the claim falls."""
-    for table in [*RESULTS.glob("*.csv"), *RESULTS.glob("*.json")]:
-        shutil.copy(table, tmp_path)
-    assert _script("summary.py", tmp_path).returncode == 0
-    assert "| Memory | holds |" in (tmp_path / "README.md").read_text()
-    path = tmp_path / "memory_steps.csv"
-    header, *lines = path.read_text().splitlines()
-    column = header.split(",").index("memory/peak_bytes")
-    changed = []
-    for line in lines:
-        if "symmetric,solver.steps=200" in line:
-            cells = next(csv.reader([line]))
-            line = line.replace(cells[column], str(2 * int(cells[column])))
-        changed.append(line)
-    path.write_text("\n".join([header, *changed]) + "\n")
-    assert _script("summary.py", tmp_path).returncode == 0
-    assert "| Memory | does not hold |" in (tmp_path / "README.md").read_text()
+    """Where symmetric's memory grows with the inner steps, the claim falls."""
+    def verdict(of_symmetric: float) -> str:
+        memory = {"symmetric": of_symmetric, "maml": 9.0, "maml_checkpoint": 2.0}
+        rows = [{"estimator": name, "width": 64, "solver.steps": steps, "memory/peak_bytes": size}
+                for name, growth in memory.items() for steps, size in ((10, 1.0), (200, growth))]
+        for table in ("memory", "memory_steps"):
+            write_csv(tmp_path / f"{table}.csv", rows)
+        return next(line for line in summary.page(tmp_path).splitlines() if line.startswith("| Memory |"))
+
+    assert verdict(1.01) == "| Memory | holds |"
+    assert verdict(1.5) == "| Memory | does not hold |"
+    assert "| Time | not measured |" in summary.page(tmp_path)
+
+
+def test_the_jobs_of_a_sweep_are_those_of_its_file_and_command():
+    assert len(jobs_of("bias_delta", [])) == 3 * 6 * 11
+    jobs = jobs_of("verify", ["tuned=maml", "seed=0,3", "steps=5"])
+    assert jobs == [frozenset({"seed=0", "tuned=maml", "steps=5", "experiment=verify"}),
+                    frozenset({"seed=3", "tuned=maml", "steps=5", "experiment=verify"})]
+
+
+SMALL = """# @package _global_
+defaults:
+  - /sweep: by_experiment
+  - override /optimizer: sgd
+  - _self_
+steps: 3
+width: 4
+meta_batch: 2
+eval: {every: 3, validation_tasks: 4, tasks: 0}
+bias: {every: 0}
+wandb: {mode: disabled}
+hydra: {sweeper: {params: {optimizer.lr: '%s'}}}
+"""
+
+
+def test_reproducing_fails_where_jobs_are_missing(tmp_path, monkeypatch):
+    """In a copy of the tree, with a sweep of two jobs in place of an experiment."""
+    for name in ("scripts", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", tmp_path)
+    (tmp_path / "results").mkdir()
+    folder = tmp_path / "outputs" / "experiments" / "verify"
+    monkeypatch.setattr("reproduce.ROOT", tmp_path)
+
+    def define(rates: str) -> None:
+        (tmp_path / "configs" / "experiment" / "verify.yaml").write_text(SMALL % rates)
+
+    def reproduce(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(tmp_path / "scripts" / "reproduce.py"), "verify", *arguments],
+                              text=True, capture_output=True, timeout=300)
+
+    define("0.1,1e30")  # the second diverges, which is a result
+    done = reproduce()
+    assert done.returncode == 0, done.stderr
+    assert "verify: 2 of 2 jobs are there, 1 of them diverged" in done.stdout
+    assert len(read_csv(tmp_path / "results" / "verify.csv")) == 2
+    define("0.1,-1")  # the second is not possible
+    for arguments in ((), ("--collect",)):
+        done = reproduce(*arguments)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == "error: verify: 1 of 2 jobs are there"
+
+    def found(rates: str, status: int = 0) -> list[str]:
+        define(rates)
+        return faults("verify", jobs_of("verify", []), folder, status)
+
+    assert found("0.1,0.2,0.3") == ["verify: 1 of 3 jobs are there"]
+    assert found("0.1") == []  # what is left of other sweeps does not count
+    assert found("0.1", status=1) == [f"verify: its sweep ended with status 1: {folder / 'sweep.log'}"]
+    assert found("0.1,1e30", status=1) == []  # which is the diverged one's
+    (path,) = (path for path in folder.glob("*/summary.json") if "0.1" in path.parent.name)
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "status": "failed", "reason": "the disk is full"}))
+    assert found("0.1") == ["verify: 0 of 1 jobs are there", f"verify: {path.parent.name}: the disk is full"]
+    path.write_text(json.dumps({**summary, "status": "interrupted", "reason": "stopped"}))
+    assert found("0.1") == ["verify: 0 of 1 jobs are there"]
 
 
 def test_bad_requests_are_one_line():
@@ -149,11 +322,11 @@ def test_every_table_has_its_provenance():
             assert one["commit"]
             assert one["versions"]["torch"]
         assert about["command"].startswith(("make ", "python "))
-    assert os.listdir(RESULTS / "figures")
 
 
-def test_numbers_are_read_as_numbers(monkeypatch):
-    monkeypatch.setattr("figures.FOLDER", RESULTS)
-    rows = load("memory")
-    assert isinstance(rows[0]["memory/peak_bytes"], float)
-    assert isinstance(rows[0]["run"], str)
+def test_numbers_are_read_as_numbers(tmp_path):
+    (tmp_path / "memory.csv").write_text("run,estimator,memory/peak_bytes,reason\na,maml,1e3,\nb,nan-free,12,stopped\n")
+    first, second = load(tmp_path, "memory")
+    assert first == {"run": "a", "estimator": "maml", "memory/peak_bytes": 1000.0, "reason": None}
+    assert isinstance(second["memory/peak_bytes"], float)
+    assert second["reason"] == "stopped"

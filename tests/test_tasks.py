@@ -1,17 +1,26 @@
 """The data are the published ones, the splits are disjoint, and the sampling is uniform."""
 
+import os
 import random
+import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mnist1d.data import get_dataset_args, make_dataset
 from scipy import stats
+from torch import nn
 
 from fobmaml import TaskBatch
+from fobmaml.estimators import FOMAML
+from fobmaml.models import MLP
+from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import MNIST1D, Logistic, Sinusoid
 from fobmaml.tasks.mnist1d import load_arrays
+from fobmaml.training import MetaTraining, Settings
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,7 @@ def test_damaged_cache_is_made_again(published, tmp_path: Path, damage):
 
 def test_a_cache_that_cannot_be_written_does_no_harm(published, tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
-    np.testing.assert_array_equal(load_arrays(tmp_path / "file")["x"], published["x"])
+    np.testing.assert_allclose(load_arrays(tmp_path / "file")["x"], published["x"], rtol=0, atol=1e-12)
 
 
 def test_generating_leaves_global_generators_alone(tmp_path: Path):
@@ -57,13 +66,14 @@ def _identities(examples: torch.Tensor) -> list[bytes]:
     return [row.numpy().tobytes() for row in examples]
 
 
-def test_splits_share_no_example(mnist1d: MNIST1D, published):
+def test_splits_share_no_example(mnist1d: MNIST1D):
     found = {split: {i for digit in digits for i in _identities(digit)} for split, digits in mnist1d.examples.items()}
     assert {split: len(ids) for split, ids in found.items()} == {"train": 3200, "validation": 800, "test": 1000}
     assert not found["train"] & found["validation"]
     assert not (found["train"] | found["validation"]) & found["test"]
-    assert found["test"] == {row.tobytes() for row in published["x_test"]}
-    assert found["train"] | found["validation"] == {row.tobytes() for row in published["x"]}
+    arrays = load_arrays()  # the cache may be another machine's, whose last bits are its own
+    assert found["test"] == {row.tobytes() for row in arrays["x_test"]}
+    assert found["train"] | found["validation"] == {row.tobytes() for row in arrays["x"]}
 
 
 def test_sampled_tasks_stay_in_their_split(mnist1d: MNIST1D, generator):
@@ -157,3 +167,194 @@ def test_mean_squared_error_is_to_one_hot_targets():
     torch.testing.assert_close(source.loss_fn(outputs, targets), wanted)
     with pytest.raises(ValueError, match=r"^loss=l1: takes one of cross_entropy, mse"):
         MNIST1D(loss="l1")
+
+
+class _Source:
+    """A user's own: two classes, three features."""
+
+    input_shape, outputs, classification, loss_fn = (3,), 2, True, staticmethod(F.cross_entropy)
+
+    def sample(self, split, count, generator):
+        return self.batch(count, generator)
+
+    @staticmethod
+    def batch(count, generator, shape=(3,), labels=2):
+        def part(examples):
+            return (torch.randn(count, examples, *shape, generator=generator),
+                    torch.randint(labels, (count, examples), generator=generator))
+
+        return TaskBatch(*part(4), *part(5))
+
+
+def _build(source, **changes):
+    from test_training import QUICK
+
+    model = MLP((3,), 2, width=4, depth=1)
+    return MetaTraining(model, source, FOMAML(GradientDescent(1, 0.1)), Settings(**QUICK | changes), torch.optim.Adam)
+
+
+def _own(**members):
+    return type("Own", (_Source,), members)()
+
+
+def _without(name):
+    return type("Own", (), {key: value for key, value in vars(_Source).items() if key != name})()
+
+
+def _fails_on(split, error):
+    def sample(self, asked, count, generator):
+        if asked == split:
+            raise error
+        return self.batch(count, generator)
+
+    return _own(sample=sample)
+
+
+def _returns(change):
+    return _own(sample=lambda self, split, count, generator: change(self.batch(count, generator), generator))
+
+
+TWO_LINES = RuntimeError("a line\n  and another")
+REFUSED = {
+    **{f"no {name}": (lambda name=name: _without(name), f"dataset: Own has no {name}: takes ")
+       for name in ("sample", "input_shape", "outputs", "classification", "loss_fn")},
+    "sample takes too little": (lambda: _own(sample=lambda self, count: 1), "dataset: sample=<lambda>: takes a method"),
+    "sample is a number": (lambda: _own(sample=1), "dataset: sample=int: takes a method"),
+    "shape is a number": (lambda: _own(input_shape=3), "dataset: input_shape=3: takes a tuple"),
+    "shape is a word": (lambda: _own(input_shape="3"), "dataset: input_shape=3: takes a tuple"),
+    "shape with zero": (lambda: _own(input_shape=(0,)), "dataset: input_shape=0: takes a whole number"),
+    "no outputs at all": (lambda: _own(outputs=0), "dataset: outputs=0: takes a whole number"),
+    "one class": (lambda: _own(outputs=1), "dataset: outputs=1: takes a whole number of at least 2"),
+    "outputs is a word": (lambda: _own(outputs="2"), "dataset: outputs=2: takes a whole number"),
+    "classification is a word": (lambda: _own(classification="no"), "dataset: classification=no: takes true or false"),
+    "loss is a word": (lambda: _own(loss_fn="mse"), "dataset: loss_fn=str: takes a function"),
+    "loss takes one": (lambda: _own(loss_fn=staticmethod(lambda o: o)), "dataset: loss_fn=<lambda>: takes a function"),
+    "a bare function": (lambda: _own(loss_fn=F.cross_entropy),
+                        r"dataset: loss_fn=cross_entropy: takes staticmethod\(cross_entropy\) in a class"),
+    "a bare lambda": (lambda: _own(loss_fn=lambda o, y: F.cross_entropy(o, y)),
+                      "dataset: loss_fn=<lambda>: takes staticmethod"),
+    "a loss that raises": (lambda: _own(loss_fn=staticmethod(lambda o, y: {}["x"])),
+                           "dataset: loss_fn failed: KeyError: 'x'"),
+    "fails on test": (lambda: _fails_on("test", KeyError("test")), r"dataset: sample\('test', 8\) failed: KeyError"),
+    "fails on validation": (lambda: _fails_on("validation", TWO_LINES),
+                            r"dataset: sample\('validation', 8\) failed: RuntimeError: a line and another$"),
+    "fails on train": (lambda: _fails_on("train", NotImplementedError()),
+                       r"dataset: sample\('train', 16\) failed: NotImplementedError$"),
+    "a tuple": (lambda: _returns(lambda b, g: (b.support_x, b.support_y)),
+                r"dataset: sample\('train', 16\) returned a tuple: takes a fobmaml.TaskBatch"),
+    "too few": (lambda: _returns(lambda b, g: b[:3]), r"dataset: sample\('train', 16\) returned 3 tasks: takes 16"),
+    "parts that do not fit": (lambda: _returns(lambda b, g: TaskBatch(b.support_x, b.query_y, b.query_x, b.query_y)),
+                              r"dataset: sample\('train', 16\) failed: ValueError: support_y="),
+    "other examples": (lambda: _own(input_shape=(1, 3)),
+                       r"dataset: sample\('train', 16\) returned examples of shape \(3,\): takes input_shape, \(1, 3"),
+    "labels from 1": (lambda: _returns(lambda b, g: TaskBatch(b.support_x, b.support_y + 1, b.query_x, b.query_y)),
+                      r"dataset: sample\('train', 16\): support_y holds the label 2: takes 0 ... 1 \(outputs\), or"),
+    "labels of another loss": (
+        lambda: _returns(lambda b, g: TaskBatch(b.support_x, b.support_y, b.query_x, b.query_y.fill_(-1))),
+        r"dataset: sample\('train', 16\): query_y holds the label -1: takes 0 ... 1"),
+    "global randomness": (lambda: _returns(lambda b, g: TaskBatch(torch.randn_like(b.support_x), b.support_y, b.query_x,
+                                                                  b.query_y)),
+                          "dataset: sample returned another support_x with the same generator: takes all randomness"),
+    "a network that does not fit": (lambda: _own(input_shape=(2,), sample=lambda self, split, count, generator:
+                                                 self.batch(count, generator, (2,))), "model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_source_that_is_none_is_refused_before_the_first_step(case):
+    make, text = REFUSED[case]
+    with pytest.raises(ValueError, match=f"^{text}") as caught:
+        _build(make())
+    assert "\n" not in str(caught.value)
+
+
+def test_splits_that_are_not_used_are_not_sampled():
+    _build(_fails_on("test", KeyError()), eval_tasks=0)
+    _build(_fails_on("validation", KeyError()), eval_validation_tasks=0)
+    for used in ({"bias_every": 1}, {"smoothness_every": 1}, {"curvature_every": 1}):
+        with pytest.raises(ValueError, match=r"^dataset: sample\('validation', 2\) failed"):
+            _build(_fails_on("validation", KeyError()), eval_validation_tasks=0, **used)
+
+
+@pytest.mark.parametrize("loss", [staticmethod(F.cross_entropy), nn.CrossEntropyLoss(), partial(F.cross_entropy),
+                                  lambda self, o, y: F.cross_entropy(o, y),
+                                  property(lambda self: F.cross_entropy)])
+def test_losses_that_a_class_may_hold(loss):
+    with warnings.catch_warnings():  # of Python 3.13, about a partial in a class
+        warnings.simplefilter("ignore", FutureWarning)
+        assert _build(_own(loss_fn=loss)).evaluate("test", 4).accuracy is not None
+
+
+def test_the_check_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    wanted = [p.detach().clone() for p in MLP((3,), 2, width=4, depth=1).parameters()], torch.rand(3)
+    torch.manual_seed(5)
+    training = _build(_returns(lambda b, g: torch.manual_seed(1) and b))
+    assert torch.equal(torch.rand(3), wanted[1])
+    assert all(torch.equal(p, w) for p, w in zip(training.learner.model.parameters(), wanted[0], strict=True))
+
+
+def test_labels_that_the_loss_ignores_are_taken():
+    def holes(label):
+        hole = torch.tensor([2])
+        return lambda b, g: TaskBatch(b.support_x, b.support_y, b.query_x, b.query_y.index_fill(1, hole, label))
+
+    plain = _returns(holes(-100))
+    own = type(plain)
+    assert _build(plain).evaluate("test", 4).accuracy is not None
+    for loss in (partial(F.cross_entropy, ignore_index=9), nn.CrossEntropyLoss(ignore_index=9)):
+        source = type("Own", (own,), {"loss_fn": loss, "sample": _returns(holes(9)).sample.__func__})()
+        assert _build(source).evaluate("test", 4).accuracy is not None
+
+
+MODULE = """
+import torch
+import torch.nn.functional as F
+from fobmaml import TaskBatch
+from fobmaml.tasks import Sinusoid
+
+
+class NoOutputs:
+    input_shape, classification, loss_fn = (1,), False, staticmethod(F.mse_loss)
+
+    def __init__(self, **settings):
+        self.source = Sinusoid(**settings)
+
+    def sample(self, split, count, generator):
+        return self.source.sample(split, count, generator)
+
+
+class BareLoss(NoOutputs):
+    outputs, loss_fn = 1, F.mse_loss
+
+
+class FailsOnTest(NoOutputs):
+    outputs = 1
+
+    def sample(self, split, count, generator):
+        if split == "test":
+            raise FileNotFoundError("test.npz\\nis not there")
+        return super().sample(split, count, generator)
+
+
+class Tuples(NoOutputs):
+    outputs = 1
+
+    def sample(self, split, count, generator):
+        tasks = super().sample(split, count, generator)
+        return tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y
+"""
+
+
+@pytest.mark.parametrize(("kind", "says"), [
+    ("NoOutputs", "dataset: NoOutputs has no outputs: takes a whole number"),
+    ("BareLoss", "dataset: loss_fn=mse_loss: takes staticmethod(mse_loss) in a class"),
+    ("FailsOnTest", "dataset: sample('test', 600) failed: FileNotFoundError: test.npz is not there"),
+    ("Tuples", "dataset: sample('train', 16) returned a tuple: takes a fobmaml.TaskBatch")])
+def test_on_the_command_line_it_is_one_line_at_once(run_train, tmp_path, kind, says):
+    (tmp_path / "own_tasks.py").write_text(MODULE)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = run_train("dataset=sinusoid", f"dataset._target_=own_tasks.{kind}", env={"PYTHONPATH": path})
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {says}"), done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,19 +1,25 @@
 """The loop: continuing is the uninterrupted run, fixed tasks are fixed, and trouble stops it before harm is done."""
 
 import math
+import re
+import statistics
 import time
+from functools import partial
 
+import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fobmaml import Learner, solvers
-from fobmaml.estimators import FOMAML, MAML, Central, Forward, Symmetric, chunk_size
+from fobmaml import Learner, TaskBatch, solvers
+from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Symmetric, chunk_size, estimate
 from fobmaml.models import MLP, CNN1d
 from fobmaml.optim import SNGDM, ClippedSGD
-from fobmaml.tasks import Sinusoid
-from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings
+from fobmaml.plotting import learning_curve
+from fobmaml.tasks import Logistic, Sinusoid
+from fobmaml.tasks.mnist1d import mean_squared_error
+from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings, loss_name
 
 QUICK = {"steps": 1, "seed": 0, "meta_batch": 16, "task_chunk": "auto",
          "memory_limit_mb": None, "engine": "auto", "schedule": "cosine", "log_every": 10,
@@ -70,6 +76,129 @@ def test_it_is_the_estimator_and_optimizer_by_hand(mnist1d):
     list(training.train())
     for mine, theirs in zip(model.parameters(), training.learner.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_step_times_do_not_grow_without_bound(mnist1d, monkeypatch):
+    """The time of training is that of all steps, the median that of the latest, and checkpoints stay as large."""
+    monkeypatch.setattr("fobmaml.training.RECENT", 5)
+    training, sizes = _training(mnist1d, steps=20, log_every=1), []
+    for event in training.train():
+        assert event["time/meta_step_s"] == statistics.median(training.step_seconds)
+        sizes.append(len(training.state_dict()["step_seconds"]))
+    assert sizes == [1, 2, 3, 4, *[5] * 16]
+    assert training.train_seconds > sum(training.step_seconds)
+    assert training.validate()["time/train_s"] == training.train_seconds
+    continued = _training(mnist1d, steps=20)
+    continued.load_state_dict(training.state_dict())
+    assert continued.step_seconds == training.step_seconds
+    assert continued.step_seconds.maxlen == 5
+    assert continued.train_seconds == training.train_seconds
+
+
+class _Tokens:
+    """Of each position the sign of a number: an example has several labels, some of them ignored."""
+
+    input_shape, outputs, classification = (6,), 2, True
+
+    def __init__(self, last: bool, ignored: bool):
+        self.loss_fn = self._last if last else F.cross_entropy
+        self.ignored = ignored
+
+    @staticmethod
+    def _last(outputs, targets):
+        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+    def sample(self, split, count, generator):
+        x = torch.randn(count, 12, 6, generator=generator)
+        y = (x > 0).long()
+        if self.ignored:
+            y[torch.rand(y.shape, generator=generator) < 0.4] = -100
+            y[0, 4:] = -100  # a task without a counted query label
+        return TaskBatch(x[:, :4], y[:, :4], x[:, 4:], y[:, 4:])
+
+
+class _PerPosition(nn.Module):
+    """Knows the sign, but for the last two of six positions."""
+
+    def __init__(self, last: bool):
+        super().__init__()
+        self.scale, self.last = nn.Parameter(torch.ones(1)), last
+
+    def forward(self, x):
+        known = torch.cat([x[..., :4], -x[..., 4:]], -1)
+        outputs = torch.stack([-known, known], -1) * self.scale
+        return outputs if self.last else outputs.movedim(-1, 1)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_accuracy_of_several_labels_an_example(last):
+    def score(ignored):
+        training = MetaTraining(_PerPosition(last), _Tokens(last, ignored), FOMAML(solvers.GradientDescent(1, 1e-6)),
+                                Settings(**QUICK), torch.optim.Adam)
+        return training.evaluate("test", 40), training.tasks("test", 40, EVALUATION_SEED)
+
+    whole, _ = score(False)
+    assert whole.accuracy == pytest.approx(4 / 6)
+    assert whole.accuracy_ci95 == pytest.approx(0, abs=1e-12)  # in every task the same
+    some, tasks = score(True)
+    each = []
+    for y in tasks.query_y[1:]:
+        counted = y != -100
+        each.append(float(counted[:, :4].sum() / counted.sum()))
+    assert some.accuracy == pytest.approx(statistics.fmean(each))
+    assert some.accuracy_ci95 == pytest.approx(1.96 * statistics.stdev(each) / math.sqrt(39))
+    assert math.isfinite(some.loss)
+
+
+@pytest.mark.parametrize(("loss", "name"), [
+    (F.cross_entropy, "cross-entropy (nats)"), (nn.CrossEntropyLoss(), "cross-entropy (nats)"),
+    (partial(F.cross_entropy, label_smoothing=0.1), "cross-entropy (nats)"), (F.mse_loss, "mean squared error"),
+    (nn.MSELoss(), "mean squared error"), (mean_squared_error, "mean squared error"),
+    (F.huber_loss, "huber loss"), (nn.HuberLoss(), "huber loss"), (nn.GaussianNLLLoss(), "gaussian nll loss"),
+    (nn.L1Loss(), "mean absolute error"), (F.nll_loss, "negative log-likelihood (nats)"), (lambda o, y: o, "loss")])
+def test_a_loss_has_its_own_name(loss, name):
+    assert loss_name(loss) == name
+
+
+def _texts(path):
+    """All that an SVG shows in words."""
+    return [a or b for a, b in re.findall(r">([^<>]+)</text>|<tspan[^>]*>([^<]+)", path.read_text())]
+
+
+def test_plots_say_what_was_tested(tmp_path):
+    events = [{"step": step, "val/accuracy": 0.5, "val/loss": 1.0, "train/loss": 1.0} for step in (0, 2)]
+    for accuracy, half, text in ((0.625, 0.05, "test tasks: 62.5 ± 5.0 % (95 % interval)"),
+                                 (0.625, None, "test tasks: 62.5 %"), (None, None, None)):
+        summary = {"step": 2, "choices": {"estimator": "maml"}, "test/accuracy": accuracy, "test/accuracy_ci95": half}
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            learning_curve(events, summary, tmp_path / "curve.svg")
+        assert [said for said in _texts(tmp_path / "curve.svg") if said.startswith("test tasks")] == [text] * bool(text)
+
+
+def test_plots_say_which_loss(tmp_path):
+    """The axes' labels in the picture of a run, which are text in an SVG."""
+    class Own(Sinusoid):
+        @staticmethod
+        def pinball_loss(outputs, targets):
+            return (0.7 * (targets - outputs)).maximum(0.3 * (outputs - targets)).mean()
+
+        loss_fn = pinball_loss
+
+    for source, left, right in ((Own(), "pinball loss", "pinball loss"),
+                                (Logistic(), "accuracy (%)", "cross-entropy (nats)")):
+        torch.manual_seed(0)
+        model = MLP(source.input_shape, source.outputs, width=4, depth=1)
+        training = MetaTraining(model, source, FOMAML(solvers.GradientDescent(1, 0.1)),
+                                Settings(**QUICK | {"steps": 2, "log_every": 1}), torch.optim.Adam)
+        events = [{"step": 0, **training.measure(first=True)}]
+        events += [{"step": training.step, **event} for event in training.train()]
+        summary = {"step": 2, "choices": {"estimator": "fomaml"}, **training.latest}
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            learning_curve(events, summary, tmp_path / "curve.svg")
+        texts = _texts(tmp_path / "curve.svg")
+        assert left in texts
+        assert right in texts
+        assert "mean squared error" not in texts
 
 
 def test_schedule(mnist1d):
@@ -237,3 +366,23 @@ def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
 def test_bad_settings(setting, value):
     with pytest.raises(ValueError, match=f"^{setting}={value}: takes"):
         Settings(**QUICK | {setting: value})
+
+
+def test_negative_curvature_is_logged_and_said_once(mnist1d, caplog):
+    """At λ = 1e-4 conjugate gradients meet it in nearly every task."""
+    training = _training(mnist1d, steps=8, log_every=1, estimator=IMAML(solvers.GradientDescent(2, 0.1), lam=1e-4))
+    first = _training(mnist1d, steps=8, log_every=1, estimator=IMAML(solvers.GradientDescent(2, 0.1), lam=1e-4))
+    theta = first.learner.theta()
+    result = estimate(first.estimator, first.learner, theta, first.tasks("train", 4, 0, 0).to(dtype=torch.float32))
+    events = list(training.train())
+    for key, met in (("negative_curvature", result.linear.negative_curvature), ("steps", result.linear.steps),
+                     ("relative_residual", result.linear.relative_residual)):
+        assert events[0][f"linear/{key}"] == pytest.approx(float(met.double().mean()))
+    assert sum(4 * event["linear/negative_curvature"] for event in events) > 10
+    assert [record.message for record in caplog.records if "negative curvature" in record.message] == [
+        record.message for record in caplog.records][:1]
+    again = _training(mnist1d, steps=8, estimator=training.estimator)
+    again.load_state_dict(training.state_dict())
+    assert again.negative_curvature_tasks == training.negative_curvature_tasks
+    quiet = _training(mnist1d, steps=2, log_every=1)
+    assert not [key for event in quiet.train() for key in event if key.startswith("linear")]

@@ -28,14 +28,16 @@ def records(path: Path) -> list[Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Config, history, summary and exit code of the one offline run in a run's folder."""
+    """Config, history, summary, exit code and names of the one offline run in a run's folder."""
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     run: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "exit_code": None}
     for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run["config"] |= {u.key: json.loads(u.value_json) for u in record.run.config.update if u.key}
-            run["group"] = record.run.run_group
+            run |= {"id": record.run.run_id, "name": record.run.display_name, "group": record.run.run_group,
+                    "project": record.run.project, "entity": record.run.entity, "notes": record.run.notes,
+                    "tags": list(record.run.tags), "job_type": record.run.job_type}
         elif kind == "history":
             run["history"].append({i.key or ".".join(i.nested_key): json.loads(i.value_json)
                                    for i in record.history.item})

@@ -48,7 +48,8 @@ def processes() -> Iterator[None]:
         yield
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            with suppress(RuntimeError):  # where a process is gone, what it led to here has come first
+                dist.destroy_process_group()
 
 
 @contextmanager
@@ -70,7 +71,8 @@ def everywhere(call: Callable[[], T]) -> T:
     try:
         result = call()
     except Exception as error:
-        dist.all_gather_object(errors, str(error) or type(error).__name__)
+        with suppress(RuntimeError):  # of the gather, where a process is gone: this error came first
+            dist.all_gather_object(errors, str(error) or type(error).__name__)
         raise
     with _losses_named():
         dist.all_gather_object(errors, None)

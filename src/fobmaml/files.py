@@ -1,7 +1,6 @@
 """Files that are whole or absent, whatever happens: checkpoints, summaries, event logs, tables."""
 
 import csv
-import fcntl
 import io
 import json
 import math
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(RuntimeError):
@@ -35,7 +35,11 @@ def _failures_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CannotWrite(f"{path}: cannot be written ({error.strerror}); what was written before is whole") from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> CannotWrite:
+    return CannotWrite(f"{path}: cannot be written ({error.strerror}); what was written before is whole")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -59,14 +63,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 @contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
     """Holds a folder until the end, however it comes. Raises FolderInUse if another process does, CannotWrite."""
-    with _failures_named(folder):
-        file = (folder / ".lock").open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderInUse(f"hydra.run.dir={folder}: takes a folder in which no other process works") from None
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:  # an OSError, too
+        raise FolderInUse(f"hydra.run.dir={folder}: takes a folder in which no other process works") from None
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def plain(value: Any) -> Any:
@@ -137,13 +144,9 @@ def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 class EventLog:
     """``metrics.jsonl``: one JSON object a line, each with ``step``; written line by line."""
 
-    def __init__(self, path: Path, continue_at: int | None = None, history: Path | None = None):
-        """``continue_at``: keep the events up to this step, of ``history`` (default: of the file itself)."""
-        kept: list[str] = []
-        if continue_at is not None:
-            kept = [json.dumps(e) for e in read_events(history or path)
-                    if e["step"] <= continue_at and "test/loss" not in e]
-        text = "".join(line + "\n" for line in kept)
+    def __init__(self, path: Path, kept: Sequence[Mapping[str, Any]] = ()):
+        """``kept``: the events that it begins with, of ``events_until``."""
+        text = "".join(json.dumps(event) + "\n" for event in kept)
         write_atomically(path, lambda file: file.write(text.encode()))
         self._path, self._file = path, path.open("ab", buffering=0)
 
@@ -160,9 +163,22 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
     events = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 events.append(json.loads(line))
             except json.JSONDecodeError:
                 break
     return events
+
+
+def events_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The events that a run continued at ``step`` keeps. Raises CheckpointError if what it drops is not a line cut
+    short at the end, or there are events of another kind."""
+    try:
+        events = read_events(path)
+        lines = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
+        if lines - len(events) > 1:
+            raise ValueError(f"line {len(events) + 1} is none")
+        return [event for event in events if event["step"] <= step and "test/loss" not in event]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: takes an event of this program's a line ({error})") from None

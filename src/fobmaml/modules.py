@@ -1,7 +1,6 @@
 """A caller's module, called as a pure function of its parameters and inputs, and left as it is."""
 
 import copy
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.nn.utils.weight_norm import WeightNorm
+
+from fobmaml.precision import SharedChange
 
 
 def private_copy(model: nn.Module, share: bool = True) -> nn.Module:
@@ -176,28 +177,6 @@ def _impurity(module: nn.Module) -> str | None:
     return None
 
 
-class _Switch:
-    """Settings of torch that are the process's: the first of several threads to enter sets them, the last to leave puts
-    back what was there."""
-
-    def __init__(self, settings: Callable[[], Any]):
-        self._settings, self._lock, self._users = settings, threading.Lock(), 0
-        self._active: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._users:
-                self._active = self._settings()
-                self._active.__enter__()
-            self._users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                self._active.__exit__(None, None, None)
-
-
 @contextmanager
 def _no_inference_path() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
@@ -214,7 +193,7 @@ def _plain_kernels() -> Iterator[None]:
         yield
 
 
-_once, _twice = _Switch(_no_inference_path), _Switch(_plain_kernels)
+_once, _twice = SharedChange(_no_inference_path), SharedChange(_plain_kernels)
 
 
 @contextmanager

@@ -66,18 +66,21 @@ def learning_curve(events: Sequence[Mapping[str, Any]], summary: Mapping[str, An
               label="validation tasks")
     final = summary.get("test/accuracy" if accurate else "test/loss")
     if final is not None:
-        half = scale * (summary.get("test/accuracy_ci95") or 0.0) if accurate else 0.0
-        text = "test tasks: " + (f"{scale * final:.1f} ± {half:.1f} % (95 % interval)" if accurate else f"{final:.3f}")
-        left.errorbar([summary["step"]], [scale * final], yerr=[half], color="#D55E00", marker="*", markersize=8,
-                      capsize=3, linestyle="none", label=text, zorder=3)
+        half = summary.get("test/accuracy_ci95")
+        text = f"{final:.3f}" if not accurate else f"{scale * final:.1f} %" if half is None else (
+            f"{scale * final:.1f} ± {scale * half:.1f} % (95 % interval)")
+        left.errorbar([summary["step"]], [scale * final], yerr=None if half is None else [scale * half],
+                      color="#D55E00", marker="*", markersize=8, capsize=3, linestyle="none",
+                      label=f"test tasks: {text}", zorder=3)
     left.set_xlabel("meta-step")
-    left.set_ylabel("accuracy (%)" if accurate else "mean squared error")
+    loss = summary.get("loss/name") or "loss"
+    left.set_ylabel("accuracy (%)" if accurate else loss)
     left.legend(fontsize=8, frameon=False, loc="lower right" if accurate else "upper right")
     left.set_title(look.label, fontsize=8)
     steps, values = series(events, "train/loss")
     right.plot(steps, values, color=look.colour, linewidth=0.8)
     right.set_xlabel("meta-step")
-    right.set_ylabel("query loss, training tasks" + (" (nats)" if accurate else ""))
+    right.set_ylabel(f"query loss, training tasks:\n{loss}")
     right.set_title(f"{summary.get('model/parameters', 0):,} parameters", fontsize=8)
     figure.savefig(path)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 
-def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
+def provenance(device: torch.device | str = "cpu", engine: str | None = None) -> dict[str, Any]:
     """Commit (None outside a checkout; ``dirty`` if files differ from it, other than results), versions, processor,
-    threads, device."""
+    threads, device, and if it is given the ``engine`` that has computed gradients."""
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     return {
@@ -21,6 +21,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
+        **({} if engine is None else {"engine": engine}),
     }
 
 

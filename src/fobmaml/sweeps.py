@@ -2,17 +2,28 @@
 
 import hashlib
 import json
+import os
+import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
+from fobmaml import folders
+from fobmaml.console import one_line
+from fobmaml.files import CannotWrite, write_atomically
+
 LIST = "failed.jsonl"
+CONFIG = "multirun.yaml"
+"""Hydra's copy of a sweep's settings; it tells whose folder it is."""
 
 # The files in configs/hydra/launcher have the names of their plugins' own.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/(launcher|sweeper)/")
@@ -21,29 +32,73 @@ warnings.filterwarnings("ignore", message=r"\s*'hydra/(launcher|sweeper)/")
 def name_of(arguments: Sequence[str]) -> str:
     """A name for the sweep of a command: the same for the same settings, however they are launched, and however many
     trials a search has."""
-    settings = sorted(a for a in arguments if not a.startswith(("-", "hydra/launcher=", "hydra.launcher.",
-                                                                "hydra.sweeper.n_")))
+    given, rest = get_args_parser().parse_known_args(list(arguments))
+    settings = sorted(a for a in given.overrides + rest
+                      if not a.startswith(("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_")))
+    settings += [f"--{source}={value}" for source, value in
+                 (("config-name", given.config_name), ("config-path", given.config_path),
+                  ("config-dir", given.config_dir)) if value is not None]
     return hashlib.sha256("\n".join(settings).encode()).hexdigest()[:8]
 
 
 class Failures(Callback):
-    """Keeps the failed jobs of a sweep in its folder, in ``LIST``: jobs may run in other processes."""
+    """Keeps the failed jobs of a sweep in its folder, in ``LIST``: jobs may run in other processes, and elsewhere."""
 
     listed: Path | None = None
     """Of the sweep that this process started."""
+    settings_before: bytes | None = None
+    """What ``CONFIG`` held before."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        Failures.listed = Path(config.hydra.sweep.dir) / LIST
-        Failures.listed.parent.mkdir(parents=True, exist_ok=True)
-        Failures.listed.unlink(missing_ok=True)
+        folder = Path(config.hydra.sweep.dir).absolute()
+        try:
+            folders.refuse_foreign(folder, "hydra.sweep.dir", CONFIG, (LIST, "optimization_results.yaml"))
+        except CannotWrite as error:
+            sys.exit(f"error: {error}")  # Hydra makes a warning of what a callback raises
+        tell_jobs(config, folder)
+        Failures.listed = folder / LIST
+        with suppress(OSError, CannotWrite):  # Hydra meets it next, and its error is reported
+            folders.make(folder)
+            Failures.settings_before = (folder / CONFIG).read_bytes() if (folder / CONFIG).exists() else None
+            folders.save(folder / CONFIG, config)  # not all of Hydra's sweepers do
+            Failures.listed.unlink(missing_ok=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if job_return.status != JobStatus.FAILED or config.hydra.mode != RunMode.MULTIRUN:
             return
-        reason = str(job_return._return_value).split("\n")[0] or type(job_return._return_value).__name__
+        reason = one_line(job_return._return_value) or type(job_return._return_value).__name__
         line = json.dumps({"job": " ".join(job_return.overrides or ()), "reason": reason})
-        with (Path(config.hydra.sweep.dir) / LIST).open("a") as file:
+        with (Path(config.hydra.sweep.dir) / LIST).open("a", encoding="utf-8") as file:
             file.write(line + "\n")  # one write, so that jobs that end together do not mix
+
+
+def tell_jobs(config: DictConfig, folder: Path) -> None:
+    """Gives a sweep's jobs, which compose their configuration anew, its folder (whatever their working directory is,
+    and whatever an experiment's file says), and names for their own that tell all that differs: a setting is left out
+    only where its value, or the whole command's digest, names the folder of the sweep."""
+    hydra = config.hydra
+    given = [*hydra.overrides.task, *(f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items())]
+    values = {o.key_or_group: None if o.is_sweep_override() else str(o.value())
+              for o in OverridesParser.create().parse_overrides(given)}
+    named = {os.environ.get("FOBMAML_SWEEP")} & set(folder.parts)
+    left_out = [key for key in hydra.job.config.override_dirname.exclude_keys
+                if (value := values.get(key, "")) is not None and (named or not value or value in folder.parts)]
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    with read_write(hydra):
+        hydra.overrides.hydra.extend([f"hydra.sweep.dir='{quoted}'",
+                                      f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]"])
+
+
+def undo() -> None:
+    """After a command with which no job can be made: its settings do not take the place of those that were there."""
+    if Failures.listed is None:
+        return
+    path, before = Failures.listed.with_name(CONFIG), Failures.settings_before
+    with suppress(OSError, CannotWrite):
+        if before is not None:
+            write_atomically(path, lambda file: file.write(before))
+        elif path.exists() and len(list(path.parent.iterdir())) == 1:
+            path.unlink()
 
 
 class Study(Callback):
@@ -71,4 +126,4 @@ def failures() -> list[dict[str, str]]:
     """The failed jobs, each with its settings and the reason, of the sweep that this process has run."""
     if Failures.listed is None or not Failures.listed.exists():
         return []
-    return [json.loads(line) for line in Failures.listed.read_text().splitlines()]
+    return [json.loads(line) for line in Failures.listed.read_text(encoding="utf-8").splitlines()]

@@ -1,12 +1,15 @@
 """Meta-training: the loop, evaluation on fixed tasks, and what a checkpoint has to hold."""
 
+import logging
 import math
+import re
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,11 +22,24 @@ from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.learner import ENGINES, Learner
 from fobmaml.measure import bias, curvature, peak_bytes, smoothness
+from fobmaml.measure.accuracy import mean_accuracy, task_accuracies
+from fobmaml.precision import full_precision
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import Split, TaskBatch, TaskSource
+from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample
+
+log = logging.getLogger(__name__)
 
 EVALUATION_SEED = 0
 """Seeds the validation and test tasks, whatever the training seed."""
+BIAS, SMOOTHNESS, CURVATURE = 1, 2, 3
+"""The validation tasks of each measurement are those of a step of their own."""
+LINEAR = "linear/steps", "linear/relative_residual", "linear/negative_curvature"
+"""What linear solves met, means over tasks; the last one is the share of the tasks in which it happened."""
+A_FEW = 10
+"""Tasks whose linear solve may meet negative curvature before it is said."""
+RECENT = 1000
+"""Meta-steps whose times are kept, for their median."""
 
 Event = dict[str, float | int | str | None]
 
@@ -90,7 +106,7 @@ class Settings:
 @dataclass(frozen=True)
 class Score:
     """Means over the tasks of a split. ``accuracy`` and the half width of its 95 % interval (1.96 standard errors over
-    tasks) are fractions, None where outputs are not classes."""
+    tasks) are fractions, None where outputs are not classes. A task whose labels are all ignored is in neither mean."""
 
     loss: float
     accuracy: float | None
@@ -106,7 +122,7 @@ class MetaTraining:
 
     def __init__(self, model: nn.Module, source: TaskSource, estimator: Estimator, settings: Settings,
                  make_optimizer: Callable[[list[nn.Parameter]], Optimizer]):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # differences need all digits
+        check_members(source)
         self.settings, self.source, self.estimator = settings, source, estimator
         self.learner = Learner(model, source.loss_fn, settings.engine)
         named = dict(model.named_parameters())
@@ -116,13 +132,36 @@ class MetaTraining:
             group["initial_lr"] = group["lr"]
         if settings.meta_batch < distributed.size():
             raise refuse("meta_batch", settings.meta_batch, f"at least {distributed.size()}, a task for each process")
+        self._check_source()
         _ = self._at_most  # a limit that is too low is refused here
         if settings.curvature_every and not (isinstance(estimator.solver, GradientDescent)
                                              and estimator.solver.momentum == 0.0):
             raise refuse("curvature_every", settings.curvature_every, "solver=gd without momentum, or 0 for never")
         self.step = 0
-        self.latest: Event = {"model/parameters": self.learner.parameter_count}
-        self.step_seconds: list[float] = []
+        self.latest: Event = {"model/parameters": self.learner.parameter_count, "loss/name": loss_name(source.loss_fn)}
+        self.step_seconds: deque[float] = deque(maxlen=RECENT)
+        self.train_seconds = 0.0
+        self.negative_curvature_tasks = 0.0
+
+    def _check_source(self) -> None:
+        """Samples every split as it will be, so that a source that fails does so before the first step."""
+        s = self.settings
+        validation = {0: s.eval_validation_tasks, BIAS: s.bias_tasks if s.bias_every else 0,
+                      SMOOTHNESS: s.smoothness_tasks if s.smoothness_every else 0,
+                      CURVATURE: s.curvature_tasks if s.curvature_every else 0}
+        with torch.random.fork_rng(devices=[]):  # the run itself goes on as if nothing had been drawn
+            tasks, again = (self.tasks("train", s.meta_batch, s.seed) for _ in range(2))
+            check_repeats(tasks, again)
+            for step, count in validation.items():
+                if count:
+                    self.tasks("validation", count, EVALUATION_SEED, step)
+            if s.eval_tasks:
+                self.tasks("test", s.eval_tasks, EVALUATION_SEED)
+            one, theta = self._placed(tasks[:1]), self.learner.theta()
+            with failures_named(f"model: forward at examples {list(one.query_x.shape[1:])} of the data set"):
+                outputs = self.learner.outputs(theta[None], one.query_x)
+            with failures_named("dataset: loss_fn"):
+                self._scores(outputs, one.query_y)
 
     def _learning_rate_factor(self, step: int) -> float:
         if self.settings.schedule == "constant":
@@ -135,7 +174,7 @@ class MetaTraining:
             split, seed, step = "train", self.settings.seed, 0
         entropy = np.random.SeedSequence([seed, ("train", "validation", "test").index(split), step])
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
-        return self.source.sample(split, count, generator)
+        return sample(self.source, split, count, generator)
 
     def _placed(self, tasks: TaskBatch) -> TaskBatch:
         return tasks.to(self.learner.device, self.learner.dtype)
@@ -163,7 +202,8 @@ class MetaTraining:
                           self.learner.device)
 
     def _meta_gradient(self, step: int, theta: Tensor, logged: bool) -> Tensor:
-        """Of a meta-step's tasks: the mean gradient [P]; if ``logged``, behind it the mean query loss and residual.
+        """Of a meta-step's tasks, means: the gradient [P]; if ``logged``, behind it the query loss and the residual;
+        behind that what the linear solves met, where the estimator does some, in the order of ``LINEAR``.
 
         In the first process of several; each computes its share.
         """
@@ -174,6 +214,9 @@ class MetaTraining:
         values = result.gradient
         if result.query_loss is not None and result.residual is not None:
             values = torch.cat([values, result.query_loss.mean()[None], result.residual.mean()[None]])
+        if result.linear is not None:
+            met = result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature
+            values = torch.cat([values, torch.stack([each.to(values).mean() for each in met])])
         return distributed.mean(values, len(tasks), s.meta_batch)
 
     def follow(self) -> None:
@@ -194,8 +237,8 @@ class MetaTraining:
             logged = (self.step + 1) % s.log_every == 0 or self.step + 1 in (1, s.steps)
             theta = self.learner.theta()
             distributed.announce(self.step, logged, theta)
-            gradient, diagnosis = self._meta_gradient(self.step, theta, logged).split_with_sizes(
-                [len(theta), 2 * logged])
+            gradient, diagnosis, met = self._meta_gradient(self.step, theta, logged).tensor_split(
+                [len(theta), len(theta) + 2 * logged])
             norm = float(gradient.norm())
             if not math.isfinite(norm):
                 raise Diverged(f"the meta-gradient at step {self.step + 1} is not finite: try a smaller solver.lr or "
@@ -206,14 +249,25 @@ class MetaTraining:
                 self.parameters[name].grad = part
             self.optimizer.step()
             self.step += 1
-            self.step_seconds.append(time.perf_counter() - started)
+            spent = time.perf_counter() - started
+            self.step_seconds.append(spent)
+            self.train_seconds += spent
+            linear = dict(zip(LINEAR, met.tolist(), strict=False))
+            self._say_once_of_negative_curvature(s.meta_batch * linear.get("linear/negative_curvature", 0.0))
             event: Event = {}
             if logged:
                 loss, residual = diagnosis.tolist()
                 event = {"train/loss": loss, "meta_gradient/norm": norm, "inner/residual": residual,
                          "optimizer/lr": self.optimizer.param_groups[0]["lr"],
-                         "time/meta_step_s": statistics.median(self.step_seconds)}
+                         "time/meta_step_s": statistics.median(self.step_seconds), **linear}
             yield self._record(event)
+
+    def _say_once_of_negative_curvature(self, tasks: float) -> None:
+        before, self.negative_curvature_tasks = self.negative_curvature_tasks, self.negative_curvature_tasks + tasks
+        if before <= A_FEW < self.negative_curvature_tasks:
+            log.warning("negative curvature stopped the conjugate gradients of %.0f tasks in %d meta-steps: their "
+                        "meta-gradients are cut short (linear/negative_curvature); a larger estimator.lam avoids it",
+                        self.negative_curvature_tasks, self.step)
 
     def _record(self, event: Event) -> Event:
         self.latest.update(event)
@@ -223,27 +277,33 @@ class MetaTraining:
         """The score on ``count`` fixed tasks of a split, adapted with the estimator's own inner problem."""
         tasks = self._placed(self.tasks(split, count, EVALUATION_SEED))
         theta, chunk = self.learner.theta(), self._chunk(tasks)
-        losses, accuracies = [], []
+        scores = []
         for part in tasks.split(chunk):
-            loss, outputs = _query(self.learner, self.estimator.adapt(self.learner, theta, part).phi, part)
-            losses.append(loss)
-            if self.source.classification:
-                accuracies.append((outputs.argmax(-1) == part.query_y).double().mean(1))
-        mean_loss = float(torch.cat(losses).double().mean())
-        if not accuracies:
-            return Score(mean_loss, None, None)
-        accuracy = torch.cat(accuracies)
-        return Score(mean_loss, float(accuracy.mean()), 1.96 * float(accuracy.std()) / math.sqrt(count))
+            with full_precision(self.learner.device):
+                phi = self.estimator.adapt(self.learner, theta, part).phi
+                with torch.no_grad():
+                    scores.append(self._scores(self.learner.outputs(phi, part.query_x), part.query_y))
+        losses, accuracies = (torch.cat(parts) for parts in zip(*scores, strict=True))
+        if not self.source.classification:
+            return Score(float(losses.mean()), None, None)
+        return Score(float(losses[~accuracies.isnan()].mean()), *mean_accuracy(accuracies))
+
+    def _scores(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of each task, both [T]; an accuracy that there is not is NaN."""
+        losses = self.learner.losses(outputs, targets).double()
+        if not self.source.classification:
+            return losses, torch.full_like(losses, math.nan)
+        return losses, task_accuracies(outputs, targets, self.learner.loss_fn)
 
     def validate(self) -> Event:
         score = self.evaluate("validation", self.settings.eval_validation_tasks)
         return self._record({"val/accuracy": score.accuracy, "val/loss": score.loss,
-                             "time/train_s": math.fsum(self.step_seconds)})
+                             "time/train_s": self.train_seconds})
 
     def measure_bias(self) -> Event:
         """The bias at the present θ on fixed validation tasks."""
         s = self.settings
-        tasks = self.tasks("validation", s.bias_tasks, EVALUATION_SEED, step=1).to(self.learner.device)
+        tasks = self.tasks("validation", s.bias_tasks, EVALUATION_SEED, BIAS).to(self.learner.device)
         b = bias(self.estimator, self.learner, tasks, s.bias_tol)
         return self._record({"bias/relative_error": b.relative_error, "bias/cosine": b.cosine,
                              "bias/reference": b.reference, "bias/reason": b.reason,
@@ -252,16 +312,18 @@ class MetaTraining:
     def measure_smoothness(self) -> Event:
         """The local smoothness of the estimator's F at the present θ on fixed validation tasks."""
         s = self.settings
-        tasks = self._placed(self.tasks("validation", s.smoothness_tasks, EVALUATION_SEED, step=2))
+        tasks = self._placed(self.tasks("validation", s.smoothness_tasks, EVALUATION_SEED, SMOOTHNESS))
         found = smoothness(self.estimator, self.learner, tasks, s.smoothness_radius)
         return self._record({"smoothness/local": found.local, "smoothness/gradient_norm": found.gradient_norm})
 
     def measure_curvature(self) -> Event:
         """The support loss's curvature at the present θ on fixed validation tasks, and FO-MAML's error there."""
-        tasks = self._placed(self.tasks("validation", self.settings.curvature_tasks, EVALUATION_SEED, step=3))
+        tasks = self._placed(self.tasks("validation", self.settings.curvature_tasks, EVALUATION_SEED, CURVATURE))
         solver = self.estimator.solver
-        assert isinstance(solver, GradientDescent)
-        found = curvature(self.learner, tasks, solver)
+        if not isinstance(solver, GradientDescent):
+            raise TypeError("curvature is measured along gradient descent alone")
+        with full_precision(self.learner.device):
+            found = curvature(self.learner, tasks, solver)
         return self._record({f"curvature/{name}": value for name, value in asdict(found).items()})
 
     def measure(self, first: bool = False) -> Event:
@@ -292,17 +354,33 @@ class MetaTraining:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, as tensors and plain values."""
         return {"step": self.step, "model": self.learner.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "latest": dict(self.latest), "engine": self.learner.used,
+                "latest": dict(self.latest), "engine": self.learner.used, "train_seconds": self.train_seconds,
+                "negative_curvature_tasks": self.negative_curvature_tasks,
                 "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.latest = state["step"], dict(state["latest"])
-        self.step_seconds = state["step_seconds"].tolist()
+        self.step, self.latest = state["step"], {**self.latest, **state["latest"]}
+        self.negative_curvature_tasks = state["negative_curvature_tasks"]
+        times = state["step_seconds"].tolist()
+        self.step_seconds.clear()
+        self.step_seconds.extend(times)
+        self.train_seconds = state["train_seconds"]
 
 
-@torch.no_grad()
-def _query(learner: Learner, phi: Tensor, tasks: TaskBatch) -> tuple[Tensor, Tensor]:
-    outputs = learner.outputs(phi, tasks.query_x)
-    return learner.losses(outputs, tasks.query_y), outputs
+LOSS_NAMES = {**dict.fromkeys(("cross_entropy", "cross_entropy_loss"), "cross-entropy (nats)"),
+              "nll_loss": "negative log-likelihood (nats)",
+              "mse_loss": "mean squared error", "l1_loss": "mean absolute error"}
+"""Of torch's functions and modules, where their own is not what a plot says."""
+
+
+def loss_name(loss_fn: Callable[..., Tensor]) -> str:
+    """What a plot calls a loss: its own name, in words."""
+    if isinstance(loss_fn, partial):
+        return loss_name(loss_fn.func)
+    if isinstance(loss_fn, nn.Module) or not hasattr(loss_fn, "__name__"):
+        name = re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(loss_fn).__name__).lower()
+    else:
+        name = loss_fn.__name__
+    return LOSS_NAMES.get(name, "loss" if name in ("<lambda>", "loss_fn") else name.strip("_").replace("_", " "))

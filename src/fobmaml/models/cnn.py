@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.models.activations import activation_function
-from fobmaml.models.stacked import Convolution, Dense
+from fobmaml.models.stacked import Convolution, Dense, examples_of, lengths_taken, span
 
 HALVINGS = 3
 
@@ -16,8 +16,9 @@ HALVINGS = 3
 class CNN1d(nn.Module):
     """``depth`` convolutions of ``width`` channels and a linear layer: [N, length] -> [N, outputs].
 
-    The first convolution has 5 taps, the others 3; the first three have stride 2, later ones keep the length. Depth 3
-    and width 25 give MNIST-1D's reference CNN (Greydanus & Kobak 2024, arXiv:2011.14439). Weights are stored
+    ``length`` is that of ``input_shape``, or another of ``lengths``: the strides leave as many places of it. The first
+    convolution has 5 taps, the others 3; the first three have stride 2, later ones keep the length. Depth 3 and width
+    25 give MNIST-1D's reference CNN (Greydanus & Kobak 2024, arXiv:2011.14439). Weights are stored
     [channels out, taps, channels in], the layout of the windows of a channels-last signal.
 
     Raises ValueError for inputs that are not sequences, or too short.
@@ -27,6 +28,7 @@ class CNN1d(nn.Module):
                  activation: str = "silu"):
         super().__init__()
         width, depth = whole_number("width", width), whole_number("depth", depth)
+        outputs = whole_number("outputs", outputs)
         if len(input_shape) != 1 or input_shape[0] < 3:
             raise refuse("input_shape", tuple(input_shape),
                          "one sequence of at least 3 values; model=mlp takes others")
@@ -39,6 +41,8 @@ class CNN1d(nn.Module):
             self._add(taps, channels, width)
             length, channels = (length + 2 - taps) // stride + 1, width
         self._add(length, channels, outputs)
+        shapes = {name: p.shape for name, p in self.named_parameters()}
+        self.lengths = lengths_taken(CNN1d.stacked_layers(self), shapes) or range(0)
 
     def _add(self, taps: int, channels_in: int, channels_out: int) -> None:
         bound = 1.0 / math.sqrt(taps * channels_in)  # as torch.nn.Conv1d and Linear do
@@ -48,6 +52,8 @@ class CNN1d(nn.Module):
         self.biases.append(nn.Parameter(torch.empty(channels_out).uniform_(-bound, bound)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, length] -> [N, outputs]. Raises ValueError for other inputs."""
+        self._check(x.shape)
         h = x.unsqueeze(1)  # [N, channels, length]
         for weight, bias, stride in zip(self.weights, self.biases, self.strides, strict=False):
             h = self.activation(F.conv1d(h, weight.mT, bias, stride=stride, padding=1))
@@ -60,6 +66,10 @@ class CNN1d(nn.Module):
                   for i, stride in enumerate(self.strides)), Dense(f"weights.{last}", f"biases.{last}", None)]
 
     def stacked_inputs(self, x: Tensor) -> Tensor:
-        """[R, N, length] -> [R, N, length, 1 channel]."""
+        """[R, N, length] -> [R, N, length, 1 channel]. Raises ValueError as ``forward`` does."""
+        self._check(x.shape[1:])
         return x.unsqueeze(-1)
 
+    def _check(self, shape: torch.Size) -> None:
+        if len(shape) != 2 or shape[1] not in self.lengths:
+            raise refuse("inputs", examples_of(shape), f"[examples, {span(self.lengths)}]")

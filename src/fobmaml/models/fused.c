@@ -11,6 +11,11 @@ leaves them. Compiled for each of two instruction sets; Python picks one. */
 #include <stdint.h>
 #include <string.h>
 #include <omp.h>
+#ifdef __SANITIZE_ADDRESS__ /* scripts/sanitize_kernel.py */
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(from, bytes)
+#endif
 
 #ifdef __AVX512F__
 enum { LANES = 16, HEIGHT = 8, WIDTH = 3 }; /* a tile is HEIGHT x WIDTH vectors: 24 of 32 registers */
@@ -341,14 +346,15 @@ static void pack(const Layer *layer, const float *start, const float *moved, Buf
     }
 }
 
-/* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. The numbers
-behind the end of a buffer are read, but only for lanes that are not stored. */
+/* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. A vector's lanes
+behind the end of a buffer are read, but not stored; nothing is read behind that. */
 static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *memory, Buffers *at) {
     int64_t used = 0, largest = 0;
 #define PLACE(pointer, number)                                                     \
     do {                                                                           \
         if (memory) (pointer) = (void *)(memory + used);                           \
         used += (((number) * (int64_t)sizeof *(pointer) + 63) / 64 + 4) * 64;      \
+        if (memory) ASAN_POISON_MEMORY_REGION(memory + used - 3 * 64, 3 * 64);     \
     } while (0)
     for (int64_t l = 0; l <= count; l++) {
         Buffers *b = at + l;

@@ -2,21 +2,27 @@
 
 import ctypes
 import math
+import platform
+import shutil
+import sysconfig
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from fobmaml.arguments import number, refuse, whole_number
 from fobmaml.models.activations import SiLU
-from fobmaml.models.stacked import Convolution, Dense, length_after
+from fobmaml.models.stacked import Convolution, Dense, check_chain
 
 EXAMPLES_AT_ONCE, OF_LARGE_LAYERS, LARGE = 25, 50, 2**17
 """Their activations stay in a processor's cache, and are enough to read the weights for. Of a layer of more than LARGE
 weights they do not, and twice the examples are faster (measured at 25, 64, 128 and 250 channels)."""
 ALIGNMENT = 64
+MOST_LAYERS = 512  # a thread describes them on its stack
+MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not overflow
 
 
 class _Layer(ctypes.Structure):
@@ -31,14 +37,25 @@ def instructions() -> str:
 
 @cache
 def kernel() -> ctypes.CDLL | None:
-    """The library for the vector instructions that torch uses, too; None if there is none or it was not compiled.
+    """The library for the vector instructions that torch uses, too; None if there is none, see ``missing``.
 
     ATEN_CPU_CAPABILITY=default, an environment variable of torch, turns it off.
     """
-    found = find_spec(f"fobmaml.models.fused_{instructions()}")
-    if found is None or found.origin is None:
+    try:
+        return load(path) if (path := _compiled()) else None
+    except (OSError, AttributeError):  # it, or a library that it takes, is another system's or another version's
         return None
-    library = ctypes.CDLL(found.origin)
+
+
+def _compiled() -> str | None:
+    """The library's file."""
+    found = find_spec(f"fobmaml.models.fused_{instructions()}")
+    return None if found is None else found.origin
+
+
+def load(path: str) -> ctypes.CDLL:
+    """The kernel compiled into the library ``path``."""
+    library = ctypes.CDLL(path)
     layers, whole, real, memory = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     library.fused_scratch.argtypes, library.fused_scratch.restype = [layers, whole, whole], whole
     library.fused_prepare.argtypes, library.fused_prepare.restype = [layers, whole, whole, memory, ctypes.c_int], None
@@ -48,8 +65,26 @@ def kernel() -> ctypes.CDLL | None:
     return library
 
 
+def missing() -> str:
+    """Why there is no kernel, in a few words; nothing where there is one."""
+    if kernel() is not None:
+        return ""
+    machine, compiler = platform.machine(), (sysconfig.get_config_var("CC") or "cc").split()[0]
+    if machine not in ("x86_64", "AMD64"):
+        return f"it is for x86-64 processors with AVX2, and this one is {machine}"
+    if instructions() not in ("avx2", "avx512"):
+        return "it is for processors with AVX2, which torch does not use here (ATEN_CPU_CAPABILITY, or none)"
+    if path := _compiled():
+        return f"{path} cannot be loaded"
+    if shutil.which(compiler) is None:
+        return f"there is no C compiler ({compiler})"
+    return f"the C compiler ({compiler}) does not compile it: it takes gcc with OpenMP"
+
+
 def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernel knows such a network: float32 on a CPU, SiLU after all layers but the last, which is dense."""
+    if not 0 < len(layers) <= MOST_LAYERS:
+        return False
     *hidden, last = layers
     return (dtype == torch.float32 and device.type == "cpu" and isinstance(last, Dense) and last.activation is None
             and all(isinstance(layer.activation, SiLU) for layer in hidden) and kernel() is not None)
@@ -59,34 +94,48 @@ class FusedGradient:
     """Of the cross-entropies Σₙ weights[r, n] · L(network(φᵣ, x[r, n]), targets[r, n]), for all rows r.
 
     ``shapes``: of the parameters by name, in the order of a row. ``x`` [R, N, length, channels], ``targets``
-    [R, N, classes], one-hot, ``weights`` [R, N]. Rows are shared out among torch's threads, and the result does not
-    depend on their number. Memory, a thread: the weights twice and the activations of the examples taken at once.
-    Raises TypeError for anything but float32.
+    [R, N, classes], each summing to one, ``weights`` [R, N] or [R, N, 1]. Rows are shared out among torch's threads,
+    and the result does not depend on their number. Memory, a thread: the weights twice and the activations of the
+    examples taken at once. One caller at a time.
+
+    The kernel believes what it is told, so everything that it is told is checked here. Raises ValueError naming the
+    argument (``x`` is called inputs).
     """
 
     def __init__(self, layers: Sequence[Convolution | Dense], shapes: Mapping[str, torch.Size], x: Tensor,
                  targets: Tensor, weights: Tensor):
-        starts = dict(zip(shapes, accumulate((shape.numel() for shape in shapes.values()), initial=0), strict=False))
-        self.parameters = sum(shape.numel() for shape in shapes.values())
-        length, channels = x.shape[2:]
-        described = []
-        for layer in layers:
+        _check("inputs", x)
+        lengths = check_chain(layers, shapes, x)
+        found = kernel()
+        if found is None:
+            raise refuse("engine", "fused", f"a compiled kernel: {missing()}")
+        if not fits(layers, torch.float32, torch.device("cpu")):
+            raise refuse("model", f"{len(layers)} layers",
+                         f"at most {MOST_LAYERS}, with SiLU after all but the last, for the compiled kernel")
+        rows, examples = x.shape[:2]
+        classes = shapes[layers[-1].weight][0]
+        _check("targets", targets, (rows, examples, classes))
+        _check("weights", weights, (rows, examples), (rows, examples, 1))
+        self.data = {"inputs": _plain(x), "targets": _plain(targets), "weights": _plain(weights)}
+        self.kernel, self.rows, self.examples = found, rows, examples
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        *begins, self.parameters = accumulate(sizes, initial=0)
+        starts = dict(zip(shapes, begins, strict=True))
+        at_once = EXAMPLES_AT_ONCE if max(sizes) <= LARGE else OF_LARGE_LAYERS
+        self.block = math.ceil(examples / max(math.ceil(examples / at_once), 1))  # blocks of equal size
+        channels, described = x.shape[3], []
+        for layer, (length, after) in zip(layers, pairwise(lengths), strict=True):
             dense, outputs = isinstance(layer, Dense), shapes[layer.weight][0]
-            taps, after = length if dense else shapes[layer.weight][1], length_after(layer, shapes, length)
+            taps = length if dense else shapes[layer.weight][1]
             described.append(_Layer(taps, getattr(layer, "stride", 1), channels, outputs, length, after, dense,
                                     starts[layer.weight], starts[layer.bias]))
-            length, channels = after, outputs
+            if max(self.parameters, self.block * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:
+                raise refuse("inputs", tuple(x.shape), f"signals that fit into memory, {layer.weight}'s too")
+            channels = outputs
         self.layers = (_Layer * len(layers))(*described)
-        self.data = x.contiguous(), targets.contiguous(), weights.contiguous()
-        for tensor in self.data:  # the kernel reads memory, and would not notice
-            assert tensor.shape[:2] == x.shape[:2]
-            if tensor.dtype != torch.float32:
-                raise TypeError(f"the compiled kernel takes float32, got {tensor.dtype}")
-        found = kernel()
-        assert found is not None
-        self.kernel, self.threads = found, min(torch.get_num_threads(), len(x))
-        at_once = EXAMPLES_AT_ONCE if max(map(torch.Size.numel, shapes.values())) <= LARGE else OF_LARGE_LAYERS
-        self.block = math.ceil(x.shape[1] / math.ceil(x.shape[1] / at_once))  # blocks of equal size
+        self.threads = min(torch.get_num_threads(), rows)
+        if not rows or not examples:
+            return
         bytes_a_thread = self.kernel.fused_scratch(self.layers, len(layers), self.block)
         self.memory = torch.zeros(self.threads * bytes_a_thread + ALIGNMENT, dtype=torch.uint8)
         start = self.memory.data_ptr()
@@ -100,16 +149,72 @@ class FusedGradient:
         ``into`` may be the displacement, which makes it gradient descent. ``start`` [1, P] or [R, P], which may be
         expanded; the others contiguous [R, P].
         """
-        x, targets, weights = self.data
-        start = start.expand(len(x), -1)
-        assert start.shape[1] == self.parameters
-        if start.stride(1) != 1:
-            start = start.contiguous()
-        for rows in (into, into if displacement is None else displacement):
-            assert rows.shape == start.shape
-            assert rows.is_contiguous()
-        assert start.dtype == into.dtype == torch.float32
+        times = whole_number("times", times, at_most=2**31)
+        scale, step = _factor("scale", scale), _factor("step", step)
+        own = self.rows, self.parameters
+        read = {"start": _check("start", start, (1, self.parameters), own)}
+        for name, data in self.data.items():
+            read[name] = _check(name, data)  # its memory may have been taken away since
+        written = _check_in_order("into", into, own)
+        if displacement is not None:
+            read["displacement"] = _check_in_order("displacement", displacement, own)
+        for name, there in read.items():
+            descent = name == "displacement" and there == written
+            if there.start < written.stop and written.start < there.stop and not descent:
+                raise refuse("into", f"memory of {name}", "memory of its own, or all of the displacement's")
+        if not self.rows:
+            return
+        if not self.examples:  # nothing is added
+            for _ in range(times):
+                into.mul_(scale) if scale else into.zero_()
+            return
+        if start.stride(1) != 1 or start.is_neg() or start.data_ptr() % 4:
+            start = _plain(start)
         self.kernel.fused_gradient(
-            self.layers, len(self.layers), *x.shape[:2], self.block, self.parameters, start.data_ptr(), start.stride(0),
-            None if displacement is None else displacement.data_ptr(), x.data_ptr(), targets.data_ptr(),
-            weights.data_ptr(), times, scale, step, into.data_ptr(), self.scratch, self.threads)
+            self.layers, len(self.layers), self.rows, self.examples, self.block, self.parameters, start.data_ptr(),
+            start.stride(0) if len(start) > 1 else 0, None if displacement is None else displacement.data_ptr(),
+            *(data.data_ptr() for data in self.data.values()), times, scale, step, into.data_ptr(), self.scratch,
+            self.threads)
+
+
+def _check(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> range:
+    """Its addresses. Raises ValueError for anything but float32 numbers in this machine's memory, of one of ``shapes``
+    if given."""
+    if not isinstance(tensor, Tensor):
+        raise refuse(name, type(tensor).__name__, "a tensor")
+    if (tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.layout != torch.strided
+            or (shapes and tensor.shape not in shapes)):
+        wanted = f" of shape {' or '.join(map(str, shapes))}" if shapes else ""
+        raise refuse(name, f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, {tensor.layout}",
+                     f"torch.float32{wanted} on the CPU, {torch.strided}")
+    if not tensor.numel():
+        return range(0)
+    try:
+        first, memory = tensor.data_ptr(), tensor.untyped_storage()
+        steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        addresses = range(first, first + 4 * (steps + 1))
+        if first and addresses.stop <= memory.data_ptr() + memory.nbytes():
+            return addresses
+    except RuntimeError:  # tensors of torch.func have none
+        pass
+    raise refuse(name, f"a {type(tensor).__name__} without memory", "numbers in memory")
+
+
+def _check_in_order(name: str, tensor: Tensor, shape: tuple[int, ...]) -> range:
+    """The same, for numbers that are written or read as they lie there."""
+    addresses = _check(name, tensor, shape)
+    if not tensor.is_contiguous() or tensor.is_neg() or addresses.start % 4:
+        raise refuse(name, f"strides {tensor.stride()}", "a contiguous tensor")
+    return addresses
+
+
+def _factor(name: str, value: float) -> float:
+    if abs(factor := number(name, value)) > torch.finfo(torch.float32).max:
+        raise refuse(name, value, "a number that float32 can hold")
+    return factor
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same numbers one after another, at addresses that float32 has; no later ``resize_`` of it is seen."""
+    tensor = tensor.detach().resolve_neg().contiguous()
+    return tensor.clone() if tensor.data_ptr() % 4 else tensor

@@ -3,11 +3,12 @@
 import math
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
-from fobmaml.arguments import whole_number
+from fobmaml.arguments import refuse, whole_number
 from fobmaml.models.activations import activation_function
-from fobmaml.models.stacked import Convolution, Dense
+from fobmaml.models.stacked import Convolution, Dense, examples_of
 
 
 class MLP(nn.Module):
@@ -17,12 +18,17 @@ class MLP(nn.Module):
                  activation: str = "silu"):
         super().__init__()
         width, depth = whole_number("width", width), whole_number("depth", depth, at_least=0)
+        outputs = whole_number("outputs", outputs)
+        for size in input_shape:
+            whole_number("input_shape", size)
         self.activation = activation_function(activation)
         sizes = [math.prod(input_shape), *[width] * depth, outputs]
+        self.values = sizes[0]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.flatten(1)
+        """[N, ...], as many values an example as in ``input_shape`` -> [N, outputs]. Raises ValueError for others."""
+        h = x.reshape(*x.shape[:1], self._values(x.shape))
         for layer in self.layers[:-1]:
             h = self.activation(layer(h))
         return self.layers[-1](h)
@@ -34,5 +40,11 @@ class MLP(nn.Module):
                 for i in range(last + 1)]
 
     def stacked_inputs(self, x: Tensor) -> Tensor:
-        """[R, N, ...] -> [R, N, 1, values]."""
-        return x.flatten(2).unsqueeze(2)
+        """[R, N, ...] -> [R, N, 1, values]. Raises ValueError as ``forward`` does."""
+        return x.reshape(*x.shape[:2], 1, self._values(x.shape[1:]))
+
+    def _values(self, shape: torch.Size) -> int:
+        """Of an example, in inputs [N, ...]."""
+        if not shape or shape[1:].numel() != self.values:
+            raise refuse("inputs", examples_of(shape), f"{self.values} values an example")
+        return self.values

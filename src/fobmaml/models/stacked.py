@@ -5,12 +5,14 @@ of a convolution's windows are views of its input. All buffers are allocated onc
 no graph is kept, and a step of gradient descent is part of the product that computes the gradient.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fobmaml.arguments import refuse, whole_number
 from fobmaml.models.activations import Activation
 
 
@@ -22,6 +24,9 @@ class Convolution:
     bias: str
     stride: int
     activation: Activation | None
+
+    def __post_init__(self) -> None:
+        whole_number("stride", self.stride)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,76 @@ def length_after(layer: Convolution | Dense, shapes: Mapping[str, torch.Size], l
     return (length + 2 - shapes[layer.weight][1]) // layer.stride + 1 if isinstance(layer, Convolution) else 1
 
 
+def lengths_taken(layers: Sequence[Convolution | Dense], shapes: Mapping[str, torch.Size]) -> range | None:
+    """Of the inputs that the layers take; None if the first is dense, which takes any of its number of values.
+
+    Raises ValueError for layers that do not follow from each other, or do not name every parameter once.
+    """
+    names = [name for layer in layers for name in (layer.weight, layer.bias)]
+    if sorted(names) != sorted(shapes):  # of a parameter named twice, the gradient would be that of one place
+        raise refuse("model", f"layers of {', '.join(names) or 'no parameters'}",
+                     f"layers that name each parameter once: {', '.join(shapes)}")
+    convolutions = [layer for layer in layers if isinstance(layer, Convolution)]
+    last = len(convolutions)
+    if not all(isinstance(layer, Convolution) for layer in layers[:last]) or last == len(layers):
+        raise refuse("model", f"layers {', '.join(type(layer).__name__ for layer in layers)}",
+                     "convolutions, then dense layers")
+    places, below = 1, 0
+    for i, layer in enumerate(layers):
+        weight, bias = shapes[layer.weight], shapes[layer.bias]
+        values = math.prod(weight[1:])  # numel() may overflow
+        fits = len(weight) > 1 and min(weight) > 0 and bias == weight[:1]
+        if isinstance(layer, Convolution):
+            fits = fits and len(weight) == 3 and below in (0, weight[2])
+        elif i == last and below:
+            places = values // below
+            fits = fits and places * below == values
+        else:
+            fits = fits and below in (0, values)
+        if not fits:
+            above = f" that follows {below} channels" if below else ""
+            raise refuse("model", f"{layer.weight} {tuple(weight)} and {layer.bias} {tuple(bias)}",
+                         f"a weight [out, taps, in] ([out, ...] if dense){above}, and a bias [out]")
+        below = weight[0]
+    if not convolutions:
+        return None
+    least = most = places
+    for layer in reversed(convolutions):
+        taps = shapes[layer.weight][1]
+        least, most = max((least - 1) * layer.stride + taps - 2, 1), most * layer.stride + taps - 3
+        if most < 1:
+            raise refuse("model", f"{layer.weight} {tuple(shapes[layer.weight])}",
+                         "a convolution that some signal leaves as long as the layers above need it")
+    return range(least, most + 1)
+
+
+def check_chain(layers: Sequence[Convolution | Dense], shapes: Mapping[str, torch.Size], x: Tensor) -> list[int]:
+    """The lengths of the signals from the inputs ``x`` [R, N, length, channels] to the outputs.
+
+    Raises ValueError, which begins with ``model`` for layers that are no network, with ``inputs`` for others than they
+    take.
+    """
+    lengths = lengths_taken(layers, shapes)
+    size = shapes[layers[0].weight][1:]
+    takes = f"[examples, {span(lengths)}, {size[1]}]" if lengths else f"{math.prod(size)} values an example"
+    if x.dim() != 4 or not x.is_floating_point() or (
+            x.shape[2] not in lengths or x.shape[3] != size[1] if lengths else x.shape[2:].numel() != math.prod(size)):
+        raise refuse("inputs", f"{x.dtype} {examples_of(x.shape[1:])}", f"{takes}, floating-point numbers")
+    found = [x.shape[2]]
+    for layer in layers:
+        found.append(length_after(layer, shapes, found[-1]))
+    return found
+
+
+def examples_of(shape: Sequence[int]) -> str:
+    """A shape [N, ...] for a message that does not depend on the number of examples."""
+    return f"[{', '.join(['examples', *map(str, shape[1:])][:len(shape)])}]"
+
+
+def span(lengths: range) -> str:
+    return f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else f"{lengths[0]}"
+
+
 class StackedNetwork:
     """The layers, one after another, applied with row r of the parameters to row r of the inputs.
 
@@ -46,6 +121,8 @@ class StackedNetwork:
     they are read anew by every call of ``outputs``, so they may be changed in place. ``pack`` and ``unpack`` go between
     such lists and {name: [R, ...]}.
 
+    Raises ValueError for layers, inputs, parameters and gradients that do not fit together.
+
     The calls build on each other: ``outputs``, ``add_gradient``, ``tangent``, ``add_gradient_tangent``; the first and
     third return buffers. Cost, in forward passes: 1, 2, 2 and 4.
     """
@@ -53,9 +130,7 @@ class StackedNetwork:
     @torch.no_grad()
     def __init__(self, layers: Sequence[Convolution | Dense], shapes: Mapping[str, torch.Size], x: Tensor,
                  second_order: bool = False):
-        lengths = [x.shape[2]]
-        for layer in layers:
-            lengths.append(length_after(layer, shapes, lengths[-1]))
+        lengths = check_chain(layers, shapes, x)
         places = lengths[1:]
         for i in reversed(range(1, len(layers))):
             if _halves(layers[i], shapes):  # its windows then are pairs of places, with nothing in between
@@ -85,8 +160,16 @@ class StackedNetwork:
                 plain.copy_(part)
 
     def _by_layer(self, packed: list[Tensor]) -> list[list[Tensor]]:
+        if [part.shape[1:] for part in packed] != [w.shape[1:] for w in self.parameters]:
+            raise refuse("packed", [tuple(part.shape) for part in packed],
+                         f"a list like parameters: {[tuple(w.shape) for w in self.parameters]}")
         rest = iter(packed)
         return [[next(rest) for _ in layer.parameters] for layer in self._layers]
+
+    def _check_outputs(self, name: str, g: Tensor) -> None:
+        wanted = self._layers[-1].h[:, :, 0].shape
+        if g.shape != wanted:  # an assignment would repeat it
+            raise refuse(name, tuple(g.shape), f"a tensor like the outputs, {tuple(wanted)}")
 
     @torch.no_grad()
     def outputs(self) -> Tensor:
@@ -98,6 +181,7 @@ class StackedNetwork:
     @torch.no_grad()
     def add_gradient(self, g: Tensor, into: list[Tensor], scale: float = 0.0, step: float = 1.0) -> None:
         """into ← scale · into + step · Σₙ gₙ · ∂outputsₙ/∂parameters, g [R, N, outputs]; not into ``parameters``."""
+        self._check_outputs("g", g)
         if not self._backward_ready:
             scratch = g.new_empty(max(layer.z[:, :, :1].numel() * layer.split for layer in self._layers))
             g_buffer = g.new_empty(max(layer.h.numel() for layer in self._layers)) if self._second_order else None
@@ -122,6 +206,7 @@ class StackedNetwork:
     @torch.no_grad()
     def add_gradient_tangent(self, g: Tensor, direction: list[Tensor], into: list[Tensor]) -> None:
         """into ← the derivative of the gradient along the same direction, where that of its argument is g."""
+        self._check_outputs("g", g)
         self._layers[-1].g[:, :, 0] = g
         for layer, along, parts in zip(reversed(self._layers), reversed(self._by_layer(direction)),
                                        reversed(self._by_layer(into)), strict=True):
@@ -163,8 +248,8 @@ class _Layer:
         self._clear_outside(c)
         if not below:
             _fill(self.copies)
-        self.c = c.view(*windows, -1)
-        self.v = source.reshape(*windows, -1) if taps > copied else None
+        self.c = c.view(*windows, self.split + 1)
+        self.v = source.reshape(*windows, source.shape[2] // places * channels) if taps > copied else None
         self.z = source.new_empty(*windows, out)
         self.h = (torch.empty_like(self.z) if layer.activation else self.z).view(rows, examples, places, out)
         self.h_rows = self.h.view_as(self.z)
@@ -199,6 +284,10 @@ class _Layer:
 
     def pairs(self, parts: list[Tensor], folded: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The same numbers in packed and in plain order, as views."""
+        for name in (self.layer.weight, self.layer.bias):
+            if folded[name].dtype != parts[0].dtype or folded[name].device != parts[0].device:  # copies would convert
+                raise refuse("inputs", f"{parts[0].dtype} on {parts[0].device}",
+                             f"the dtype and device of {name}, {folded[name].dtype} on {folded[name].device}")
         weight = folded[self.layer.weight].flatten(2)
         c = parts[0].mT if self.narrow else parts[0]
         return [(c[:, :, :-1], weight[:, :, :self.split]), (c[:, :, -1], folded[self.layer.bias]),
@@ -228,7 +317,7 @@ class _Layer:
             if self.split:
                 rows, windows, _ = self.z.shape
                 self.scratch = scratch[:rows * windows * self.split].view(rows, windows, self.split)
-                self.adds = self._copies(self.scratch.view(*self.h.shape[:3], -1), self.g_below)
+                self.adds = self._copies(self.scratch.view(*self.h.shape[:3], self.split), self.g_below)
 
     def backward(self, into: list[Tensor], scale: float, step: float) -> None:
         """From ∂/∂h in ``g`` to ∂/∂h of the layer below, and into ← scale · into + step · the parameters' gradient."""
@@ -271,7 +360,7 @@ class _Layer:
         if self.below:
             self.c_tangent = torch.empty_like(self.c)
             self.c_tangent[..., -1] = 0.0
-            windows = self.c_tangent.view(*self.h.shape[:3], -1)
+            windows = self.c_tangent.view(*self.h.shape[:3], self.split + 1)
             self.tangent_copies = self._copies(windows, self.below.h_tangent)
             self._clear_outside(windows)
             self.v_tangent = None if self.v is None else self.below.h_tangent.view(self.v.shape)

@@ -69,12 +69,14 @@ class TaskSource(Protocol):
     input_shape: tuple[int, ...]
     """Shape of one example."""
     outputs: int
-    """Number of values that the network returns for one example."""
+    """Number of values that the network returns for one example: classes, where ``classification``."""
     classification: bool
-    """Whether ``argmax`` of the outputs is a class, so that an accuracy exists."""
+    """Whether ``argmax`` of the outputs is a class, so that an accuracy exists (``measure.accuracy``: of which shapes).
+    """
     loss_fn: Callable[[Tensor, Tensor], Tensor]
-    """(outputs [N, ...], targets [N, ...]) -> mean loss, a scalar."""
+    """(outputs [N, ...], targets [N, ...]) -> mean loss, a scalar. In a class body: ``staticmethod(function)``."""
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> TaskBatch:
-        """``count`` tasks of a split, on the CPU; all randomness from ``generator``."""
+        """``count`` tasks of a split, on the CPU; all randomness from ``generator``. Labels of classes are 0 ...
+        ``outputs`` − 1, or what the loss ignores: −100, or its ``ignore_index``."""
         ...

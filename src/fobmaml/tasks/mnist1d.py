@@ -3,8 +3,10 @@
 import hashlib
 import os
 import random
-import zipfile
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from fobmaml.arguments import one_of, refuse, whole_number
-from fobmaml.files import write_atomically
+from fobmaml.files import CannotWrite, write_atomically
 from fobmaml.losses import LossFn
 from fobmaml.tasks.batch import Split, TaskBatch
 
@@ -49,25 +51,34 @@ def load_arrays(cache: Path | None = None) -> Arrays:
     """The arrays of ``generate_arrays`` from a cache file, which is made, or made again if it is damaged.
 
     ``cache``: the folder, by default ``$XDG_CACHE_HOME/fobmaml``. No pickle is read or written, a digest guards the
-    content, and the file appears whole or not at all; a folder that cannot be written to costs a second a run.
+    content, and the file appears whole or not at all; without a folder that can be written to it costs a second a run.
     """
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fobmaml"
-    path = folder / "mnist1d.npz"
     try:
+        path = (cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fobmaml") / "mnist1d.npz"
+    except RuntimeError:  # a user without a home
+        return generate_arrays()
+    arrays = _stored(path)
+    if arrays is None:
+        arrays = generate_arrays()
+        with suppress(OSError, CannotWrite):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, partial(_store, arrays))
+    return arrays
+
+
+def _stored(path: Path) -> Arrays | None:
+    try:
+        if not path.is_file():
+            return None
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in ("x", "y", "x_test", "y_test")}
-            if str(stored["digest"]) == _digest(arrays):
-                return arrays
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
-    arrays = generate_arrays()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: np.savez(file, allow_pickle=False, digest=np.array(_digest(arrays)),
-                                                     **arrays))
-    except OSError:
-        pass
-    return arrays
+            return arrays if str(stored["digest"]) == _digest(arrays) else None
+    except Exception:  # a damaged file ends in an error of any of the parsers in between
+        return None
+
+
+def _store(arrays: Arrays, file: BinaryIO) -> None:
+    np.savez(file, allow_pickle=False, digest=np.array(_digest(arrays)), **arrays)
 
 
 def _digest(arrays: Arrays) -> str:

@@ -1,0 +1,98 @@
+"""A gradient of plain modules by the engines ``autograd`` and ``loop``, and what ``auto`` takes: bench_engines.csv."""
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from meta_gradient import Row, seconds
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from fobmaml.files import write_csv, write_json
+from fobmaml.learner import LOOP_FROM, Learner, gradient_of
+from fobmaml.provenance import provenance
+
+ROOT = Path(__file__).parents[1]
+CLASSES = 5
+
+
+class Attention(nn.Module):
+    """A pre-norm encoder layer on sequences of numbers, [N, length] -> [N, classes]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.into, self.head = nn.Linear(1, width), nn.Linear(width, CLASSES)
+        self.layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True, norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.into(x.unsqueeze(-1))).mean(1))
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(40, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, CLASSES))
+
+
+def conv1d(width: int) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 40)), nn.Conv1d(1, width, 5, 2, 1), nn.SiLU(),
+                         nn.Conv1d(width, width, 3, 2, 1), nn.SiLU(), nn.Conv1d(width, width, 3, 2, 1), nn.SiLU(),
+                         nn.Flatten(), nn.Linear(5 * width, CLASSES))
+
+
+def conv2d(width: int) -> nn.Module:
+    blocks = [(nn.Conv2d(1 if block == 0 else width, width, 3, padding=1), nn.GroupNorm(4, width), nn.SiLU(),
+               nn.MaxPool2d(2)) for block in range(3)]
+    return nn.Sequential(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(9 * width, CLASSES))
+
+
+NETWORKS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "mlp": (mlp, (40,), (16, 64, 256, 1024)), "conv1d": (conv1d, (40,), (16, 32, 64, 128)),
+    "conv2d": (conv2d, (1, 28, 28), (8, 32)), "attention": (Attention, (40,), (16, 64))}
+
+
+def measured(setting: tuple[str, int, int, int], repeats: int) -> Row:
+    name, width, examples, rows = setting
+    make, shape, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    model, x, y = make(width), torch.randn(rows, examples, *shape), torch.randint(CLASSES, (rows, examples))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x[0])
+    calls, chosen = {}, ""
+    for engine in ("auto", "autograd", "loop"):
+        learner = Learner(model, F.cross_entropy, engine)
+        evaluation = learner.evaluation(learner.theta().expand(rows, -1), x, learner.row_loss(y))
+        chosen = chosen or learner.used
+        if engine != "auto":
+            calls[engine] = lambda evaluation=evaluation: gradient_of(evaluation)
+    times: dict[str, list[float]] = {engine: [] for engine in calls}
+    for _ in range(repeats + 1):
+        for engine, call in calls.items():
+            times[engine].append(seconds(call))
+    medians = {engine: statistics.median(spent[1:]) for engine, spent in times.items()}  # the first warms up
+    return {"network": name, "width": width, "rows": rows, "examples": examples,
+            "flops_a_row": counter.get_total_flops(), "autograd_seconds": round(medians["autograd"], 6),
+            "loop_seconds": round(medians["loop"], 6),
+            "loop_over_autograd": round(medians["loop"] / medians["autograd"], 3), "auto": chosen,
+            "auto_over_best": round(medians[chosen] / min(medians.values()), 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--folder", type=Path, default=ROOT / "results")
+    arguments = parser.parse_args()
+    plan = [(name, width, examples, rows) for name, (_, _, widths) in NETWORKS.items() for width in widths
+            for examples, rows in ((25, 8), (100, 32))]
+    rows = [measured(setting, arguments.repeats) for setting in tqdm(plan, unit="setting", disable=None)]
+    write_csv(arguments.folder / "bench_engines.csv", rows)
+    write_json(arguments.folder / "bench_engines.json", {
+        "command": "python benchmarks/engines.py", "repeats": arguments.repeats, "loop_from_flops": LOOP_FROM,
+        "provenance": provenance()})
+
+
+if __name__ == "__main__":
+    main()

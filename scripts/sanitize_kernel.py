@@ -1,0 +1,378 @@
+"""Tries random descriptions on the compiled kernel, built with address and undefined-behaviour sanitizers.
+
+    python scripts/sanitize_kernel.py --count 300
+
+Valid descriptions have to give plain autograd's gradient, invalid ones have to be refused before the kernel is called,
+and mistakes made behind the checks have to be seen by the sanitizers. Takes gcc with libasan, on x86-64 Linux.
+"""
+
+import argparse
+import copy
+import ctypes
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fobmaml.models import fused
+from fobmaml.models.activations import ACTIVATIONS
+from fobmaml.models.stacked import Convolution, Dense
+
+ROOT = Path(__file__).parents[1]
+SILU = ACTIVATIONS["silu"]
+NEEDED = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}, "avx2": {"avx2", "fma"}}
+FLAGS = ["-O1", "-g", "-shared", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+MISTAKES_EACH = 4
+
+
+@dataclass
+class Description:
+    """All that ``FusedGradient`` and its ``add`` are told."""
+
+    layers: list[Convolution | Dense]
+    shapes: dict[str, torch.Size]
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor
+    start: Tensor
+    displacement: Tensor | None
+    into: Tensor
+    scale: Any
+    step: Any
+    times: Any
+
+    def compute(self) -> None:
+        """By the kernel, into ``into``."""
+        gradient = fused.FusedGradient(self.layers, self.shapes, self.inputs, self.targets, self.weights)
+        gradient.add(self.start, self.displacement, self.into, self.scale, self.step, self.times)
+
+    def wanted(self) -> Tensor:
+        """The same by plain autograd in float64, a row at a time."""
+        rows = []
+        for r, into in enumerate(self.into.double()):
+            start = self.start[r if len(self.start) > 1 else 0].double()
+            for _ in range(self.times):
+                moved = into if self.displacement is self.into else (
+                    0.0 if self.displacement is None else self.displacement[r].double())
+                into = self.scale * into + self.step * self._gradient(r, start + moved)
+            rows.append(into)
+        return torch.stack(rows) if rows else self.into.double()
+
+    def _gradient(self, r: int, phi: Tensor) -> Tensor:
+        phi = phi.clone().requires_grad_()
+        parts = phi.split([shape.numel() for shape in self.shapes.values()])
+        parameters = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        h = self.inputs[r].double().mT  # [N, channels, length]
+        for layer in self.layers:
+            weight, bias = parameters[layer.weight], parameters[layer.bias]
+            if isinstance(layer, Convolution):
+                h = F.conv1d(h, weight.mT, bias, stride=layer.stride, padding=1)
+            else:
+                h = F.linear(h.mT.flatten(1), weight.flatten(1), bias).unsqueeze(2)
+            h = F.silu(h) if layer is not self.layers[-1] else h
+        each = -(self.targets[r].double() * h[:, :, 0].log_softmax(1)).sum(1)
+        weights = self.weights[r].double().flatten()
+        return torch.autograd.grad((each * weights).sum(), phi)[0]
+
+
+class Random(random.Random):
+    """Descriptions by chance."""
+
+    def description(self) -> Description:
+        """A valid one, with sizes on both sides of all that the kernel cuts into blocks."""
+        convolutions, dense, large = self.choice([0, 1, 2, 3, 4]), self.choice([1, 1, 2, 3]), self.random() < 0.02
+        length, channels = self.randint(1, 60), self.choice([1, 1, 2, 5])
+        rows, examples = self.choice([0, 1, 2, 3, 5]), self.choice([0, 1, 3, 24, 25, 26, 60])
+        at_first = length, channels
+        layers: list[Convolution | Dense] = []
+        shapes: dict[str, torch.Size] = {}
+        for i in range(convolutions + dense):
+            last = i == convolutions + dense - 1
+            out = self.choice([1, 2, 5, 7, 8, 9, 16, 17, 25, 33, 49, 70]) if not large or last else 230
+            if i < convolutions:
+                taps, stride = self.randint(1, min(7, length + 2)), self.randint(1, 3)
+                shape, length = torch.Size((out, taps, channels)), (length + 2 - taps) // stride + 1
+                layers.append(Convolution(f"w{i}", f"b{i}", stride, SILU))
+            else:
+                shape = torch.Size(self.choice([(out, length, channels), (out, length * channels)]))
+                length = 1
+                layers.append(Dense(f"w{i}", f"b{i}", None if last else SILU))
+            shapes |= {f"w{i}": shape, f"b{i}": torch.Size((out,))}
+            channels = out
+        shapes = dict(self.sample(list(shapes.items()), len(shapes)))  # a row has them in any order
+        labels = torch.randint(channels, (rows, examples))
+        targets = torch.eye(channels)[labels] * 0.9 + 0.1 / channels
+        inputs = torch.randn(rows, examples, *at_first)
+        if inputs.numel() and self.random() < 0.1:
+            inputs[0, -1, -1] = torch.nan
+        weights = torch.rand(rows, examples, *self.choice([(), (1,)])) / max(examples, 1)
+        into = 0.3 * self.parameters(shapes, rows)
+        displacement = self.choice([None, into, 0.3 * self.parameters(shapes, rows)])
+        start = self.parameters(shapes, self.choice([1, rows]) if rows else 1)
+        return Description(
+            layers, shapes, self.laid_out(inputs), self.laid_out(targets), self.laid_out(weights),
+            self.laid_out(start), displacement, into, scale=self.choice([0.0, 1.0, 0.9]),
+            step=-0.1 if displacement is into else self.choice([1.0, -0.1]), times=self.choice([1, 1, 2, 3]))
+
+    def parameters(self, shapes: dict[str, torch.Size], rows: int) -> Tensor:
+        """Weights so large that signals neither grow nor vanish."""
+        return torch.cat([torch.randn(rows, *shape).flatten(1) / math.prod(shape[1:]) ** 0.5
+                          for shape in shapes.values()], 1)
+
+    def laid_out(self, t: Tensor) -> Tensor:
+        """The same numbers, differently in memory."""
+        way = self.randrange(6)
+        if way == 0 and t.dim() > 1:
+            return t.transpose(0, -1).contiguous().transpose(0, -1)
+        if way == 1:
+            return torch.stack([t, t], -1)[..., 1]
+        if way == 2 and t.numel():  # at an odd address
+            memory = bytearray(4 * t.numel() + 1)
+            memory[1:] = t.contiguous().numpy().tobytes()
+            return torch.frombuffer(memory, dtype=torch.float32, offset=1).view(t.shape)
+        if way == 3:
+            return torch.complex(t, -t).conj().imag  # negated when it is read
+        return t.clone()
+
+    def mistake(self, right: Description) -> tuple[Description, str]:
+        """One with something wrong in it, and the names by which it may be refused."""
+        while True:
+            d, name = copy.copy(right), self.choice(["inputs", "targets", "weights", "start", "displacement", "into"])
+            kind = self.choice([self._tensor, self._tensor, self._layers, self._shapes, self._overlap, self._number])
+            if names := kind(d, name):
+                return d, names
+
+    def _tensor(self, d: Description, name: str) -> str | None:
+        t = getattr(d, name)
+        if t is None:
+            return None
+        ways: list[Callable[[], object]] = [
+            t.double, t.half, t.long, lambda: t.to("meta"), t.to_sparse, t.tolist, t.flatten, lambda: t[None, None],
+            lambda: t.new_zeros(*t.shape[:-1], t.shape[-1] + self.choice([1, 7])),
+            lambda: t.new_zeros(t.shape[0] + 7, *t.shape[1:])]
+        if t.shape[-1]:
+            ways.append(lambda: t[..., :-1].contiguous())
+        if t.numel():
+            ways.append(lambda: self._without_memory(t))
+        if t.numel() and name in ("displacement", "into"):
+            ways += [lambda: torch.stack([t, t], -1)[..., 0], lambda: t[:, :1].expand(t.shape)]
+        setattr(d, name, self.choice(ways)())
+        return "inputs, targets" if name == "inputs" else name  # of more rows, either may be the wrong one
+
+    def _without_memory(self, t: Tensor) -> Tensor:
+        t = t.clone(memory_format=torch.contiguous_format)
+        t.untyped_storage().resize_(self.choice([0, 4 * t.numel() - 4]))
+        return t
+
+    def _layers(self, d: Description, _: str) -> str:
+        i = self.randrange(len(d.layers))
+        layer, *others = d.layers[i:] + d.layers[:i]
+        named = [name for other in others for name in (other.weight, other.bias)] + ["none"]
+        ways = [[], others, d.layers * 2, d.layers * 600, self._with(d, i, replace(layer, weight=self.choice(named))),
+                self._with(d, i, replace(layer, activation=ACTIVATIONS["tanh"])),
+                self._with(d, -1, replace(d.layers[-1], activation=SILU)),
+                self._with(d, -1, Convolution(d.layers[-1].weight, d.layers[-1].bias, 1, None))]
+        d.layers = self.choice(ways)
+        return "model"
+
+    def _with(self, d: Description, i: int, layer: Convolution | Dense) -> list[Convolution | Dense]:
+        layers = d.layers.copy()
+        layers[i] = layer
+        return layers
+
+    def _shapes(self, d: Description, _: str) -> str:
+        name = self.choice(list(d.shapes))
+        shape = list(d.shapes[name])
+        shape[self.randrange(len(shape))] += self.choice([-1, 1, 16, 2**20, 2**62])
+        d.shapes = d.shapes | {name: torch.Size(shape)}
+        return "model, inputs, targets, start"
+
+    def _overlap(self, d: Description, name: str) -> str | None:
+        """``into`` begins a few numbers behind another tensor's beginning."""
+        t, size = getattr(d, name), d.into.numel()
+        if name == "into" or t is None or t.numel() <= 3 or not size:
+            return None
+        memory = torch.zeros(max(t.numel(), size) + 3)
+        d.into = memory[3:size + 3].view(d.into.shape)
+        setattr(d, name, memory[:t.numel()].view(t.shape))
+        return "into"
+
+    def _number(self, d: Description, _: str) -> str:
+        name = self.choice(["times", "scale", "step"])
+        values = [0, -1, 1.5, True, 2**70, "1"] if name == "times" else [float("nan"), float("inf"), 1e300, "1", None]
+        setattr(d, name, self.choice(values))
+        return name
+
+
+class Watched:
+    """The library, and which of its functions were called."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._library, self.called = library, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.called.add(name)
+        return getattr(self._library, name)
+
+
+def try_all(path: str, count: int, seed: int) -> dict[str, int]:
+    """``count`` valid descriptions and some times as many invalid ones. Runs within the sanitizers."""
+    library = Watched(fused.load(path))
+    fused.kernel = lambda: library  # type: ignore[assignment]
+    chance = Random(seed)
+    torch.manual_seed(seed)
+    torch.set_printoptions(threshold=10, edgeitems=1)  # of the description that fails
+    tried = {"caught": sum(_is_caught(name) for name in BEHIND_THE_CHECKS), "valid": 0, "invalid": 0}
+    for _ in range(count):
+        torch.set_num_threads(1)  # the reference's products are small
+        d = chance.description()
+        for _ in range(MISTAKES_EACH):
+            wrong, names = chance.mistake(d)
+            library.called.clear()
+            try:
+                wrong.compute()
+            except ValueError as error:
+                if str(error).partition("=")[0] not in names.split(", "):
+                    raise RuntimeError(f"refused by another name than {names}: {wrong}") from error
+            else:
+                raise RuntimeError(f"not refused: {wrong}")
+            if "fused_gradient" in library.called:
+                raise RuntimeError(f"refused after the kernel was called: {wrong}")
+            tried["invalid"] += 1
+        wanted = d.wanted()
+        torch.set_num_threads(chance.choice([1, 2, 3]))
+        d.compute()
+        for found, right in zip(d.into, wanted, strict=True):
+            finite = bool(right.isfinite().all())
+            if bool(found.isfinite().all()) != finite or (finite and (found - right).norm() > 1e-5 * right.norm()):
+                raise RuntimeError(f"off by {float((found - right).norm() / right.norm())}: {d}")
+        tried["valid"] += 1
+    return tried
+
+
+def _shorter(name: str) -> Callable[[fused.FusedGradient], None]:
+    def change(gradient: fused.FusedGradient) -> None:
+        gradient.data[name] = gradient.data[name][..., :-1].contiguous()
+
+    return change
+
+
+def _fewer_parameters(gradient: fused.FusedGradient) -> None:
+    gradient.parameters -= 5
+
+
+def _larger_blocks(gradient: fused.FusedGradient) -> None:
+    gradient.block *= 2
+    gradient.examples *= 2
+    gradient.data = {name: torch.cat([t, t], 1).contiguous() for name, t in gradient.data.items()}
+
+
+def _another_length(gradient: fused.FusedGradient) -> None:
+    gradient.layers[0].length_in += 1
+
+
+def _wide_stride(gradient: fused.FusedGradient) -> None:
+    gradient.layers[0].stride = 2**62
+    gradient.kernel.fused_prepare(gradient.layers, len(gradient.layers), gradient.block, gradient.scratch, 1)
+
+
+BEHIND_THE_CHECKS: dict[str, Callable[[fused.FusedGradient], None]] = {
+    "inputs": _shorter("inputs"), "targets": _shorter("targets"), "weights": _shorter("weights"),
+    "parameters": _fewer_parameters, "block": _larger_blocks, "length": _another_length, "stride": _wide_stride}
+
+
+def _is_caught(name: str) -> bool:
+    """Whether the sanitizers end a process that makes this mistake. Raises RuntimeError if not."""
+    torch.set_num_threads(1)
+    shapes = {"w0": torch.Size((9, 3, 1)), "b0": torch.Size((9,)), "w1": torch.Size((5, 10, 9)), "b1": torch.Size((5,))}
+    gradient = fused.FusedGradient([Convolution("w0", "b0", 2, SILU), Dense("w1", "b1", None)], shapes,
+                                   torch.randn(2, 20, 20, 1), torch.full((2, 20, 5), 0.2), torch.rand(2, 20))
+    with tempfile.TemporaryFile() as report:
+        process = os.fork()
+        if process == 0:
+            os.dup2(report.fileno(), 2)
+            BEHIND_THE_CHECKS[name](gradient)
+            phi = torch.randn(2, gradient.parameters)
+            gradient.add(phi, None, torch.zeros_like(phi), 0.0, 1.0)
+            os._exit(0)
+        _, status = os.waitpid(process, 0)
+        report.seek(0)
+        text = report.read().decode(errors="replace")
+    if status == 0 or not ("AddressSanitizer" in text or "runtime error" in text):
+        raise RuntimeError(f"the sanitizers do not see a mistake in {name}: {text[-2000:]}")
+    return True
+
+
+def instruction_sets() -> list[str]:
+    """Those of this processor that the kernel is compiled for."""
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    return [name for name, needed in NEEDED.items() if needed <= flags]
+
+
+def runtime() -> list[str]:
+    """The libraries that a process has to start with; none where there is no gcc, or not all of it."""
+    if shutil.which("gcc") is None:
+        return []
+    found = [subprocess.run(["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
+             for name in ("libasan.so", "libstdc++.so.6")]  # the second: exceptions have to be known to the first
+    paths = [str(Path(path.strip()).resolve()) for path in found if Path(path.strip()).is_absolute()]
+    return paths if len(paths) == len(found) else []
+
+
+def build(folder: Path) -> dict[str, Path]:
+    """Compiles the kernel for every instruction set of this processor."""
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    libraries, compilers = {}, []
+    for module in modules:
+        name = module["name"].rpartition("_")[2]
+        if name in instruction_sets():
+            libraries[name] = folder / f"{name}.so"
+            flags = [flag for flag in module["extra-compile-args"] if not flag.startswith("-O")]
+            compilers.append(subprocess.Popen(["gcc", *FLAGS, *flags, *(ROOT / s for s in module["sources"]), "-lm",
+                                               "-o", libraries[name]]))
+    if sum(compiler.wait() for compiler in compilers):
+        raise RuntimeError("gcc cannot compile the kernel with sanitizers")
+    return libraries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=300, help="valid descriptions, for each instruction set")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--library", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.library:
+        print(json.dumps(try_all(arguments.library, arguments.count, arguments.seed)))
+        return
+    preload, sets = runtime(), instruction_sets()
+    if not preload or not sets:
+        sys.exit("error: takes gcc with libasan, and an x86-64 processor with AVX2")
+    environment = os.environ | {"LD_PRELOAD": ":".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
+    total: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, library in build(Path(folder)).items():
+            done = subprocess.run([sys.executable, __file__, "--library", library, "--count", str(arguments.count),
+                                   "--seed", str(arguments.seed)], env=environment, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{done.stdout}{done.stderr}\nerror: the kernel for {name} failed")
+            for key, value in json.loads(done.stdout.splitlines()[-1]).items():
+                total[key] = total.get(key, 0) + value
+    print(f"sanitized kernel ({' and '.join(sets)}): {total['valid']} valid descriptions give autograd's gradient, "
+          f"{total['invalid']} invalid ones are refused, {total['caught']} mistakes behind the checks are caught")
+
+
+if __name__ == "__main__":
+    main()
