@@ -444,7 +444,7 @@ def report(summary: Mapping[str, Any], folder: Path) -> None:
 
     accuracy = given("test/accuracy", ".1f", 100)
     if summary["test/accuracy"] is not None:
-        accuracy += f" ± {given('test/accuracy_ci95', '.1f', 100)} %"
+        accuracy += " %" if summary["test/accuracy_ci95"] is None else f" ± {given('test/accuracy_ci95', '.1f', 100)} %"
     bias = given("bias/relative_error", ".3g")
     if summary["bias/relative_error"] is None:
         bias += f" ({summary['bias/reason'] or 'bias.every=0'})"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import module_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from fobmaml import Learner
 from fobmaml.estimators import FOMAML, MAML, Reptile, Symmetric, estimate
 from fobmaml.measure import bias, curvature, peak_bytes, smoothness
 from fobmaml.models import CNN1d
-from fobmaml.solvers import BarzilaiBorwein, GradientDescent, NewtonCG
+from fobmaml.solvers import BarzilaiBorwein, GradientDescent, InnerProblem, NewtonCG
 from fobmaml.tasks import MNIST1D
 
 MB = 2**20
@@ -187,6 +188,26 @@ def test_curvature_is_that_of_the_dense_hessian_and_jacobian(loss):
     exact, first_order = (estimate(kind(solver), learner, theta, tasks).gradient for kind in (MAML, FOMAML))
     assert found.fomaml_error == pytest.approx(relative_error(first_order, exact), rel=1e-9)
     assert 0 < found.gauss_newton_error < found.fomaml_error
+
+
+@pytest.mark.parametrize("case", ["our mlp", "lstm", "transformer layer"])
+@pytest.mark.parametrize("loss_fn", [F.mse_loss, F.smooth_l1_loss, F.cross_entropy])
+def test_curvature_of_other_networks_and_losses(case, loss_fn):
+    torch.manual_seed(0)
+    targets = torch.randint if loss_fn is F.cross_entropy else None
+    batch = module_cases.tasks(module_cases.vectors, lambda *s: targets(3, s) if targets else torch.randn(
+        *s, 3, dtype=torch.float64), count=1)
+    model = module_cases.made(module_cases.VECTORS[case], batch.support_x[0])
+    learner, solver = Learner(model, loss_fn), GradientDescent(steps=3, lr=0.1)
+    found = curvature(learner, batch, solver)
+    theta, size = learner.theta(), learner.parameter_count
+    problem = InnerProblem(learner, theta, batch[:1], 0.0)
+    columns = [problem.linearize(theta.expand(1, -1))[1](unit[None])[0] for unit in torch.eye(size, dtype=theta.dtype)]
+    eigenvalues = torch.linalg.eigvalsh(torch.stack(columns))
+    assert found.hessian == pytest.approx(float(eigenvalues.abs().max()), rel=1e-8)
+    assert found.lowest == pytest.approx(float(eigenvalues.min()), rel=1e-6, abs=1e-9)
+    exact, first_order = (estimate(kind(solver), learner, theta, batch).gradient for kind in (MAML, FOMAML))
+    assert found.fomaml_error == pytest.approx(relative_error(first_order, exact), rel=1e-8)
 
 
 def test_a_linear_model_has_no_curvature_of_its_own():

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from fobmaml.learner import Learner
+from fobmaml.modules import differentiable
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks.batch import TaskBatch
 
@@ -43,6 +44,11 @@ def curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> Cu
     """
     if solver.momentum:
         raise ValueError(f"momentum={solver.momentum}: takes 0, the steps that MAML's formula is written for")
+    with differentiable(twice=True):
+        return _curvature(learner, tasks, solver)
+
+
+def _curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> Curvature:
     theta = learner.theta()
     exact, first_order, without_network = [], [], []
     spectra = torch.zeros(4, dtype=torch.float64)
@@ -74,6 +80,11 @@ def curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> Cu
     return Curvature(hessian_norm, gauss_newton_norm, network_norm, lowest, error(first_order), error(without_network))
 
 
+def _second_derivative(function: Function, at: Tensor, v: Tensor) -> Tensor:
+    """The Hessian times v, by reverse mode twice: some losses of torch's have no forward mode of their gradient."""
+    return grad(lambda x: (grad(function)(x) * v).sum())(at)
+
+
 class _Loss:
     """One example set's loss as a function of flat parameters, and products with its curvature."""
 
@@ -86,12 +97,12 @@ class _Loss:
         return self.loss(self.outputs(phi))
 
     def hessian_product(self, phi: Tensor) -> Function:
-        return lambda v: jvp(grad(self), (phi,), (v,))[1]
+        return lambda v: _second_derivative(self, phi, v)
 
     def gauss_newton_product(self, phi: Tensor) -> Function:
         def product(v: Tensor) -> Tensor:
             m, pushed = cast(tuple[Tensor, Tensor], jvp(self.outputs, (phi,), (v,)))
-            return vjp(self.outputs, phi)[1](jvp(grad(self.loss), (m,), (pushed,))[1])[0]
+            return vjp(self.outputs, phi)[1](_second_derivative(self.loss, m, pushed))[0]
 
         return product
 

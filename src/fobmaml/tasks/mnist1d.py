@@ -25,7 +25,7 @@ Arrays = dict[str, NDArray[np.float64]]
 def mean_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(outputs − one-hot targets)², the mean over examples and classes: [N, C], [N] -> scalar."""
     one_hot = targets.unsqueeze(-1) == torch.arange(outputs.shape[-1], device=targets.device)
-    return (outputs - one_hot.to(outputs.dtype)).square().mean()  # mse_loss fails under jvp of grad
+    return (outputs - one_hot.to(outputs.dtype)).square().mean()
 
 
 LOSSES: dict[str, LossFn] = {"cross_entropy": F.cross_entropy, "mse": mean_squared_error}
