@@ -110,6 +110,13 @@ def test_a_folder_has_one_user(tmp_path):
         pass
 
 
+def test_a_users_file_of_the_locks_name_keeps_its_content(tmp_path):
+    (tmp_path / ".lock").write_text("mine")
+    with sole_user(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == "mine"
+
+
 def test_json_has_no_nan(tmp_path):
     write_json(tmp_path / "s.json", {"a": float("nan"), "b": 1.5, "c": float("inf")})
     assert json.loads((tmp_path / "s.json").read_text()) == {"a": None, "b": 1.5, "c": None}

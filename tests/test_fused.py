@@ -43,7 +43,7 @@ def _seeded():
 def instructions(request, monkeypatch):
     """The compiled kernel for each set of vector instructions that this processor has."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX512", request.param):
-        pytest.skip(f"this processor has no {request.param}")
+        pytest.skip(f"torch does not use {request.param} here")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
     fused.kernel.cache_clear()
     if fused.kernel() is None:

@@ -147,7 +147,8 @@ def test_a_folder_in_use_is_refused(run_train, tmp_path):
 
 
 def test_a_killed_search_is_completed_and_grows(run_train, tmp_path):
-    search = ("-m", "search=optuna", *QUICK, "steps=40", "checkpoint_every=1", "eval.tasks=0")
+    gently = "hydra.sweeper.params={optimizer.lr: 'interval(0.001, 0.01)', solver.lr: 'interval(0.01, 0.02)'}"
+    search = ("-m", "search=optuna", *QUICK, "steps=40", "checkpoint_every=1", "eval.tasks=0", gently)
 
     def checkpoints() -> dict[Path, int]:
         return {path: path.stat().st_ino for path in tmp_path.glob("multirun/*/*/checkpoint.pt")}
@@ -170,6 +171,14 @@ def test_a_killed_search_is_completed_and_grows(run_train, tmp_path):
         assert f"continuing {cut_short / 'checkpoint.pt'} at step {last}" in log
     (best,) = tmp_path.glob("multirun/*/optimization_results.yaml")
     assert "best_value" in best.read_text()
+
+
+def test_an_estimator_without_nu_is_searched_without_it(run_train, tmp_path):
+    done = run_train("-m", "search=optuna", *QUICK, "estimator=fomaml", "eval.tasks=0", "hydra.sweeper.n_trials=1")
+    assert done.returncode == 0, done.stderr
+    (job,) = _results(tmp_path)
+    assert "optimizer.lr=" in job
+    assert "estimator.nu=" not in job
 
 
 def test_submitit_runs_the_jobs(run_train, tmp_path):

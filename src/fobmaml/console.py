@@ -51,7 +51,8 @@ def one_line(error: BaseException) -> str:
         return f"{group}={choice}: takes one of {', '.join(error.options)}"
     text, _, looked_in = str(error).partition("Config search path:")
     lines = [line.strip() for line in text.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
-             .splitlines() if line.strip() and "://hydra.cc" not in line]
+             .splitlines() if line.strip() and "://hydra.cc" not in line
+             and not line.strip().startswith(("object_type=", "reference_type="))]
     unknown = re.match("Could not override '(.+)'", text)
     if isinstance(error, OverrideParseException) and error.override:
         lines.insert(0, error.override)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import InterpolationResolutionError
 
+from fobmaml.console import one_line
 from fobmaml.files import CannotWrite, write_atomically
 
 LONGEST_NAME = 255
@@ -63,6 +66,11 @@ class RunFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # as Hydra does next: the folder's name may ask for it
+        try:  # what is wrong with a setting is said of it, not of the folder that is named after it
+            settings = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            OmegaConf.to_container(settings, resolve=True)
+        except InterpolationResolutionError as error:
+            sys.exit(f"error: {one_line(error)}")  # Hydra makes a warning of what a callback raises
         written = OmegaConf.to_container(config.hydra.run, resolve=False)
         with suppress(OSError), read_write(config.hydra):  # Hydra tries again, and its error is reported
             folder = Path(config.hydra.run.dir).absolute()

@@ -206,11 +206,11 @@ class Learner:
     def _is_stacked(self, phi: Tensor, x: Tensor) -> bool:
         """Whether the layers that a network lists are the network, tried once."""
         if self.stacked and not self._listing_tried:
-            self._listing_tried = True
             p, inputs = _elsewhere(phi)[:1], x[:1]
             with torch.no_grad():
                 wanted = self._called(inputs, lambda: self.one_row(p[0], inputs[0]))
             self.stacked = close(_by_hand(self, p, inputs).outputs()[0], wanted)
+            self._listing_tried = True
             if not self.stacked and self.engine in ("stacked", "fused"):
                 raise refuse("engine", self.engine, "a network whose forward is what its stacked_layers list")
         return self.stacked
@@ -272,7 +272,7 @@ class Learner:
         except Exception as error:
             layer = self.module.failing(call) or type(self.model).__name__
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            if isinstance(error, ValueError) and reason.startswith(("model:", "estimator:")):
+            if isinstance(error, ValueError) and reason.startswith(("model:", "model=", "estimator:", "inputs=")):
                 raise
             raise ValueError(f"model: {layer} fails on inputs {tuple(x.shape[1:])} of {x.dtype}: {reason}") from error
 
@@ -464,4 +464,4 @@ def _lists_its_layers(model: nn.Module, trainable: set[str]) -> bool:
                                              module._backward_pre_hooks)):
             return False
     listed: Any = model
-    return {name for layer in listed.stacked_layers() for name in (layer.weight, layer.bias)} == trainable
+    return sorted(n for layer in listed.stacked_layers() for n in (layer.weight, layer.bias)) == sorted(trainable)

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
 from fobmaml import folders
 from fobmaml.console import one_line
@@ -110,6 +110,9 @@ class Study(Callback):
         from optuna.trial import TrialState
 
         sweeper = config.hydra.sweeper
+        if "nu" not in config.estimator:  # of the parameters in configs/search the one that not every estimator has
+            with read_write(config.hydra), open_dict(sweeper.params):
+                sweeper.params.pop("estimator.nu", None)
         study = optuna.create_study(study_name=sweeper.study_name, storage=sweeper.storage, direction=sweeper.direction,
                                     load_if_exists=True)
         trials = study.get_trials()
