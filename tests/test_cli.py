@@ -136,6 +136,8 @@ def test_the_table_is_printed(run_train, tmp_path):
     (["--config-dir", "nope"], "Additional config directory '.*/nope' not found"),
     (["width=[1"], r"width=\[1; no viable alternative at input '\[1'"),
     (["hydra.mode=MULTI"], "Error merging override hydra.mode=MULTI; Invalid value 'MULTI', expected one of .*"),
+    (["hydra.run.dir=${oc.env:NOT_SET}"], ".*Environment variable 'NOT_SET' not found.*hydra.run.dir"),
+    (["-m", "hydra.sweep.dir=${oc.env:NOT_SET}"], ".*Environment variable 'NOT_SET' not found.*hydra.sweep.dir"),
     (["seed=${oc.env:NOT_SET}"], ".*Environment variable 'NOT_SET' not found.*seed"),
     (["model._target_=mine.Net"], "Error locating target 'mine.Net'; full_key: model; No module named 'mine'"),
     (["optimizer._target_=builtins.dict"], "optimizer._target_=builtins.dict: takes one that makes a torch.optim.*"),

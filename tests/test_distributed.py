@@ -59,6 +59,7 @@ def test_the_number_of_processes_does_not_change_a_run(run_train, tmp_path, dtyp
 @pytest.mark.parametrize(("overrides", "line"), [
     (("meta_batch=1",), "error: meta_batch=1: takes at least 2, a task for each process"),
     (("nothing=2",), "error: nothing: there is no such setting .*"),
+    (("seed=${oc.env:NOT_SET}",), "error: .*Environment variable 'NOT_SET' not found.*seed"),
     (("-m", "seed=0,1"), "error: --multirun: takes one process, .*")])
 def test_bad_input_is_said_once(tmp_path, overrides, line):
     code, out, err = _ended(_torchrun(tmp_path, 2, *overrides))

@@ -3,8 +3,8 @@
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
-from omegaconf.errors import InterpolationResolutionError
+from omegaconf.errors import OmegaConfBaseException
 
+from fobmaml import distributed
 from fobmaml.console import one_line
 from fobmaml.files import CannotWrite, write_atomically
 
@@ -66,15 +67,23 @@ class RunFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         HydraConfig.instance().set_config(config)  # as Hydra does next: the folder's name may ask for it
-        try:  # what is wrong with a setting is said of it, not of the folder that is named after it
+        written = OmegaConf.to_container(config.hydra.run, resolve=False)
+        with ending_the_program():
+            # What is wrong with a setting is said of it, not of the folder that is named after it.
             settings = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             OmegaConf.to_container(settings, resolve=True)
-        except InterpolationResolutionError as error:
-            sys.exit(f"error: {one_line(error)}")  # Hydra makes a warning of what a callback raises
-        written = OmegaConf.to_container(config.hydra.run, resolve=False)
-        with suppress(OSError), read_write(config.hydra):  # Hydra tries again, and its error is reported
             folder = Path(config.hydra.run.dir).absolute()
+        with suppress(OSError), read_write(config.hydra):  # Hydra tries again, and its error is reported
             config.hydra.run.dir = str(make(folder, new="${now:" in str(written)))
+
+
+@contextmanager
+def ending_the_program() -> Iterator[None]:
+    """For Hydra's callbacks: it makes warnings of what they raise, and goes on."""
+    try:
+        yield
+    except (CannotWrite, OmegaConfBaseException) as error:
+        sys.exit(f"error: {one_line(error)}" if distributed.rank() == 0 else 1)
 
 
 def job_folder(settings: str) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -50,11 +49,9 @@ class Failures(Callback):
     """What ``CONFIG`` held before."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        folder = Path(config.hydra.sweep.dir).absolute()
-        try:
+        with folders.ending_the_program():
+            folder = Path(config.hydra.sweep.dir).absolute()
             folders.refuse_foreign(folder, "hydra.sweep.dir", CONFIG, (LIST, "optimization_results.yaml"))
-        except CannotWrite as error:
-            sys.exit(f"error: {error}")  # Hydra makes a warning of what a callback raises
         tell_jobs(config, folder)
         Failures.listed = folder / LIST
         with suppress(OSError, CannotWrite):  # Hydra meets it next, and its error is reported

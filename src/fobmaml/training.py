@@ -79,7 +79,8 @@ class Settings:
         for name in ("meta_batch", "log_every", "checkpoint_every", "eval_every", "bias_tasks", "smoothness_tasks",
                      "curvature_tasks"):
             whole_number(name, getattr(self, name))
-        for name in ("steps", "seed", "eval_tasks", "eval_validation_tasks", "bias_every", "smoothness_every",
+        whole_number("seed", self.seed, at_least=0, at_most=2**64 - 1)
+        for name in ("steps", "eval_tasks", "eval_validation_tasks", "bias_every", "smoothness_every",
                      "curvature_every"):
             whole_number(name, getattr(self, name), at_least=0)
         for name in ("eval_tasks", "eval_validation_tasks"):  # an interval needs two
