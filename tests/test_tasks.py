@@ -256,7 +256,8 @@ REFUSED = {
                                                                   b.query_y)),
                           "dataset: sample returned another support_x with the same generator: takes all randomness"),
     "a network that does not fit": (lambda: _own(input_shape=(2,), sample=lambda self, split, count, generator:
-                                                 self.batch(count, generator, (2,))), "model"),
+                                                 self.batch(count, generator, (2,))),
+                                    r"inputs=\[examples, 2\]: takes 3 values an example"),
 }
 
 
