@@ -142,8 +142,7 @@ class Learner:
         """
         if self._is_stacked(phi, x):
             return _by_hand(self, phi, x).outputs()
-        one_by_one, batched = self._rows_one_by_one, self._rows_batched
-        of_rows = batched if self._is_batched(phi, x, False) else one_by_one
+        of_rows = self._rows_batched if self._is_batched(phi, x, False) else self._rows_one_by_one
         with differentiable():
             if len(parts) > 1 and not self._is_joint(phi, x, parts):
                 return torch.cat([of_rows(phi, x[:, part]) for part in parts], dim=1)
@@ -157,7 +156,7 @@ class Learner:
         return self.module(folded, x)
 
     def _rows_one_by_one(self, phi: Tensor, x: Tensor) -> Tensor:
-        return torch.stack([self.module(self.fold(p), inputs) for p, inputs in zip(phi, x, strict=True)])
+        return torch.stack([self.one_row(p, inputs) for p, inputs in zip(phi, x, strict=True)])
 
     def _rows_batched(self, phi: Tensor, x: Tensor) -> Tensor:
         return vmap(self.module)(self.fold(phi), x)
