@@ -19,7 +19,7 @@ import fobmaml
 from fobmaml import Learner, TaskBatch
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, estimate
 from fobmaml.models import MLP, CNN1d
-from fobmaml.solvers import GradientDescent, Solution, Solver
+from fobmaml.solvers import BarzilaiBorwein, GradientDescent, NewtonCG, Solution, Solver
 
 GD = GradientDescent(4, 0.1)
 SYMMETRIC, FO = Symmetric(GD, 0.5), FOMAML(GD)
@@ -291,6 +291,33 @@ def test_a_solver_that_leaves_parameters_is_refused(network, kind):
         fobmaml.meta_gradient(estimator, model, F.cross_entropy, batch)
 
 
+@pytest.mark.parametrize("solver", [NewtonCG(tol=1e-3), BarzilaiBorwein(tol=1e-3)])
+def test_a_problem_that_starts_at_its_solution_is_no_fault_of_the_solver(solver):
+    """The slope at θ is below ``tol``, and not zero."""
+    model = nn.Linear(6, 2).double()
+    support, query = vectors(3, 4), vectors(3, 5)
+    with torch.no_grad():
+        batch = fobmaml.TaskBatch(support, model(support) + 1e-5, query, model(query) + 1.0)
+    result = fobmaml.meta_gradient(IMAML(solver, 0.5), model, F.mse_loss, batch)
+    assert 0.0 < result.residual.max() < 1e-3
+    assert all(part.abs().sum() > 0.0 for part in result.gradient.values())
+
+
+def test_a_parameter_whose_slope_is_below_rounding_may_stay():
+    """A step of 1e-20 is lost in a parameter of 1."""
+
+    class Far(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.shift = nn.Linear(6, 2), nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return self.linear(x) + 1e-20 * self.shift
+
+    batch = fobmaml.TaskBatch(vectors(3, 4), vectors(3, 4)[..., :2], vectors(3, 5), vectors(3, 5)[..., :2])
+    fobmaml.meta_gradient(Symmetric(BarzilaiBorwein(20), 0.5), Far().double(), F.mse_loss, batch)
+
+
 def test_a_parameter_without_a_slope_may_stay():
     batch = tasks(vectors, _labels)
     fobmaml.meta_gradient(SYMMETRIC, made(VECTORS["an unused parameter"], batch.support_x[0]), F.cross_entropy, batch)
@@ -372,7 +399,7 @@ def test_a_module_that_has_kept_a_tensor_with_a_history_is_taken():
     assert torch.equal(_flat(fobmaml.meta_gradient(SYMMETRIC, model, F.cross_entropy, batch)), wanted)
     assert model.h is kept[1]
     learner = Learner(model, F.cross_entropy)
-    estimator = IMAML(fobmaml.solvers.NewtonCG(), 5.0, 200, 1e-10)
+    estimator = IMAML(NewtonCG(), 5.0, 200, 1e-10)
     assert fobmaml.measure.bias(estimator, learner, batch).relative_error < 1e-6
 
 

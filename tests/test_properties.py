@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import runpy
@@ -37,6 +38,12 @@ def _run(overrides: list[str]) -> tuple[int, str, Path, tempfile.TemporaryDirect
             code = 1 if isinstance(end.code, str) else int(end.code or 0)
             if isinstance(end.code, str):
                 print(end.code, file=err)
+        finally:  # no later test's warnings go to this run's log
+            logging.disable(logging.NOTSET)
+            for handler in [*logging.root.handlers]:
+                if isinstance(handler, logging.FileHandler):
+                    logging.root.removeHandler(handler)
+                    handler.close()
     return code, err.getvalue(), folder, holder
 
 
@@ -75,7 +82,7 @@ def valid(draw) -> list[str]:
         one_of("dtype", "float32", "float64")
         number("estimator.lam", _within(0.3, 3.0))
         solver = one_of("solver", "gd", *(() if estimator.startswith("maml") else ("bb", "newton_cg")))
-        number("solver.steps", st.integers(1, 6))
+        number("solver.steps", st.integers(2 if solver == "bb" else 1, 6))
         if solver == "gd":
             number("solver.lr", _within(1e-4, 0.02))
             number("solver.momentum", st.sampled_from([0.0, 0.5, 0.9]))

@@ -102,7 +102,8 @@ def test_conjugate_gradients_row_by_row():
     (lambda: GradientDescent(lr=0), "lr=0: takes a finite number above 0"),
     (lambda: GradientDescent(lr=float("inf")), "lr=inf: takes"),
     (lambda: GradientDescent(momentum=1), "momentum=1: takes a finite number of at least 0 below 1"),
-    (lambda: BarzilaiBorwein(tol=-1), "tol=-1: takes"), (lambda: NewtonCG(cg_steps=0), "cg_steps=0: takes"),
+    (lambda: BarzilaiBorwein(tol=-1), "tol=-1: takes"), (lambda: BarzilaiBorwein(steps=1), "steps=1: takes"),
+    (lambda: NewtonCG(cg_steps=0), "cg_steps=0: takes"),
 ])
 def test_bad_arguments(make, text):
     with pytest.raises(ValueError, match=f"^{text}"):

@@ -179,12 +179,12 @@ class BarzilaiBorwein(Solver):
     Fletcher, Numer. Math. 100 (2005).
 
     The step lengths make the solution a rough function of the problem: use it to convergence, or finite differences
-    measure the solver. Cost: at most ``steps`` gradients a row; memory: flat.
-    Raises ValueError unless steps ≥ 1, lr > 0 and tol ≥ 0.
+    measure the solver. Cost: at most ``steps`` gradients a row, the first of them at θ; memory: flat.
+    Raises ValueError unless steps ≥ 2, lr > 0 and tol ≥ 0.
     """
 
     def __init__(self, steps: int = 200, lr: float = 0.1, tol: float = 1e-6):
-        self.steps = whole_number("steps", steps)
+        self.steps = whole_number("steps", steps, at_least=2)
         self.lr = number("lr", lr, above=0.0)
         self.tol = number("tol", tol, at_least=0.0)
 

@@ -68,21 +68,37 @@ class Estimator(ABC):
 
     def solve(self, problem: InnerProblem) -> Solution:
         """By the solver. Raises ValueError for a solution that is none: of another shape, or, for an estimator that
-        differentiates it, with parameters left where they were although the problem has a slope there."""
+        differentiates it, with some parameters moved and others left where they were although they have a slope."""
         solution = self.solver.solve(problem)
         displacement, wanted = solution.displacement, (problem.rows, problem.learner.parameter_count)
         name = type(self.solver).__name__
         if displacement.shape != wanted:
             raise refuse("solver", name, f"one whose solution is a displacement {list(wanted)}, and this one's has the "
                                          f"shape {list(displacement.shape)}")
-        if self.differentiates_solution:
-            still = [name for name, part in problem.learner.fold(displacement[0]).items() if not part.any()]
-            still = [name for name in still if not problem.learner.fold(displacement)[name].any()]
-            slope = problem.learner.fold(problem.gradient(solution.phi)) if still else {}
-            if still := [name for name in still if slope[name].any()]:
-                raise refuse("solver", name, f"one that moves every parameter, and this one leaves {', '.join(still)} "
-                                             "where it was")
+        if self.differentiates_solution and (still := self._left_behind(problem, displacement)):
+            raise refuse("solver", name, f"one that moves every parameter, and this one leaves {', '.join(still)} "
+                                         "where it was")
         return solution
+
+    @staticmethod
+    def _left_behind(problem: InnerProblem, displacement: Tensor) -> list[str]:
+        """Parameters that no row has moved, although a step as long as the others' would have been seen in them.
+
+        A solution that is θ itself is none of this: the problem may start at its solution, and ``residual`` tells.
+        """
+        fold = problem.learner.fold
+        for part in (displacement[:1], displacement):  # one row shows it nearly always
+            moved = {name: part.any() for name, part in fold(part).items()}
+            moved = dict(zip(moved, torch.stack([*moved.values()]).tolist(), strict=True))
+            if all(moved.values()):
+                return []
+        if not any(moved.values()):
+            return []
+        slope, start = fold(problem.gradient(problem.theta)), fold(problem.theta)
+        length = displacement.norm() / math.hypot(*(slope[name].norm() for name in moved if moved[name]))
+        rounding = 100 * torch.finfo(displacement.dtype).eps
+        return [name for name in moved if not moved[name] and slope[name].any()
+                and length * slope[name].norm() > rounding * start[name].norm()]
 
 
 @dataclass(frozen=True)
