@@ -1,0 +1,113 @@
+"""On a GPU: the values, the precision, the memory and the command line. Skipped where there is none."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from module_cases import (
+    ESTIMATORS,
+    FIRST_DERIVATIVES_ONLY,
+    LOSSES,
+    TOKENS,
+    VECTORS,
+    Plain,
+    made,
+    tasks,
+    tokens,
+    vectors,
+)
+from torch import Tensor, nn
+
+import fobmaml
+from fobmaml import estimators, solvers
+from fobmaml.measure import peak_bytes
+from fobmaml.models import CNN1d
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+CASES = {**{name: (make, vectors) for name, make in VECTORS.items()},
+         **{name: (make, tokens) for name, make in TOKENS.items()}}
+
+
+def _flat(result: fobmaml.MetaGradient) -> Tensor:
+    return torch.cat([g.flatten() for g in result.gradient.values()])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_modules(case):
+    """What plain autograd returns on the CPU, task by task; cuDNN's recurrent layers have no second derivative."""
+    torch.manual_seed(0)
+    make, x = CASES[case]
+    batch = tasks(x, LOSSES["cross_entropy"][1])
+    model = made(make, batch.support_x[0])
+    plain, on_gpu = Plain(model, F.cross_entropy, batch), copy.deepcopy(model).cuda()
+    for name in ("symmetric", "maml", "fomaml", "imaml"):
+        if case in FIRST_DERIVATIVES_ONLY and name in ("maml", "imaml"):
+            continue
+        wanted = torch.stack([plain.estimate(name, task) for task in range(len(batch))]).mean(0)
+        for chunk in (None, 1):
+            found = fobmaml.meta_gradient(ESTIMATORS[name], on_gpu, F.cross_entropy, batch.to(device="cuda"), chunk)
+            error = float((_flat(found).cpu() - wanted).norm() / wanted.norm())
+            assert error < 1e-9, f"{name}, task_chunk={chunk}, {found.engine}: {error}"
+
+
+def _signals(count: int = 4) -> fobmaml.TaskBatch:
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(count, n, 40, generator=generator) for n in (25, 75)]
+    y = [torch.randint(0, 5, (count, n), generator=generator) for n in (25, 75)]
+    return fobmaml.TaskBatch(x[0], y[0], x[1], y[1])
+
+
+def _plain(width: int) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (1, 40)), nn.Conv1d(1, width, 5, 2, 1), nn.SiLU(),
+                         nn.Conv1d(width, width, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.LazyLinear(5))
+
+
+@pytest.mark.parametrize("network", ["ours", "plain"])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_float32_keeps_its_digits_whatever_the_process_has_set(network, tf32):
+    """At ν = 0.01 differences of solutions lose two digits to rounding; in TF32 they would lose all."""
+    torch.manual_seed(0)
+    model, batch = CNN1d((40,), 5, width=32) if network == "ours" else _plain(32), _signals()
+    model(batch.support_x[0])
+    estimator = estimators.Symmetric(solvers.GradientDescent(10, 0.1), 0.5, 0.01)
+    wanted = _flat(fobmaml.meta_gradient(estimator, copy.deepcopy(model).double(), F.cross_entropy,
+                                         batch.to(dtype=torch.float64)))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=tf32):
+            found = fobmaml.meta_gradient(estimator, model.cuda(), F.cross_entropy, batch.to(device="cuda"))
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (tf32, tf32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+    assert float((_flat(found).cpu() - wanted).norm() / wanted.norm()) < 2e-3
+    if network == "ours":
+        assert found.engine == "stacked"
+
+
+def test_memory_is_flat_in_inner_steps_and_grows_with_mamls():
+    batch, model = _signals().to(device="cuda"), CNN1d((40,), 5, width=32).cuda()
+
+    def peak(kind: type[estimators.Estimator], steps: int) -> int:
+        estimator = kind(solvers.GradientDescent(steps, 0.01))
+        call = lambda: fobmaml.meta_gradient(estimator, model, F.cross_entropy, batch)  # noqa: E731
+        call()
+        return peak_bytes(call, "cuda")
+
+    assert peak(estimators.Symmetric, 80) < 1.05 * peak(estimators.Symmetric, 10)
+    assert peak(estimators.MAML, 80) > 4 * peak(estimators.MAML, 10)
+
+
+def test_command_line(run_train, tmp_path):
+    """Trains and measures there, and goes on without the GPU."""
+    shared = ("width=16", "eval.tasks=20", "bias.every=5", "wandb.mode=disabled", "hydra.run.dir=run")
+    done = run_train("device=cuda", "steps=10", *shared)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["memory/peak_bytes"] > 0
+    assert summary["bias/relative_error"] is not None or summary["bias/reason"]
+    done = run_train("device=cpu", "steps=12", *shared)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["step"] == 12
