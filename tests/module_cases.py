@@ -76,7 +76,7 @@ def transformer(layers: int = 0, **options: object) -> nn.Module:
 
 
 def into_zeros(m: Of, x: Tensor) -> Tensor:
-    out = torch.zeros(len(x), 3, dtype=x.dtype)
+    out = torch.zeros(len(x), 3, dtype=x.dtype, device=x.device)
     out[:, :2] = m.a(x).tanh()
     out[:, 2:] = m.b(x)
     return out
