@@ -1,5 +1,6 @@
 """Writes the README's tables from results/: python scripts/tables.py (--check: only says whether they are)."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,23 @@ def speed() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy, "speed": speed}
+def gpu() -> str:
+    rows = load(RESULTS, "bench_gpu", "python benchmarks/gpu.py")
+    device = json.loads((RESULTS / "bench_gpu.json").read_text())["provenance"]["device"]
+    widths, steps = ([*dict.fromkeys(row[key] for row in rows)] for key in ("width", "inner_steps"))
+    cells = {(row["estimator"], row["width"], row["inner_steps"]): row for row in rows}
+    header = [f"the same on one {device}", *(f"{width:g} channels" for width in widths),
+              f"GB, {widths[-1]:g} channels, {' / '.join(f'{count:g}' for count in steps)} inner steps"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for name in dict.fromkeys(row["estimator"] for row in rows):
+        times = [f"{1e3 * row['seconds_median']:.1f} ms, {100 * row['fraction_of_limit']:.0f} %"
+                 for row in (cells[name, width, steps[0]] for width in widths)]
+        memory = " / ".join(f"{cells[name, widths[-1], count]['peak_bytes'] / 1e9:.2f}" for count in steps)
+        lines.append(" | ".join([f"| {method(name).label}", *times, memory + " |"]))
+    return "\n".join(lines)
+
+
+TABLES = {"accuracy": accuracy, "speed": speed, "gpu": gpu}
 
 
 def page() -> str:
