@@ -11,15 +11,15 @@ help: ## list the targets
 
 setup: .venv/complete ## make .venv and install everything (nothing to do when it is up to date)
 
-.venv/complete: pyproject.toml constraints.txt src/fobmaml/models/fused.c
+.venv/complete: pyproject.toml constraints.txt src/fobmaml/engine/fused.c
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or later is needed, and there is no python3.11 or python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or later is needed, and $(PYTHON) is {sys.version.split()[0]}")'
 	@echo "installing into .venv (a minute or two, once)"
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
-	@rm -f src/fobmaml/models/fused_*.so
+	@rm -f src/fobmaml/engine/fused_*.so
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	@$(BIN)/python -c 'from fobmaml.models import fused; why = fused.missing(); print(f"no compiled kernel, so gradients take longer: {why}\n" * bool(why), end="")'
+	@$(BIN)/python -c 'from fobmaml.engine import fused; why = fused.missing(); print(f"no compiled kernel, so gradients take longer: {why}\n" * bool(why), end="")'
 	@touch $@
 
 train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS="estimator=maml steps=2000"
@@ -64,4 +64,4 @@ explorer: setup .venv/explorer ## build the interactive page, outputs/explorer.h
 	else echo "no Chromium could be installed (.venv/chromium.log): the tests of the interactive page are skipped"; fi
 
 clean: ## remove .venv, caches and what was compiled; outputs and results stay
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info src/fobmaml/models/*.so
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info src/fobmaml/engine/*.so

@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from fobmaml.allocator import keep_freed_memory
+from fobmaml.engine.fused import FusedGradient
+from fobmaml.engine.learner import Learner
 from fobmaml.files import write_csv, write_json
-from fobmaml.learner import Learner
-from fobmaml.models.fused import FusedGradient
 from fobmaml.provenance import provenance
 
 KINDS = {"matrix products": ("aten::bmm", "aten::baddbmm"), "activations": ("aten::silu", "aten::silu_backward"),

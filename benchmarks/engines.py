@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from fobmaml.engine.learner import LOOP_FROM, Learner, gradient_of
 from fobmaml.files import write_csv, write_json
-from fobmaml.learner import LOOP_FROM, Learner, gradient_of
 from fobmaml.provenance import provenance
 
 ROOT = Path(__file__).parents[1]

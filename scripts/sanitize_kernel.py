@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fobmaml.models import fused
-from fobmaml.models.activations import ACTIVATIONS
-from fobmaml.models.stacked import Convolution, Dense
+from fobmaml.engine import fused
+from fobmaml.engine.activations import ACTIVATIONS
+from fobmaml.engine.stacked import Convolution, Dense
 
 ROOT = Path(__file__).parents[1]
 SILU = ACTIVATIONS["silu"]

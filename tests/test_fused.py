@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from fobmaml import Learner, TaskBatch
+from fobmaml.engine import fused
+from fobmaml.engine.activations import ACTIVATIONS
+from fobmaml.engine.fused import FusedGradient
+from fobmaml.engine.losses import Loss, Part
+from fobmaml.engine.stacked import Convolution, Dense, StackedNetwork, lengths_taken
 from fobmaml.estimators import Symmetric, estimate
-from fobmaml.losses import Loss, Part
-from fobmaml.models import MLP, CNN1d, fused
-from fobmaml.models.activations import ACTIVATIONS
-from fobmaml.models.fused import FusedGradient
-from fobmaml.models.stacked import Convolution, Dense, StackedNetwork, lengths_taken
+from fobmaml.models import MLP, CNN1d
 from fobmaml.solvers import GradientDescent, InnerProblem
 
 SILU = ACTIVATIONS["silu"]
@@ -444,7 +445,7 @@ def _compiler() -> str:
 @pytest.mark.parametrize("name", ["avx2", "avx512"])
 def test_where_there_is_a_compiler_there_is_the_kernel(name):
     _compiler()
-    assert find_spec(f"fobmaml.models.fused_{name}"), "make setup has not compiled it"
+    assert find_spec(f"fobmaml.engine.fused_{name}"), "make setup has not compiled it"
 
 
 def _setup_says(tmp_path, *, built: bool, **environment: str) -> str:
@@ -478,8 +479,8 @@ def test_a_library_that_cannot_be_loaded_is_not_used(tmp_path, content):
     if fused.instructions() not in ("avx2", "avx512"):
         pytest.skip("torch does not use AVX2 here")
     source = shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.so"))
-    (source / f"fobmaml/models/fused_{fused.instructions()}.so").write_bytes(content)
-    code = "from fobmaml.models import fused; print(fused.kernel(), fused.missing())"
+    (source / f"fobmaml/engine/fused_{fused.instructions()}.so").write_bytes(content)
+    code = "from fobmaml.engine import fused; print(fused.kernel(), fused.missing())"
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True,
                           env=os.environ | {"PYTHONPATH": str(source)})
     assert re.fullmatch(r"None .*\.so cannot be loaded\n", done.stdout)

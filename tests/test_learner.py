@@ -9,10 +9,10 @@ from torch import nn
 
 import fobmaml
 from fobmaml import Learner, TaskBatch
+from fobmaml.engine.activations import ACTIVATIONS
+from fobmaml.engine.losses import CrossEntropy, Loss, Part
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, estimate
-from fobmaml.losses import CrossEntropy, Loss, Part
 from fobmaml.models import MLP, CNN1d
-from fobmaml.models.activations import ACTIVATIONS
 from fobmaml.solvers import GradientDescent, InnerProblem
 
 

@@ -1,8 +1,8 @@
 """FO-B-MAML: first-order meta-gradients without irreducible bias, and the methods it is compared with."""
 
 from fobmaml import estimators, measure, models, optim, solvers, tasks
+from fobmaml.engine.learner import Learner
 from fobmaml.estimators import MetaGradient, meta_gradient
-from fobmaml.learner import Learner
 from fobmaml.tasks import TaskBatch
 
 __all__ = ["Learner", "MetaGradient", "TaskBatch", "estimators", "measure", "meta_gradient", "models", "optim",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import number, whole_number
-from fobmaml.learner import Evaluation, Learner, gradient_of
-from fobmaml.losses import Part
+from fobmaml.engine.learner import Evaluation, Learner, gradient_of
+from fobmaml.engine.losses import Part
 from fobmaml.tasks.batch import TaskBatch
 
 

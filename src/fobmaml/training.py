@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
+from fobmaml.engine.learner import ENGINES, Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
-from fobmaml.learner import ENGINES, Learner
 from fobmaml.measure import bias, curvature, peak_bytes, smoothness
 from fobmaml.measure.accuracy import mean_accuracy, task_accuracies
 from fobmaml.precision import full_precision

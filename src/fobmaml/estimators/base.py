@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import number, refuse, whole_number
-from fobmaml.learner import Learner
-from fobmaml.losses import LossFn
+from fobmaml.engine.learner import Learner
+from fobmaml.engine.losses import LossFn
 from fobmaml.precision import full_precision
 from fobmaml.solvers import InnerProblem, LinearStatistics, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import number, refuse, whole_number
+from fobmaml.engine.learner import Learner
 from fobmaml.estimators.base import Estimate, Estimator
-from fobmaml.learner import Learner
 from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
 

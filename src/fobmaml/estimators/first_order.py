@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from fobmaml.engine.learner import Learner
 from fobmaml.estimators.base import Estimate, Estimator
-from fobmaml.learner import Learner
 from fobmaml.solvers import Solver
 from fobmaml.tasks.batch import TaskBatch
 

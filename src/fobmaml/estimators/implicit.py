@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from fobmaml.arguments import number, whole_number
+from fobmaml.engine.learner import Learner
 from fobmaml.estimators.base import Estimate, Estimator
-from fobmaml.learner import Learner
 from fobmaml.solvers import LinearSolve, Solution, Solver, conjugate_gradients
 from fobmaml.tasks.batch import TaskBatch
 

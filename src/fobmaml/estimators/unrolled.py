@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from fobmaml.arguments import refuse
+from fobmaml.engine.learner import Learner
 from fobmaml.estimators.base import Estimate, Estimator
-from fobmaml.learner import Learner
 from fobmaml.solvers import InnerProblem, Solver
 from fobmaml.tasks.batch import TaskBatch
 

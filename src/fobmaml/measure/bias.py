@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fobmaml.engine.learner import Learner
 from fobmaml.estimators import MAML, Estimator, Exact, NotConverged, chunk_size, estimate
-from fobmaml.learner import Learner
 from fobmaml.solvers import NewtonCG
 from fobmaml.tasks.batch import TaskBatch
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
-from fobmaml.learner import Learner
-from fobmaml.modules import differentiable
+from fobmaml.engine.learner import Learner
+from fobmaml.engine.modules import differentiable
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks.batch import TaskBatch
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from fobmaml.arguments import number
+from fobmaml.engine.learner import Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
-from fobmaml.learner import Learner
 from fobmaml.tasks.batch import TaskBatch
 
 

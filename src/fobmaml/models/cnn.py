@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fobmaml.arguments import refuse, whole_number
-from fobmaml.models.activations import activation_function
-from fobmaml.models.stacked import Convolution, Dense, examples_of, lengths_taken, span
+from fobmaml.engine.activations import activation_function
+from fobmaml.engine.stacked import Convolution, Dense, examples_of, lengths_taken, span
 
 HALVINGS = 3
 

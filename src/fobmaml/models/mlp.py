@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import refuse, whole_number
-from fobmaml.models.activations import activation_function
-from fobmaml.models.stacked import Convolution, Dense, examples_of
+from fobmaml.engine.activations import activation_function
+from fobmaml.engine.stacked import Convolution, Dense, examples_of
 
 
 class MLP(nn.Module):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from fobmaml.arguments import one_of, refuse, whole_number
+from fobmaml.engine.losses import LossFn
 from fobmaml.files import CannotWrite, write_atomically
-from fobmaml.losses import LossFn
 from fobmaml.tasks.batch import Split, TaskBatch
 
 VALIDATION_EXAMPLES_PER_CLASS = 80

@@ -9,10 +9,10 @@ from torch.func import vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from fobmaml.arguments import one_of, refuse
-from fobmaml.losses import CrossEntropy, Loss, LossFn, Part, RowLoss, close, moved
-from fobmaml.models import fused
-from fobmaml.models.stacked import StackedNetwork
-from fobmaml.modules import PureModule, differentiable, private_copy
+from fobmaml.engine import fused
+from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss, close, moved
+from fobmaml.engine.modules import PureModule, differentiable, private_copy
+from fobmaml.engine.stacked import StackedNetwork
 from fobmaml.tasks.batch import TaskBatch
 
 ENGINES = ("auto", "autograd", "loop", "stacked", "fused")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import number, refuse, whole_number
-from fobmaml.models.activations import SiLU
-from fobmaml.models.stacked import Convolution, Dense, check_chain
+from fobmaml.engine.activations import SiLU
+from fobmaml.engine.stacked import Convolution, Dense, check_chain
 
 EXAMPLES_AT_ONCE, OF_LARGE_LAYERS, LARGE = 25, 50, 2**17
 """Their activations stay in a processor's cache, and are enough to read the weights for. Of a layer of more than LARGE
@@ -49,7 +49,7 @@ def kernel() -> ctypes.CDLL | None:
 
 def _compiled() -> str | None:
     """The library's file."""
-    found = find_spec(f"fobmaml.models.fused_{instructions()}")
+    found = find_spec(f"fobmaml.engine.fused_{instructions()}")
     return None if found is None else found.origin
 
 

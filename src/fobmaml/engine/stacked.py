@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import refuse, whole_number
-from fobmaml.models.activations import Activation
+from fobmaml.engine.activations import Activation
 
 
 @dataclass(frozen=True)
