@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from fobmaml.allocator import keep_freed_memory
+from fobmaml.engine import Learner
 from fobmaml.engine.fused import FusedGradient
-from fobmaml.engine.learner import Learner
 from fobmaml.files import write_csv, write_json
 from fobmaml.provenance import provenance
 

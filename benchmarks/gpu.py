@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators import FOMAML, IMAML, MAML, Estimator, Symmetric, estimate
 from fobmaml.files import write_csv, write_json
 from fobmaml.measure import peak_bytes

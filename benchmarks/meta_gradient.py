@@ -37,7 +37,7 @@ from tqdm import tqdm
 import fobmaml.training
 from fobmaml import estimators
 from fobmaml.allocator import keep_freed_memory
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.files import write_csv, write_json
 from fobmaml.measure import peak_bytes

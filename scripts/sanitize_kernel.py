@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fobmaml.engine import fused
 from fobmaml.engine.activations import ACTIVATIONS
-from fobmaml.engine.stacked import Convolution, Dense
+from fobmaml.engine.layers import Convolution, Dense
 
 ROOT = Path(__file__).parents[1]
 SILU = ACTIVATIONS["silu"]

@@ -482,6 +482,6 @@ def test_hooks_count():
     for plain in (MLP((6,), 3, 4, 1), CNN1d((6,), 3, 3, 1)):
         plain.double()
         learner = Learner(hooked(plain), F.cross_entropy)
-        assert not learner.stacked
+        assert not learner.lists_layers
         found = learner.outputs(learner.theta().expand(3, -1), batch.support_x)
         torch.testing.assert_close(found[0], plain(batch.support_x[0]))

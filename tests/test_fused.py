@@ -20,8 +20,9 @@ from fobmaml import Learner, TaskBatch
 from fobmaml.engine import fused
 from fobmaml.engine.activations import ACTIVATIONS
 from fobmaml.engine.fused import FusedGradient
+from fobmaml.engine.layers import Convolution, Dense, lengths_taken
 from fobmaml.engine.losses import Loss, Part
-from fobmaml.engine.stacked import Convolution, Dense, StackedNetwork, lengths_taken
+from fobmaml.engine.stacked import StackedNetwork
 from fobmaml.estimators import Symmetric, estimate
 from fobmaml.models import MLP, CNN1d
 from fobmaml.solvers import GradientDescent, InnerProblem
@@ -72,12 +73,14 @@ def test_compiled_gradients_equal_autograd(instructions, seed):
     found = []
     for which, dtype in ((learner, torch.float32), (precise, torch.float64)):
         loss = Loss(F.cross_entropy).rows(targets, [Part(slice(None), factor.to(dtype))])
-        evaluation = which.evaluation(phi.to(dtype), x.to(dtype), loss)
-        into = evaluation.pack(before.to(dtype))
-        for part in into if scale == 0.0 else []:
-            part.fill_(torch.nan)  # is not read
-        evaluation.add_gradient(into, scale, step)
-        found.append(evaluation.unpack(into))
+        engine = which.engine_for(x.to(dtype), loss)
+        if which is precise:
+            found.append(scale * before + step * engine.gradient(phi))
+            continue
+        into = torch.full_like(before, torch.nan) if scale == 0.0 else before.clone()  # is not read
+        engine.kernel.add(phi.float(), None, into, scale, step)
+        found.append(into)
+        assert scale or torch.equal(engine.gradient(phi.float()), into)
     assert learner.fused
     assert not precise.fused
     assert (found[0] - found[1]).norm() <= 1e-5 * found[1].norm()
@@ -153,9 +156,9 @@ def test_inputs_of_another_shape_are_refused_in_the_same_words(model, example, s
     learner = Learner(model, F.cross_entropy, engine="auto" if compiled else "stacked")
     rows, tasks = learner.theta().expand(3, -1), _right(model)
     loss = learner.row_loss(tasks.support_y)
-    learner.evaluation(rows, tasks.support_x, loss)
+    learner.engine_for(tasks.support_x, loss).gradient(rows)
     with pytest.raises(ValueError, match=says):
-        learner.evaluation(rows, x, loss)
+        learner.engine_for(x, loss).gradient(rows)
 
 
 def _right(model) -> TaskBatch:
@@ -327,7 +330,7 @@ def test_a_network_that_the_kernel_does_not_know_is_refused(instructions):
             _add(given | {"layers": [Dense("w0", "b0", activation)]})
     deep = MLP((4,), 5, width=1, depth=600)
     learner = Learner(deep, F.cross_entropy)
-    assert learner.stacked
+    assert learner.lists_layers
     assert not learner.fused
 
 
@@ -415,9 +418,9 @@ for model, example, says in t.WRONG_INPUTS:
     learner = t.Learner(model, t.F.cross_entropy)
     rows, tasks = learner.theta().expand(3, -1), t._right(model)
     loss = learner.row_loss(tasks.support_y)
-    learner.evaluation(rows, tasks.support_x, loss)
+    learner.engine_for(tasks.support_x, loss).gradient(rows)
     try:
-        learner.evaluation(rows, t.torch.randn(3, 6, *example), loss)
+        learner.engine_for(t.torch.randn(3, 6, *example), loss).gradient(rows)
     except ValueError as error:
         refused += str(error) == "inputs=" + says
 for change in ({{"targets": t.torch.zeros(2, 3, 2)}}, {{"into": t.torch.zeros(25, 2).mT}}, {{"times": 0}}):

@@ -176,7 +176,7 @@ def test_curvature_is_that_of_the_dense_hessian_and_jacobian(loss):
     for task in range(2):
         hessian = torch.func.hessian(plain_losses(learner, tasks, task)[0])(theta)
         outputs = lambda flat, x=tasks.support_x[task]: torch.func.functional_call(  # noqa: E731
-            learner.model, learner.fold(flat), (x,))
+            learner.model, learner.unflatten(flat), (x,))
         j, m = torch.func.jacrev(outputs)(theta), outputs(theta)  # [N, C, P], [N, C]
         p = m.softmax(-1)
         b = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1) if loss == "cross_entropy" else 2 / 3 * torch.eye(3)

@@ -224,7 +224,7 @@ def test_accuracy_and_its_interval_by_hand(mnist1d):
     training = _training(mnist1d)
     score = training.evaluate("test", 30)
     tasks = training.tasks("test", 30, EVALUATION_SEED).to(dtype=torch.float32)
-    theta = training.learner.fold(training.learner.theta())
+    theta = training.learner.unflatten(training.learner.theta())
     correct = []
     for i in range(30):
         phi = theta

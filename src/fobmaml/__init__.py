@@ -1,7 +1,7 @@
 """FO-B-MAML: first-order meta-gradients without irreducible bias, and the methods it is compared with."""
 
 from fobmaml import estimators, measure, models, optim, solvers, tasks
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators import MetaGradient, meta_gradient
 from fobmaml.tasks import TaskBatch
 

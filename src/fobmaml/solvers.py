@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import number, whole_number
-from fobmaml.engine.learner import Evaluation, Learner, gradient_of
+from fobmaml.engine import Learner
+from fobmaml.engine.base import Engine
 from fobmaml.engine.losses import Part
 from fobmaml.tasks.batch import TaskBatch
 
@@ -41,23 +42,22 @@ class InnerProblem:
                      Part(slice(support, None), nu.repeat(len(tasks)), "query_y")]
         self.loss = learner.row_loss(targets, parts)
 
-    def evaluation(self, phi: Tensor, second_order: bool = False) -> Evaluation:
-        """f̂ + ν f, the problem without its proximal term, at ``phi`` [R, P]. Support and query are one pass."""
-        return self.learner.evaluation(phi, self.x, self.loss, second_order)
+    def engine(self, second_order: bool = False) -> Engine:
+        """Of f̂ + ν f, the problem without its proximal term. Support and query are one pass."""
+        return self.learner.engine_for(self.x, self.loss, second_order)
 
     def gradient(self, phi: Tensor) -> Tensor:
         """∇hᵣ at each row: [R, P] -> [R, P]."""
-        return gradient_of(self.evaluation(phi)) + self.lam * (phi - self.theta)
+        return self.engine().gradient(phi) + self.lam * (phi - self.theta)
 
     def objective(self, phi: Tensor) -> Tensor:
         """hᵣ at each row: [R, P] -> [R]."""
-        return self.evaluation(phi).loss() + 0.5 * self.lam * (phi - self.theta).square().sum(1)
+        return self.engine().loss(phi) + 0.5 * self.lam * (phi - self.theta).square().sum(1)
 
     def linearize(self, phi: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """∇hᵣ(φᵣ) and v ↦ ∇²hᵣ(φᵣ) vᵣ for all rows, each [R, P] -> [R, P]."""
-        evaluation = self.evaluation(phi, second_order=True)
-        gradient = gradient_of(evaluation) + self.lam * (phi - self.theta)
-        return gradient, lambda v: evaluation.hessian_product(v) + self.lam * v
+        gradient, hvp = self.engine(second_order=True).linearize(phi)
+        return gradient + self.lam * (phi - self.theta), lambda v: hvp(v) + self.lam * v
 
 
 @dataclass(frozen=True)
@@ -117,22 +117,8 @@ class GradientDescent(Solver):
         self.momentum = number("momentum", momentum, at_least=0.0, below=1.0)
 
     def solve(self, problem: InnerProblem) -> Solution:
-        evaluation = problem.evaluation(problem.theta)
-        shared = problem.theta.stride(0) == 0  # one θ for all rows
-        theta = evaluation.pack(problem.theta[:1] if shared else problem.theta)
-        # The displacement φ − θ is what moves: it is small, so that little of it is lost to rounding.
-        displacement = [torch.zeros_like(part) for part in evaluation.parameters]
-        if self.momentum == 0.0:
-            evaluation.descend(theta, displacement, self.steps, 1.0 - self.lr * problem.lam, -self.lr)
-        else:
-            velocity = [torch.zeros_like(part) for part in displacement]
-            for _ in range(self.steps):
-                evaluation.move(theta, displacement)
-                evaluation.add_gradient(velocity, self.momentum)
-                for d, v in zip(displacement, velocity, strict=True):
-                    v.add_(d, alpha=problem.lam)
-                    d.sub_(v, alpha=self.lr)
-        return self._solution(problem, evaluation.unpack(displacement))
+        displacement = problem.engine().gradient_descent(problem.theta, self.steps, self.lr, problem.lam, self.momentum)
+        return self._solution(problem, displacement)
 
     def _solution(self, problem: InnerProblem, displacement: Tensor) -> Solution:
         return Solution(problem, displacement, torch.full((problem.rows,), self.steps))

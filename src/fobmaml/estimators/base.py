@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import number, refuse, whole_number
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.engine.losses import LossFn
 from fobmaml.precision import full_precision
 from fobmaml.solvers import InnerProblem, LinearStatistics, Solution, Solver
@@ -86,15 +86,15 @@ class Estimator(ABC):
 
         A solution that is θ itself is none of this: the problem may start at its solution, and ``residual`` tells.
         """
-        fold = problem.learner.fold
+        unflatten = problem.learner.unflatten
         for part in (displacement[:1], displacement):  # one row shows it nearly always
-            moved = {name: part.any() for name, part in fold(part).items()}
+            moved = {name: part.any() for name, part in unflatten(part).items()}
             moved = dict(zip(moved, torch.stack([*moved.values()]).tolist(), strict=True))
             if all(moved.values()):
                 return []
         if not any(moved.values()):
             return []
-        slope, start = fold(problem.gradient(problem.theta)), fold(problem.theta)
+        slope, start = unflatten(problem.gradient(problem.theta)), unflatten(problem.theta)
         length = displacement.norm() / math.hypot(*(slope[name].norm() for name in moved if moved[name]))
         rounding = 100 * torch.finfo(displacement.dtype).eps
         return [name for name in moved if not moved[name] and slope[name].any()
@@ -197,5 +197,5 @@ def meta_gradient(estimator: Estimator, model: nn.Module, loss_fn: LossFn, tasks
     with torch.inference_mode(False):
         learner = Learner(model, loss_fn, engine)
         result = estimate(estimator, learner, learner.theta(), tasks.to(dtype=learner.dtype), task_chunk)
-        return MetaGradient(learner.fold(result.gradient), cast(Tensor, result.query_loss),
+        return MetaGradient(learner.unflatten(result.gradient), cast(Tensor, result.query_loss),
                             cast(Tensor, result.residual), result.linear, learner.used)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import number, refuse, whole_number
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators.base import Estimate, Estimator
 from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch

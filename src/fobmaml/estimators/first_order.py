@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators.base import Estimate, Estimator
 from fobmaml.solvers import Solver
 from fobmaml.tasks.batch import TaskBatch

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fobmaml.arguments import number, whole_number
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators.base import Estimate, Estimator
 from fobmaml.solvers import LinearSolve, Solution, Solver, conjugate_gradients
 from fobmaml.tasks.batch import TaskBatch

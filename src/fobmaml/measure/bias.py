@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators import MAML, Estimator, Exact, NotConverged, chunk_size, estimate
 from fobmaml.solvers import NewtonCG
 from fobmaml.tasks.batch import TaskBatch

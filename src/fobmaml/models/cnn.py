@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine.activations import activation_function
-from fobmaml.engine.stacked import Convolution, Dense, examples_of, lengths_taken, span
+from fobmaml.engine.layers import Convolution, Dense, examples_of, lengths_taken, span
 
 HALVINGS = 3
 
@@ -60,7 +60,7 @@ class CNN1d(nn.Module):
         return F.linear(h.mT.flatten(1), self.weights[-1].flatten(1), self.biases[-1])
 
     def stacked_layers(self) -> list[Convolution | Dense]:
-        """The same network for ``StackedNetwork``; a signal there is [length, channels]."""
+        """The same network for ``engine.stacked.Stacked``; a signal there is [length, channels]."""
         last = len(self.strides)
         return [*(Convolution(f"weights.{i}", f"biases.{i}", stride, self.activation)
                   for i, stride in enumerate(self.strides)), Dense(f"weights.{last}", f"biases.{last}", None)]
