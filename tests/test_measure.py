@@ -217,3 +217,22 @@ def test_a_linear_model_has_no_curvature_of_its_own():
     assert found.gauss_newton_error < 1e-12 < 1e-3 < found.fomaml_error
     with pytest.raises(ValueError, match=r"^momentum=0.5: takes 0"):
         curvature(learner, tasks, GradientDescent(steps=3, momentum=0.5))
+
+
+def test_an_estimator_may_bring_its_own_reference(mnist1d):
+    """FO-MAML against the gradient of the loss after two steps, whatever its λ."""
+
+    class Short(FOMAML):
+        def reference(self, tol):
+            return MAML(GradientDescent(2, 0.1)), "two steps"
+
+    torch.manual_seed(0)
+    learner = Learner(CNN1d((40,), 5, width=4).double(), F.cross_entropy)
+    tasks = mnist1d.sample("train", 2, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+    solver = GradientDescent(2, 0.1)
+    own, usual = bias(Short(solver, lam=0.5), learner, tasks), bias(FOMAML(solver), learner, tasks)
+    exact = estimate(MAML(solver), learner, learner.theta(), tasks).gradient
+    found = estimate(FOMAML(solver, lam=0.5), learner, learner.theta(), tasks).gradient
+    assert own.reference == "two steps"
+    assert own.relative_error == pytest.approx(float((found - exact).norm() / exact.norm()), rel=1e-9)
+    assert usual.reference == "exact after the solver's steps, lam=0"

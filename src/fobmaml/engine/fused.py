@@ -26,6 +26,8 @@ EXAMPLES_AT_ONCE, OF_LARGE_LAYERS, LARGE = 25, 50, 2**17
 weights they do not, and twice the examples are faster (measured at 25, 64, 128 and 250 channels)."""
 STEPS_A_CALL = 10
 """Within a call no thread waits for another, and nobody can interrupt."""
+ROWS_A_THREAD = 8
+"""At least so many: a row is one thread's, and all threads wait for the last."""
 ALIGNMENT = 64
 MOST_LAYERS = 512  # a thread describes them on its stack
 MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not overflow

@@ -1,5 +1,6 @@
 """A network and a loss as functions of stacked flat parameters: one row a task."""
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -18,6 +19,11 @@ from fobmaml.engine.stacked import Stacked
 from fobmaml.engine.trial import Trial
 from fobmaml.tasks.batch import TaskBatch
 
+WORK_AT_ONCE = 2**25
+"""Rows × parameters × examples of a gradient by hand that hides the cost of calling torch's operators: with less, calls
+cost time; with more, memory grows and time does not fall (results/bench_chunks.csv)."""
+FLOPS_AT_ONCE = 10**8
+"""Of a forward pass of all rows by vmap: with more, the activations leave the cache, and time grows."""
 ENGINES = ("auto", "autograd", "loop", "stacked", "fused")
 
 
@@ -95,6 +101,20 @@ class Learner(Network):
         parts = [part.examples for part in loss.parts] if loss else WHOLE
         apart = parts if len(parts) > 1 and not self._trial.joint(x, parts) else WHOLE
         return ("autograd", Autograd(self, x, rows, apart)) if batched else ("loop", Loop(self, x, rows, apart))
+
+    def rows_at_once(self, x: Tensor, examples: int, second_order: bool) -> int:
+        """As many rows as keep a CPU busy, for gradients of so many ``examples`` like those of ``x`` [R, N, ...].
+
+        More take more memory, and no less time.
+        """
+        x = x[[0, -1]].to(self.dtype if x.is_floating_point() else x.dtype)
+        if self.lists_layers and self._trial.listed(x):
+            rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
+            kernel = self.fused and not second_order
+            return max(rows, fused.ROWS_A_THREAD * torch.get_num_threads()) if kernel else rows
+        if not self._trial.batched(x, second_order):
+            return 1
+        return math.ceil(FLOPS_AT_ONCE / max(self._trial.flops_an_example * examples, 1))
 
     def query_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """fᵢ(φᵢ), row i on task i: [T, P] -> [T]."""

@@ -16,6 +16,7 @@ from fobmaml.engine.losses import close, hvp
 from fobmaml.engine.modules import differentiable
 from fobmaml.engine.network import Network
 from fobmaml.engine.stacked import stacked_outputs
+from fobmaml.precision import full_precision
 
 LOOP_FROM = 10_000_000
 """Floating-point operations of a row's forward pass from which a loop over rows is faster than ``torch.func.vmap``:
@@ -30,14 +31,15 @@ class Trial:
         self._listed: bool | None = None
         self._batches: dict[bool, bool] = {}  # by whether Hessian products follow
         self._joint: bool | None = None
+        self.flops_an_example = 0.0  # of the forward pass, once ``batched`` was asked
 
     def listed(self, x: Tensor) -> bool:
         """Whether the layers that the network lists are the network."""
         if self._listed is None:
             p, inputs = self._elsewhere()[:1], x[:1]
-            with torch.no_grad():
+            with torch.no_grad(), full_precision(self.network.device):
                 wanted = self._called(inputs, lambda: self.network.one_row(p[0], inputs[0]))
-            self._listed = close(stacked_outputs(self.network, p, inputs)[0], wanted)
+                self._listed = close(stacked_outputs(self.network, p, inputs)[0], wanted)
             if not self._listed and self.engine in ("stacked", "fused"):
                 raise refuse("engine", self.engine, "a network whose forward is what its stacked_layers list")
         return self._listed
@@ -45,7 +47,8 @@ class Trial:
     def batched(self, x: Tensor, second_order: bool) -> bool:
         """Whether rows are evaluated by vmap: it is the faster, and agrees with the module itself."""
         if second_order not in self._batches:
-            self._batches[second_order] = self._try_batching(self._elsewhere(), x[[0, -1]], second_order)
+            with full_precision(self.network.device):
+                self._batches[second_order] = self._try_batching(self._elsewhere(), x[[0, -1]], second_order)
         return self._batches[second_order]
 
     def joint(self, x: Tensor, parts: Sequence[slice]) -> bool:
@@ -57,7 +60,7 @@ class Trial:
             def apart(phi: Tensor, x: Tensor) -> Tensor:
                 return torch.cat([together(phi, x[:, part]) for part in parts], dim=1)
 
-            with differentiable():
+            with differentiable(), full_precision(self.network.device):
                 wanted = self._called(x, lambda: self._derivatives(apart, p, inputs, False))
                 try:
                     found = self._derivatives(together, p, inputs, False)
@@ -82,6 +85,7 @@ class Trial:
             got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
             raise refuse("model", f"outputs of {got}", f"a module that returns a tensor [{x.shape[1]}, ...], an entry "
                                                        "for each example")
+        self.flops_an_example = counter.get_total_flops() / x.shape[1]
         with torch.no_grad():
             again = network.one_row(phi[0], x[0])
         if not close(again, first):
