@@ -197,7 +197,7 @@ def test_networks_of_no_size_are_refused(make, says):
 
 
 def _layers(*kinds, **shapes) -> tuple[list, dict]:
-    """C3/2: a convolution of three taps and stride two, D: a dense layer; shapes of w0, b0, w1, ..."""
+    """C3/2: a convolution of kernel size three and stride two, D: a dense layer; shapes of w0, b0, w1, ..."""
     layers = [Dense(f"w{i}", f"b{i}", SILU if i < len(kinds) - 1 else None) if kind == "D"
               else Convolution(f"w{i}", f"b{i}", int(kind[1:]), SILU) for i, kind in enumerate(kinds)]
     return layers, {name: torch.Size(shape) for name, shape in shapes.items()}
@@ -227,7 +227,7 @@ WRONG_NETWORKS = {
     "a convolution at the end": _layers("C1", w0=(3, 3, 1), b0=(3,)),
     "a convolution after a dense layer": _layers(
         "D", "C1", "D", w0=(3, 4), b0=(3,), w1=(3, 3, 3), b1=(3,), w2=(5, 3), b2=(5,)),
-    "two-dimensional taps": _layers("C1", "D", w0=(3, 3, 3, 1), b0=(3,), w1=(5, 12), b1=(5,)),
+    "two-dimensional kernel": _layers("C1", "D", w0=(3, 3, 3, 1), b0=(3,), w1=(5, 12), b1=(5,)),
     "windows longer than any signal": _layers("C1", "D", w0=(3, 1, 1), b0=(3,), w1=(5, 3), b1=(5,)),
 }
 
@@ -243,13 +243,14 @@ def test_layers_that_are_no_network_are_refused_with_the_kernel_and_without(case
 
 
 def test_the_lengths_taken_are_those_that_convolutions_leave_alike():
-    for taps, stride in ((1, 1), (3, 1), (3, 2), (5, 2), (7, 3), (2, 5)):
-        for length in range(max(taps - 2, 1), 30):
-            places = F.conv1d(torch.zeros(1, 1, length), torch.zeros(1, 1, taps), stride=stride, padding=1).shape[2]
-            layers, shapes = _layers(f"C{stride}", "D", w0=(3, taps, 1), b0=(3,), w1=(5, 3 * places), b1=(5,))
+    for kernel_size, stride in ((1, 1), (3, 1), (3, 2), (5, 2), (7, 3), (2, 5)):
+        for length in range(max(kernel_size - 2, 1), 30):
+            kernel = torch.zeros(1, 1, kernel_size)
+            places = F.conv1d(torch.zeros(1, 1, length), kernel, stride=stride, padding=1).shape[2]
+            layers, shapes = _layers(f"C{stride}", "D", w0=(3, kernel_size, 1), b0=(3,), w1=(5, 3 * places), b1=(5,))
             found = lengths_taken(layers, shapes)
-            wanted = [other for other in range(max(taps - 2, 1), 60) if F.conv1d(
-                torch.zeros(1, 1, other), torch.zeros(1, 1, taps), stride=stride, padding=1).shape[2] == places]
+            wanted = [other for other in range(max(kernel_size - 2, 1), 60) if F.conv1d(
+                torch.zeros(1, 1, other), kernel, stride=stride, padding=1).shape[2] == places]
             assert list(found) == wanted
 
 

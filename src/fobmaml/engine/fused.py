@@ -35,7 +35,7 @@ MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not o
 
 class _Layer(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in (
-        "taps", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias"))
+        "kernel_size", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias"))
 
 
 def instructions() -> str:
@@ -134,8 +134,8 @@ class FusedGradient:
         channels, described = x.shape[3], []
         for layer, (length, after) in zip(layers, pairwise(lengths), strict=True):
             dense, outputs = isinstance(layer, Dense), shapes[layer.weight][0]
-            taps = length if dense else shapes[layer.weight][1]
-            described.append(_Layer(taps, getattr(layer, "stride", 1), channels, outputs, length, after, dense,
+            kernel_size = length if dense else shapes[layer.weight][1]
+            described.append(_Layer(kernel_size, getattr(layer, "stride", 1), channels, outputs, length, after, dense,
                                     starts[layer.weight], starts[layer.bias]))
             if max(self.parameters, self.block * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:
                 raise refuse("inputs", tuple(x.shape), f"signals that fit into memory, {layer.weight}'s too")

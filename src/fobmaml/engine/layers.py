@@ -13,7 +13,7 @@ from fobmaml.engine.activations import Activation
 
 @dataclass(frozen=True)
 class Convolution:
-    """A 1-d convolution, padded by one: ``weight`` and ``bias`` name parameters [out, taps, in] and [out]."""
+    """A 1-d convolution, padded by one: ``weight`` and ``bias`` name parameters [out, kernel_size, in] and [out]."""
 
     weight: str
     bias: str
@@ -71,14 +71,14 @@ def lengths_taken(layers: Sequence[Convolution | Dense], shapes: Mapping[str, to
         if not fits:
             above = f" that follows {below} channels" if below else ""
             raise refuse("model", f"{layer.weight} {tuple(weight)} and {layer.bias} {tuple(bias)}",
-                         f"a weight [out, taps, in] ([out, ...] if dense){above}, and a bias [out]")
+                         f"a weight [out, kernel_size, in] ([out, ...] if dense){above}, and a bias [out]")
         below = weight[0]
     if not convolutions:
         return None
     least = most = places
     for layer in reversed(convolutions):
-        taps = shapes[layer.weight][1]
-        least, most = max((least - 1) * layer.stride + taps - 2, 1), most * layer.stride + taps - 3
+        kernel_size = shapes[layer.weight][1]
+        least, most = max((least - 1) * layer.stride + kernel_size - 2, 1), most * layer.stride + kernel_size - 3
         if most < 1:
             raise refuse("model", f"{layer.weight} {tuple(shapes[layer.weight])}",
                          "a convolution that some signal leaves as long as the layers above need it")

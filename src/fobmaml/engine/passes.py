@@ -24,10 +24,10 @@ class LayerPasses:
         rows, examples, _, channels = source.shape
         out = shapes[layer.weight][0]
         if isinstance(layer, Dense):
-            copied, taps = 0, source.shape[2]
+            copied, kernel_size = 0, source.shape[2]
         else:
-            taps = shapes[layer.weight][1]
-            copied = 1 if below and isinstance(layer, Convolution) and layer.halves(shapes) else taps
+            kernel_size = shapes[layer.weight][1]
+            copied = 1 if below and isinstance(layer, Convolution) and layer.halves(shapes) else kernel_size
         windows = rows, examples * places
         self.split, self.copied_taps, self.channels = copied * channels, copied, channels
         self.stride, self.lengths = getattr(layer, "stride", 1), (length_in, length)
@@ -41,7 +41,7 @@ class LayerPasses:
         if not below:
             _fill(self.copies)
         self.c = c.view(*windows, self.split + 1)
-        self.v = source.reshape(*windows, source.shape[2] // places * channels) if taps > copied else None
+        self.v = source.reshape(*windows, source.shape[2] // places * channels) if kernel_size > copied else None
         self.z = source.new_empty(*windows, out)
         self.h = (torch.empty_like(self.z) if layer.activation else self.z).view(rows, examples, places, out)
         self.h_rows = self.h.view_as(self.z)
