@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fobmaml.engine import Learner
 from fobmaml.engine.trial import LOOP_FROM
 from fobmaml.files import write_csv, write_json
-from fobmaml.provenance import provenance
+from fobmaml.run.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 5

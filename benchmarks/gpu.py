@@ -22,7 +22,7 @@ from fobmaml.files import write_csv, write_json
 from fobmaml.measure import peak_bytes
 from fobmaml.models import CNN1d
 from fobmaml.precision import full_precision
-from fobmaml.provenance import provenance
+from fobmaml.run.provenance import provenance
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import MNIST1D
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fobmaml.files import read_events
+from fobmaml.run.events import read_events
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 RUN = ("width=4", "steps=100", "log_every=1", "checkpoint_every=1", "eval.every=25", "bias.every=0", "eval.tasks=10",

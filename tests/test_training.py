@@ -16,7 +16,7 @@ from fobmaml import Learner, TaskBatch, solvers
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Symmetric, chunk_size, estimate
 from fobmaml.models import MLP, CNN1d
 from fobmaml.optim import SNGDM, ClippedSGD
-from fobmaml.plotting import learning_curve
+from fobmaml.run.plotting import learning_curve
 from fobmaml.tasks import Logistic, Sinusoid
 from fobmaml.tasks.mnist1d import mean_squared_error
 from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings, loss_name

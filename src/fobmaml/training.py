@@ -47,6 +47,8 @@ Event = dict[str, float | int | str | None]
 class Diverged(RuntimeError):
     """A meta-gradient was not finite."""
 
+    advice = "{error}; the last good checkpoint is {checkpoint}"
+
 
 @dataclass(frozen=True)
 class Settings:

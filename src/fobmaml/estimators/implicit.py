@@ -12,6 +12,9 @@ from fobmaml.tasks.batch import TaskBatch
 class NotConverged(RuntimeError):
     """The exact meta-gradient could not be computed to tolerance; the text says what failed."""
 
+    advice = ("the exact meta-gradient at step {step} is not available: {error}; try more solver.steps or a larger "
+              "estimator.lam")
+
 
 class IMAML(Estimator):
     """λvᵢ with (∇²f̂ᵢ(φᵢ,K) + λI) vᵢ = ∇fᵢ(φᵢ,K) solved by conjugate gradients.
