@@ -22,7 +22,7 @@ class BarzilaiBorwein(Iterative):
 
     monotone = False
 
-    def __init__(self, steps: int = 200, lr: float = 0.1, tol: float = 1e-6):
+    def __init__(self, steps: int = 200, lr: float = 0.1, tol: float = 1e-4):
         self.steps = whole_number("steps", steps)
         self.lr = number("lr", lr, above=0.0)
         self.tol = number("tol", tol, at_least=0.0)
