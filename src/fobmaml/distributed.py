@@ -1,8 +1,8 @@
-"""One run on several processes (torchrun): the first leads, and each computes its share of every meta-batch.
+"""One run on several processes, started by torchrun.
 
-The first process has the state and does all else. It announces each meta-step with the parameters and gets the mean
-meta-gradient back; the others keep nothing from one step to the next. Without torchrun there is one process, and
-nothing here communicates.
+The first process holds the state of the run: it trains, measures and writes. Before each meta-step it sends the
+parameters to the others; every process computes the meta-gradient of its share of the tasks; the first receives the
+mean. The others keep nothing from one step to the next. With one process nothing here communicates.
 """
 
 import os

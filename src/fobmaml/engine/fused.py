@@ -1,4 +1,8 @@
-"""The gradient of stacked networks by the compiled kernel ``fused.c``, where there is one for this processor."""
+"""Gradients by the compiled kernel ``fused.c``: finding it, checking what it is told, calling it.
+
+The kernel takes all passes of all rows in one call. It was compiled when the package was installed, once for AVX2 and
+once for AVX-512; where neither fits the processor, ``Stacked`` does the same with torch's operators.
+"""
 
 import ctypes
 import math

@@ -1,4 +1,8 @@
-"""Losses of stacked outputs: a number a row, its gradient by the outputs, and the derivative of that."""
+"""The loss of every row: its value, its gradient with respect to the outputs, and that gradient's derivative.
+
+``Loss`` wraps the caller's function. ``RowLoss`` applies it to targets [R, N, ...], of which a row may weigh parts
+differently: support examples once, query examples ν times. ``CrossEntropy`` is the same in closed form.
+"""
 
 import copy
 from collections.abc import Callable, Sequence

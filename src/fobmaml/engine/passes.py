@@ -1,4 +1,7 @@
-"""One layer's passes for stacked parameters, written out by hand."""
+"""One layer's passes for stacked parameters, written out by hand: forward, backward, and the derivatives of both.
+
+Signals are [R, N, places, channels]. With the channels last, most windows of a convolution are views of its input.
+"""
 
 from collections.abc import Mapping
 
