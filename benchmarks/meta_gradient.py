@@ -39,7 +39,7 @@ from fobmaml import estimators
 from fobmaml.engine import Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.files import write_csv, write_json
-from fobmaml.measure import peak_bytes
+from fobmaml.measure import Validation, peak_bytes
 from fobmaml.models import CNN1d
 from fobmaml.run.allocator import keep_freed_memory
 from fobmaml.run.provenance import provenance
@@ -229,7 +229,7 @@ def by_part(steps: int) -> list[Row]:
                     "wandb.mode=offline", f"hydra.run.dir={folder}")
         with (contextlib.redirect_stdout(io.StringIO()), patch.object(sys, "argv", ["train.py", *settings]),
               patch.object(fobmaml.training, "estimate", clocked("gradient", estimate)),
-              patch.object(MetaTraining, "validate", clocked("validation", MetaTraining.validate)),
+              patch.object(Validation, "__call__", clocked("validation", Validation.__call__)),
               patch.object(MetaTraining, "train", clocked_loop)):
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     counted = loop["all"] - loop["validation"]

@@ -13,7 +13,6 @@ from fobmaml.models import MLP
 from fobmaml.precision import full_precision
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import Sinusoid
-from fobmaml.training import MetaTraining, Settings
 
 NEWER = bool(precision._OPERATIONS)
 
@@ -100,7 +99,7 @@ def test_autocast_is_off_inside_and_on_again_after():
 
 
 def test_training_computes_in_full_precision_and_leaves_the_settings_alone():
-    from test_training import QUICK
+    from test_training import meta_training
 
     seen = []
 
@@ -112,13 +111,12 @@ def test_training_computes_in_full_precision_and_leaves_the_settings_alone():
 
     def path(steps=3):
         torch.manual_seed(0)
-        settings = Settings(**QUICK | {"steps": steps, "bias_every": 2, "smoothness_every": 2, "curvature_every": 2})
-        training = MetaTraining(MLP((1,), 1), Source(), Symmetric(GradientDescent(2, 0.1)), settings, torch.optim.Adam)
+        training = meta_training(MLP((1,), 1), Source(), Symmetric(GradientDescent(2, 0.1)), steps=steps, bias_every=2,
+                                 smoothness_every=2, curvature_every=2)
         seen.clear()
-        training.measure(first=True)
+        training.measure()
         list(training.train())
-        training.test()
-        training.measure_memory()
+        training.measure(ended=True)
         return training.learner.theta()
 
     plain = path()

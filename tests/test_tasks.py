@@ -16,11 +16,11 @@ from torch import nn
 
 from fobmaml import TaskBatch
 from fobmaml.estimators import FOMAML
+from fobmaml.measure.accuracy import score
 from fobmaml.models import MLP
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import MNIST1D, Logistic, Sinusoid
 from fobmaml.tasks.mnist1d import load_arrays
-from fobmaml.training import MetaTraining, Settings
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +187,15 @@ class _Source:
 
 
 def _build(source, **changes):
-    from test_training import QUICK
+    from test_training import meta_training
 
     model = MLP((3,), 2, width=4, depth=1)
-    return MetaTraining(model, source, FOMAML(GradientDescent(1, 0.1)), Settings(**QUICK | changes), torch.optim.Adam)
+    return meta_training(model, source, FOMAML(GradientDescent(1, 0.1)), **changes)
+
+
+def _accuracy(source) -> float | None:
+    training = _build(source)
+    return score(training, training.fixed("test", 4)).accuracy
 
 
 def _own(**members):
@@ -270,11 +275,11 @@ def test_a_source_that_is_none_is_refused_before_the_first_step(case):
 
 
 def test_splits_that_are_not_used_are_not_sampled():
-    _build(_fails_on("test", KeyError()), eval_tasks=0)
-    _build(_fails_on("validation", KeyError()), eval_validation_tasks=0)
+    _build(_fails_on("test", KeyError()), test_tasks=0)
+    _build(_fails_on("validation", KeyError()), validation_tasks=0)
     for used in ({"bias_every": 1}, {"smoothness_every": 1}, {"curvature_every": 1}):
         with pytest.raises(ValueError, match=r"^dataset: sample\('validation', 2\) failed"):
-            _build(_fails_on("validation", KeyError()), eval_validation_tasks=0, **used)
+            _build(_fails_on("validation", KeyError()), validation_tasks=0, **used)
 
 
 @pytest.mark.parametrize("loss", [staticmethod(F.cross_entropy), nn.CrossEntropyLoss(), partial(F.cross_entropy),
@@ -283,7 +288,7 @@ def test_splits_that_are_not_used_are_not_sampled():
 def test_losses_that_a_class_may_hold(loss):
     with warnings.catch_warnings():  # of Python 3.13, about a partial in a class
         warnings.simplefilter("ignore", FutureWarning)
-        assert _build(_own(loss_fn=loss)).evaluate("test", 4).accuracy is not None
+        assert _accuracy(_own(loss_fn=loss)) is not None
 
 
 def test_the_check_leaves_the_global_generator_alone():
@@ -302,10 +307,10 @@ def test_labels_that_the_loss_ignores_are_taken():
 
     plain = _returns(holes(-100))
     own = type(plain)
-    assert _build(plain).evaluate("test", 4).accuracy is not None
+    assert _accuracy(plain) is not None
     for loss in (partial(F.cross_entropy, ignore_index=9), nn.CrossEntropyLoss(ignore_index=9)):
         source = type("Own", (own,), {"loss_fn": loss, "sample": _returns(holes(9)).sample.__func__})()
-        assert _build(source).evaluate("test", 4).accuracy is not None
+        assert _accuracy(source) is not None
 
 
 MODULE = """

@@ -14,6 +14,15 @@ from torch import nn
 
 from fobmaml import Learner, TaskBatch, solvers
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Symmetric, chunk_size, estimate
+from fobmaml.measure import (
+    BiasMeasurement,
+    CurvatureMeasurement,
+    MemoryMeasurement,
+    MetaTest,
+    SmoothnessMeasurement,
+    Validation,
+)
+from fobmaml.measure.accuracy import score
 from fobmaml.models import MLP, CNN1d
 from fobmaml.optim import SNGDM, ClippedSGD
 from fobmaml.run.plotting import learning_curve
@@ -23,17 +32,29 @@ from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings, 
 
 QUICK = {"steps": 1, "seed": 0, "meta_batch": 16, "task_chunk": "auto",
          "memory_limit_mb": None, "engine": "auto", "schedule": "cosine", "log_every": 10,
-         "checkpoint_every": 100, "eval_every": 100, "eval_tasks": 8, "eval_validation_tasks": 8, "bias_every": 0,
-         "bias_at_start": False, "bias_tasks": 2, "bias_tol": 1e-8, "fixed_tasks": False, "smoothness_every": 0,
-         "smoothness_tasks": 2, "smoothness_radius": 1e-3, "curvature_every": 0, "curvature_tasks": 2}
+         "checkpoint_every": 100, "fixed_tasks": False}
+MEASURED = {"test": (MetaTest, {"tasks": 8}), "memory": (MemoryMeasurement, {}),
+            "validation": (Validation, {"every": 100, "tasks": 8}),
+            "bias": (BiasMeasurement, {"every": 0, "tasks": 2, "at_start": False, "tol": 1e-8}),
+            "smoothness": (SmoothnessMeasurement, {"every": 0, "tasks": 2, "radius": 1e-3}),
+            "curvature": (CurvatureMeasurement, {"every": 0, "tasks": 2})}
+"""In the order of configs/train.yaml."""
+
+
+def meta_training(model, source, estimator, optimizer=torch.optim.Adam, **changes) -> MetaTraining:
+    """``changes`` of ``Settings``, or of a measurement: bias_every=2."""
+    parts = {name: {key: changes.pop(f"{name}_{key}", value) for key, value in options.items()}
+             for name, (_, options) in MEASURED.items()}
+    return MetaTraining(model, source, estimator, Settings(**QUICK | changes), optimizer,
+                        [MEASURED[name][0](**options) for name, options in parts.items()])
 
 
 def _training(source, steps: int = 8, seed: int = 0, optimizer=SNGDM, lr: float = 0.1, estimator=None, **settings):
     torch.manual_seed(seed)
     model = CNN1d((40,), 5, width=4) if source.classification else MLP((1,), 1, width=16, depth=2)
     estimator = estimator or Symmetric(solvers.GradientDescent(steps=3, lr=0.1))
-    chosen = Settings(**QUICK | {"steps": steps, "seed": seed, "meta_batch": 4} | settings)
-    return MetaTraining(model, source, estimator, chosen, lambda p: optimizer(p, lr=lr))
+    return meta_training(model, source, estimator, lambda p: optimizer(p, lr=lr),
+                         **{"steps": steps, "seed": seed, "meta_batch": 4} | settings)
 
 
 @pytest.mark.parametrize("optimizer", [SNGDM, ClippedSGD, torch.optim.Adam])
@@ -55,7 +76,7 @@ def test_continued_is_uninterrupted_bit_for_bit(mnist1d, tmp_path, optimizer):
         return [{k: v for k, v in event.items() if not k.startswith("time/")} for event in these]
 
     assert timeless(events) == timeless(begun + continued)
-    assert whole.test() == second.test()
+    assert whole.measure(ended=True) == second.measure(ended=True)
     assert len(second.step_seconds) == 8
 
 
@@ -87,7 +108,7 @@ def test_step_times_do_not_grow_without_bound(mnist1d, monkeypatch):
         sizes.append(len(training.state_dict()["step_seconds"]))
     assert sizes == [1, 2, 3, 4, *[5] * 16]
     assert training.train_seconds > sum(training.step_seconds)
-    assert training.validate()["time/train_s"] == training.train_seconds
+    assert training.measure()["time/train_s"] == training.train_seconds
     continued = _training(mnist1d, steps=20)
     continued.load_state_dict(training.state_dict())
     assert continued.step_seconds == training.step_seconds
@@ -132,15 +153,14 @@ class _PerPosition(nn.Module):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_accuracy_of_several_labels_an_example(last):
-    def score(ignored):
-        training = MetaTraining(_PerPosition(last), _Tokens(last, ignored), FOMAML(solvers.GradientDescent(1, 1e-6)),
-                                Settings(**QUICK), torch.optim.Adam)
-        return training.evaluate("test", 40), training.tasks("test", 40, EVALUATION_SEED)
+    def scored(ignored):
+        training = meta_training(_PerPosition(last), _Tokens(last, ignored), FOMAML(solvers.GradientDescent(1, 1e-6)))
+        return score(training, training.fixed("test", 40)), training.tasks("test", 40, EVALUATION_SEED)
 
-    whole, _ = score(False)
+    whole, _ = scored(False)
     assert whole.accuracy == pytest.approx(4 / 6)
     assert whole.accuracy_ci95 == pytest.approx(0, abs=1e-12)  # in every task the same
-    some, tasks = score(True)
+    some, tasks = scored(True)
     each = []
     for y in tasks.query_y[1:]:
         counted = y != -100
@@ -188,9 +208,8 @@ def test_plots_say_which_loss(tmp_path):
                                 (Logistic(), "accuracy (%)", "cross-entropy (nats)")):
         torch.manual_seed(0)
         model = MLP(source.input_shape, source.outputs, width=4, depth=1)
-        training = MetaTraining(model, source, FOMAML(solvers.GradientDescent(1, 0.1)),
-                                Settings(**QUICK | {"steps": 2, "log_every": 1}), torch.optim.Adam)
-        events = [{"step": 0, **training.measure(first=True)}]
+        training = meta_training(model, source, FOMAML(solvers.GradientDescent(1, 0.1)), steps=2, log_every=1)
+        events = [{"step": 0, **training.measure()}]
         events += [{"step": training.step, **event} for event in training.train()]
         summary = {"step": 2, "choices": {"estimator": "fomaml"}, **training.latest}
         with matplotlib.rc_context({"svg.fonttype": "none"}):
@@ -222,7 +241,7 @@ def test_evaluation_tasks_are_the_same_for_every_estimator_and_seed(mnist1d):
 
 def test_accuracy_and_its_interval_by_hand(mnist1d):
     training = _training(mnist1d)
-    score = training.evaluate("test", 30)
+    found = score(training, training.fixed("test", 30))
     tasks = training.tasks("test", 30, EVALUATION_SEED).to(dtype=torch.float32)
     theta = training.learner.unflatten(training.learner.theta())
     correct = []
@@ -237,15 +256,15 @@ def test_accuracy_and_its_interval_by_hand(mnist1d):
         out = torch.func.functional_call(training.learner.model, phi, (tasks.query_x[i],))
         correct.append((out.argmax(1) == tasks.query_y[i]).double().mean())
     each = torch.stack(correct)
-    assert score.accuracy == pytest.approx(float(each.mean()), abs=1e-3)
-    assert score.accuracy_ci95 == pytest.approx(1.96 * float(each.std()) / math.sqrt(30), rel=0.05)
+    assert found.accuracy == pytest.approx(float(each.mean()), abs=1e-3)
+    assert found.accuracy_ci95 == pytest.approx(1.96 * float(each.std()) / math.sqrt(30), rel=0.05)
 
 
 def test_regression_has_a_loss_and_no_accuracy():
     training = _training(Sinusoid(), steps=60, lr=0.05)
-    before = training.evaluate("validation", 50)
+    before = score(training, training.fixed("validation", 50))
     list(training.train())
-    after = training.evaluate("validation", 50)
+    after = score(training, training.fixed("validation", 50))
     assert before.accuracy is None
     assert after.accuracy_ci95 is None
     assert after.loss < before.loss
@@ -297,10 +316,10 @@ def test_automatic_chunks_keep_threads_busy_where_gradients_are_compiled(mnist1d
 
 def test_memory_limit_bounds_what_is_alive(mnist1d):
     free = _training(mnist1d)
-    unlimited = free.measure_memory()["memory/peak_bytes"]
+    unlimited = free.measure(ended=True)["memory/peak_bytes"]
     limit = 0.6 * unlimited / 1e6
     limited = _training(mnist1d, memory_limit_mb=limit)
-    assert limited.measure_memory()["memory/peak_bytes"] <= limit * 1e6
+    assert limited.measure(ended=True)["memory/peak_bytes"] <= limit * 1e6
     for training in (free, limited):
         list(training.train())
     torch.testing.assert_close(limited.learner.theta(), free.learner.theta(), rtol=1e-3, atol=1e-4)
@@ -319,9 +338,9 @@ def test_fixed_tasks_are_the_same_everywhere(mnist1d):
 
 def test_what_is_due(mnist1d):
     """At the start all that is on, then every so many steps, and at the end."""
-    training = _training(mnist1d, steps=5, eval_every=2, bias_every=0, smoothness_every=4, curvature_every=3,
+    training = _training(mnist1d, steps=5, validation_every=2, bias_every=0, smoothness_every=4, curvature_every=3,
                          estimator=MAML(solvers.GradientDescent(2)))
-    seen = [sorted({key.split("/")[0] for key in training.measure(first=True)})]
+    seen = [sorted({key.split("/")[0] for key in training.measure()})]
     for _ in training.train():
         seen.append(sorted({key.split("/")[0] for key in training.measure()}))
     everything = ["curvature", "smoothness", "time", "val"]
@@ -329,16 +348,17 @@ def test_what_is_due(mnist1d):
 
 
 def test_measuring_without_training_or_tasks(mnist1d):
-    training = _training(mnist1d, steps=0, eval_tasks=0, eval_validation_tasks=0, bias_every=1)
+    training = _training(mnist1d, steps=0, test_tasks=0, validation_tasks=0, bias_every=1)
     assert list(training.train()) == []
-    assert set(training.measure(first=True)) == {"bias/relative_error", "bias/cosine", "bias/reference", "bias/reason",
+    assert set(training.measure()) == {"bias/relative_error", "bias/cosine", "bias/reference", "bias/reason",
                                                  "bias/exact_norm"}
-    assert training.test() == {}
-    assert training.measure_memory()["memory/peak_bytes"] > 0
+    last = training.measure(ended=True)
+    assert last.keys() == {"memory/peak_bytes"}
+    assert last["memory/peak_bytes"] > 0
 
 
 def test_curvature_needs_plain_gradient_descent(mnist1d):
-    with pytest.raises(ValueError, match=r"^curvature_every=1: takes solver=gd without momentum"):
+    with pytest.raises(ValueError, match=r"^curvature\.every=1: takes solver=gd without momentum"):
         _training(mnist1d, curvature_every=1, estimator=Symmetric(solvers.GradientDescent(momentum=0.5)))
 
 
@@ -346,26 +366,42 @@ def test_curvature_needs_plain_gradient_descent(mnist1d):
 def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
     """A ratio, with a wide margin: sampling is some half a millisecond, a default meta-step over a hundred."""
     torch.manual_seed(0)
-    training = MetaTraining(CNN1d((40,), 5, width=32), mnist1d, Symmetric(solvers.GradientDescent()),
-                            Settings(**QUICK | {"steps": 5}), torch.optim.Adam)
+    training = meta_training(CNN1d((40,), 5, width=32), mnist1d, Symmetric(solvers.GradientDescent()), steps=5)
     list(training.train())
     spent = []
     for step in range(20):
         started = time.perf_counter()
-        training._placed(training.tasks("train", 16, 0, step))
+        training.placed(training.tasks("train", 16, 0, step))
         spent.append(time.perf_counter() - started)
     assert sorted(spent)[10] < 0.05 * sorted(training.step_seconds)[2]
 
 
 @pytest.mark.parametrize(("setting", "value"), [
     ("steps", -1), ("steps", 2.5), ("meta_batch", 0), ("task_chunk", "some"), ("task_chunk", 0), ("schedule", "linear"),
-    ("eval_every", 0), ("eval_tasks", 1), ("bias_every", -1), ("bias_tol", 0), ("seed", -1), ("checkpoint_every", 0),
-    ("memory_limit_mb", 0), ("fixed_tasks", 1), ("bias_at_start", 0), ("smoothness_radius", 0), ("curvature_every", -1),
-    ("engine", "fast"),
+    ("seed", -1), ("checkpoint_every", 0), ("memory_limit_mb", 0), ("fixed_tasks", 1), ("engine", "fast"),
 ])
 def test_bad_settings(setting, value):
     with pytest.raises(ValueError, match=f"^{setting}={value}: takes"):
         Settings(**QUICK | {setting: value})
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), [
+    ("validation", "every", 0), ("validation", "tasks", 1), ("test", "tasks", 1), ("bias", "every", -1),
+    ("bias", "tol", 0), ("bias", "at_start", 0), ("bias", "tasks", 0), ("smoothness", "radius", 0),
+    ("smoothness", "tasks", 0), ("curvature", "every", -1), ("curvature", "tasks", 0),
+])
+def test_bad_settings_of_measurements(name, setting, value):
+    kind, options = MEASURED[name]
+    with pytest.raises(ValueError, match=f"^{setting}={value}: takes"):
+        kind(**options | {setting: value})
+
+
+def test_measurements_write_the_keys_that_they_name(mnist1d):
+    training = _training(mnist1d, steps=0, bias_every=1, smoothness_every=1, curvature_every=1)
+    for measurement in training.measurements:
+        assert list(measurement(training)) == list(measurement.keys)
+        assert {*measurement.results, *measurement.progress} <= measurement.keys.keys()
+        assert all(measurement.keys.values())
 
 
 def test_negative_curvature_is_logged_and_said_once(mnist1d, caplog):

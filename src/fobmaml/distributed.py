@@ -22,7 +22,6 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=1)
 """The others wait while the first one measures. Where a process ends, the rest learn it at once, not so late."""
 END = -1
-_in_turn = False
 
 
 class ProcessLost(RuntimeError):
@@ -50,17 +49,6 @@ def processes() -> Iterator[None]:
         if dist.is_initialized():
             with suppress(RuntimeError):  # where a process is gone, what it led to here has come first
                 dist.destroy_process_group()
-
-
-@contextmanager
-def leading(device: torch.device) -> Iterator[None]:
-    """Around all that the first process announces: on exit, the others' ``turns`` end."""
-    try:
-        yield
-    finally:
-        if not _in_turn:  # else this process failed in its share: the others learn it when it ends
-            with suppress(ProcessLost):
-                announce(END, False, torch.zeros(0, device=device))
 
 
 def everywhere(call: Callable[[], T]) -> T:
@@ -91,14 +79,18 @@ def share(tasks: TaskBatch) -> TaskBatch:
 def announce(step: int, logged: bool, theta: Tensor) -> None:
     """The first process says which meta-step is next, whether it is logged, and its parameters ``theta`` [P]; or that
     there is none: ``END``."""
-    global _in_turn
     if size() == 1:
         return
-    _in_turn = True
     with _losses_named():
         dist.broadcast(torch.tensor([step, logged], device=theta.device), 0)
         if step != END:
             dist.broadcast(theta, 0)
+
+
+def end(device: torch.device) -> None:
+    """The first process says that no meta-step is left: the others' ``turns`` end."""
+    with suppress(ProcessLost):
+        announce(END, False, torch.zeros(0, device=device))
 
 
 def turns(theta: Tensor) -> Iterator[tuple[int, bool]]:
@@ -116,13 +108,11 @@ def turns(theta: Tensor) -> Iterator[tuple[int, bool]]:
 
 def mean(values: Tensor, tasks: int, of: int) -> Tensor:
     """In the first process: the mean over all ``of`` tasks of ``values``, here the mean over ``tasks`` of them."""
-    global _in_turn
     if size() == 1:
         return values
     total = values * tasks
     with _losses_named():
         dist.reduce(total, 0)
-    _in_turn = False
     return total / of
 
 

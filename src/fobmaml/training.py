@@ -1,4 +1,4 @@
-"""Meta-training: the loop, evaluation on fixed tasks, and what a checkpoint has to hold."""
+"""Meta-training: the loop, what is measured beside it, and what a checkpoint has to hold."""
 
 import logging
 import math
@@ -7,8 +7,9 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,28 +22,28 @@ from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.engine import ENGINES, Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
-from fobmaml.measure import bias, curvature, peak_bytes, smoothness
-from fobmaml.measure.accuracy import mean_accuracy, task_accuracies
-from fobmaml.precision import full_precision
-from fobmaml.solvers import GradientDescent
+from fobmaml.measure import Event, Measurement, peak_bytes
+from fobmaml.measure.accuracy import task_scores
 from fobmaml.tasks import Split, TaskBatch, TaskSource
 from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample
 
 log = logging.getLogger(__name__)
 
 EVALUATION_SEED = 0
-"""Seeds the validation and test tasks, whatever the training seed."""
-BIAS, SMOOTHNESS, CURVATURE = 1, 2, 3
-"""The validation tasks of each measurement are those of a step of their own."""
+"""Seeds the fixed tasks, whatever the training seed."""
 LINEAR = "linear/steps", "linear/relative_residual", "linear/negative_curvature"
 """What linear solves met, means over tasks; the last one is the share of the tasks in which it happened."""
 A_FEW = 10
 """Tasks whose linear solve may meet negative curvature before it is said."""
 RECENT = 1000
 """Meta-steps whose times are kept, for their median."""
-
-Event = dict[str, float | int | str | None]
-
+KEYS = {"train/loss": "query loss of the meta-step's tasks, mean", "meta_gradient/norm": "of the mean over tasks",
+        "inner/residual": "norm of the inner problem's gradient where the solver stopped, mean over tasks",
+        "optimizer/lr": "step length, as scheduled", "time/meta_step_s": "seconds, median of recent meta-steps",
+        "linear/steps": "Hessian products of a linear solve, mean over tasks as these",
+        "linear/relative_residual": "of the linear solve",
+        "linear/negative_curvature": "share of the tasks that met it", "model/parameters": "number that are trained"}
+"""What is logged of training itself, each with what it is."""
 
 class Diverged(RuntimeError):
     """A meta-gradient was not finite."""
@@ -64,33 +65,14 @@ class Settings:
     schedule: str
     log_every: int
     checkpoint_every: int
-    eval_every: int
-    eval_tasks: int
-    eval_validation_tasks: int
-    bias_every: int
-    bias_at_start: bool
-    bias_tasks: int
-    bias_tol: float
-    smoothness_every: int
-    smoothness_tasks: int
-    smoothness_radius: float
-    curvature_every: int
-    curvature_tasks: int
 
     def __post_init__(self) -> None:
-        for name in ("meta_batch", "log_every", "checkpoint_every", "eval_every", "bias_tasks", "smoothness_tasks",
-                     "curvature_tasks"):
+        for name in ("meta_batch", "log_every", "checkpoint_every"):
             whole_number(name, getattr(self, name))
         whole_number("seed", self.seed, at_least=0, at_most=2**64 - 1)
-        for name in ("steps", "eval_tasks", "eval_validation_tasks", "bias_every", "smoothness_every",
-                     "curvature_every"):
-            whole_number(name, getattr(self, name), at_least=0)
-        for name in ("eval_tasks", "eval_validation_tasks"):  # an interval needs two
-            if getattr(self, name) == 1:
-                raise refuse(name, 1, "a whole number of at least 2, or 0 for none")
-        for name in ("fixed_tasks", "bias_at_start"):
-            if not isinstance(getattr(self, name), bool):
-                raise refuse(name, getattr(self, name), "true or false")
+        whole_number("steps", self.steps, at_least=0)
+        if not isinstance(self.fixed_tasks, bool):
+            raise refuse("fixed_tasks", self.fixed_tasks, "true or false")
         if self.task_chunk != "auto":
             try:
                 whole_number("task_chunk", self.task_chunk)
@@ -102,19 +84,6 @@ class Settings:
                 raise refuse("memory_limit_mb", self.memory_limit_mb, "task_chunk=auto, which it limits")
         one_of("engine", self.engine, ENGINES)
         one_of("schedule", self.schedule, ("cosine", "constant"))
-        number("bias_tol", self.bias_tol, above=0.0)
-        number("smoothness_radius", self.smoothness_radius, above=0.0)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Means over the tasks of a split. ``accuracy`` and the half width of its 95 % interval (1.96 standard errors over
-    tasks) are fractions, None where outputs are not classes. A task whose labels are all ignored is in neither mean."""
-
-    loss: float
-    accuracy: float | None
-    accuracy_ci95: float | None
-
 
 class MetaTraining:
     """The state of one meta-training run and the things that can be done with it.
@@ -124,9 +93,11 @@ class MetaTraining:
     """
 
     def __init__(self, model: nn.Module, source: TaskSource, estimator: Estimator, settings: Settings,
-                 make_optimizer: Callable[[list[nn.Parameter]], Optimizer]):
+                 make_optimizer: Callable[[list[nn.Parameter]], Optimizer], measurements: Sequence[Measurement] = ()):
         check_members(source)
-        self.settings, self.source, self.estimator = settings, source, estimator
+        self.settings, self.source, self.estimator, self.measurements = settings, source, estimator, tuple(measurements)
+        self.step, self.train_seconds, self.negative_curvature_tasks = 0, 0.0, 0.0
+        self._in_turn = False
         self.learner = Learner(model, source.loss_fn, settings.engine)
         named = dict(model.named_parameters())
         self.parameters = {name: named[name] for name in self.learner.shapes}
@@ -137,34 +108,22 @@ class MetaTraining:
             raise refuse("meta_batch", settings.meta_batch, f"at least {distributed.size()}, a task for each process")
         self._check_source()
         _ = self._at_most  # a limit that is too low is refused here
-        if settings.curvature_every and not (isinstance(estimator.solver, GradientDescent)
-                                             and estimator.solver.momentum == 0.0):
-            raise refuse("curvature_every", settings.curvature_every, "solver=gd without momentum, or 0 for never")
-        self.step = 0
         self.latest: Event = {"model/parameters": self.learner.parameter_count, "loss/name": loss_name(source.loss_fn)}
         self.step_seconds: deque[float] = deque(maxlen=RECENT)
-        self.train_seconds = 0.0
-        self.negative_curvature_tasks = 0.0
 
     def _check_source(self) -> None:
         """Samples every split as it will be, so that a source that fails does so before the first step."""
         s = self.settings
-        validation = {0: s.eval_validation_tasks, BIAS: s.bias_tasks if s.bias_every else 0,
-                      SMOOTHNESS: s.smoothness_tasks if s.smoothness_every else 0,
-                      CURVATURE: s.curvature_tasks if s.curvature_every else 0}
         with torch.random.fork_rng(devices=[]):  # the run itself goes on as if nothing had been drawn
             tasks, again = (self.tasks("train", s.meta_batch, s.seed) for _ in range(2))
             check_repeats(tasks, again)
-            for step, count in validation.items():
-                if count:
-                    self.tasks("validation", count, EVALUATION_SEED, step)
-            if s.eval_tasks:
-                self.tasks("test", s.eval_tasks, EVALUATION_SEED)
-            one, theta = self._placed(tasks[:1]), self.learner.theta()
+            for measurement in self.measurements:
+                measurement.check(self)
+            one, theta = self.placed(tasks[:1]), self.learner.theta()
             with failures_named(f"model: forward at examples {list(one.query_x.shape[1:])} of the data set"):
                 outputs = self.learner.outputs(theta[None], one.query_x)
             with failures_named("dataset: loss_fn"):
-                self._scores(outputs, one.query_y)
+                task_scores(self.learner, self.source, outputs, one.query_y)
 
     def _learning_rate_factor(self, step: int) -> float:
         if self.settings.schedule == "constant":
@@ -179,10 +138,13 @@ class MetaTraining:
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
         return sample(self.source, split, count, generator)
 
-    def _placed(self, tasks: TaskBatch) -> TaskBatch:
+    def fixed(self, split: Split, count: int, stream: int = 0) -> TaskBatch:
+        return self.tasks(split, count, EVALUATION_SEED, stream)
+
+    def placed(self, tasks: TaskBatch) -> TaskBatch:
         return tasks.to(self.learner.device, self.learner.dtype)
 
-    def _chunk(self, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
+    def chunk(self, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
         """Tasks solved at once, for meta-gradients by ``estimator`` or to adapt only."""
         if isinstance(self.settings.task_chunk, int):
             return min(self.settings.task_chunk, len(tasks))
@@ -194,7 +156,7 @@ class MetaTraining:
         limit = self.settings.memory_limit_mb
         if limit is None:
             return sys.maxsize
-        one = self._peak_bytes(self._placed(self.tasks("train", 1, self.settings.seed)), 1)
+        one = self._peak_bytes(self.placed(self.tasks("train", 1, self.settings.seed)), 1)
         if one > 1e6 * limit:
             raise refuse("memory_limit_mb", limit, f"at least {math.ceil(one / 1e5) / 10}, what one task needs")
         return int(1e6 * limit // one)
@@ -211,8 +173,8 @@ class MetaTraining:
         In the first process of several; each computes its share.
         """
         s = self.settings
-        tasks = self._placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
-        result = estimate(self.estimator, self.learner, theta, tasks, self._chunk(tasks, self.estimator),
+        tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
+        result = estimate(self.estimator, self.learner, theta, tasks, self.chunk(tasks, self.estimator),
                           diagnose=logged)
         values = result.gradient
         if result.query_loss is not None and result.residual is not None:
@@ -221,6 +183,15 @@ class MetaTraining:
             met = result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature
             values = torch.cat([values, torch.stack([each.to(values).mean() for each in met])])
         return distributed.mean(values, len(tasks), s.meta_batch)
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Around all that the first process does: on exit the others' ``follow`` ends."""
+        try:
+            yield
+        finally:
+            if not self._in_turn:  # else this process failed in its share: the others learn it when it ends
+                distributed.end(self.learner.device)
 
     def follow(self) -> None:
         """What the other processes of a run do until the first one is through: their shares (``distributed``)."""
@@ -239,9 +210,11 @@ class MetaTraining:
             started = time.perf_counter()
             logged = (self.step + 1) % s.log_every == 0 or self.step + 1 in (1, s.steps)
             theta = self.learner.theta()
+            self._in_turn = True
             distributed.announce(self.step, logged, theta)
             gradient, diagnosis, met = self._meta_gradient(self.step, theta, logged).tensor_split(
                 [len(theta), len(theta) + 2 * logged])
+            self._in_turn = False
             norm = float(gradient.norm())
             if not math.isfinite(norm):
                 raise Diverged(f"the meta-gradient at step {self.step + 1} is not finite: try a smaller solver.lr or "
@@ -276,83 +249,21 @@ class MetaTraining:
         self.latest.update(event)
         return event
 
-    def evaluate(self, split: Split, count: int) -> Score:
-        """The score on ``count`` fixed tasks of a split, adapted with the estimator's own inner problem."""
-        tasks = self._placed(self.tasks(split, count, EVALUATION_SEED))
-        theta, chunk = self.learner.theta(), self._chunk(tasks)
-        scores = []
-        for part in tasks.split(chunk):
-            with full_precision(self.learner.device):
-                phi = self.estimator.adapt(self.learner, theta, part).phi
-                with torch.no_grad():
-                    scores.append(self._scores(self.learner.outputs(phi, part.query_x), part.query_y))
-        losses, accuracies = (torch.cat(parts) for parts in zip(*scores, strict=True))
-        if not self.source.classification:
-            return Score(float(losses.mean()), None, None)
-        return Score(float(losses[~accuracies.isnan()].mean()), *mean_accuracy(accuracies))
+    def due(self, ended: bool = False) -> list[Measurement]:
+        """What is to be measured after the present step, at step 0 before the first; or when all have been taken."""
+        return [each for each in self.measurements if each.due(self.step, self.settings.steps, ended)]
 
-    def _scores(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy of each task, both [T]; an accuracy that there is not is NaN."""
-        losses = self.learner.losses(outputs, targets).double()
-        if not self.source.classification:
-            return losses, torch.full_like(losses, math.nan)
-        return losses, task_accuracies(outputs, targets, self.learner.loss_fn)
-
-    def validate(self) -> Event:
-        score = self.evaluate("validation", self.settings.eval_validation_tasks)
-        return self._record({"val/accuracy": score.accuracy, "val/loss": score.loss,
-                             "time/train_s": self.train_seconds})
-
-    def measure_bias(self) -> Event:
-        """The bias at the present θ on fixed validation tasks."""
-        s = self.settings
-        tasks = self.tasks("validation", s.bias_tasks, EVALUATION_SEED, BIAS).to(self.learner.device)
-        b = bias(self.estimator, self.learner, tasks, s.bias_tol)
-        return self._record({"bias/relative_error": b.relative_error, "bias/cosine": b.cosine,
-                             "bias/reference": b.reference, "bias/reason": b.reason,
-                             "bias/exact_norm": b.exact_norm})
-
-    def measure_smoothness(self) -> Event:
-        """The local smoothness of the estimator's F at the present θ on fixed validation tasks."""
-        s = self.settings
-        tasks = self._placed(self.tasks("validation", s.smoothness_tasks, EVALUATION_SEED, SMOOTHNESS))
-        found = smoothness(self.estimator, self.learner, tasks, s.smoothness_radius)
-        return self._record({"smoothness/local": found.local, "smoothness/gradient_norm": found.gradient_norm})
-
-    def measure_curvature(self) -> Event:
-        """The support loss's curvature at the present θ on fixed validation tasks, and FO-MAML's error there."""
-        tasks = self._placed(self.tasks("validation", self.settings.curvature_tasks, EVALUATION_SEED, CURVATURE))
-        solver = self.estimator.solver
-        if not isinstance(solver, GradientDescent):
-            raise TypeError("curvature is measured along gradient descent alone")
-        with full_precision(self.learner.device):
-            found = curvature(self.learner, tasks, solver)
-        return self._record({f"curvature/{name}": value for name, value in asdict(found).items()})
-
-    def measure(self, first: bool = False) -> Event:
-        """What is due after the present step, or at the start: ``first``."""
-        s, event = self.settings, Event()
-        bias_every = 0 if first and s.steps and not s.bias_at_start else s.bias_every
-        for every, measurement in ((s.eval_every if s.eval_validation_tasks else 0, self.validate),
-                                   (bias_every, self.measure_bias), (s.smoothness_every, self.measure_smoothness),
-                                   (s.curvature_every, self.measure_curvature)):
-            if every and (first or self.step % every == 0 or self.step == s.steps):
-                event |= measurement()
+    def measure(self, ended: bool = False) -> Event:
+        event = Event()
+        for measurement in self.due(ended):
+            event |= self._record(measurement(self))
         return event
 
-    def test(self) -> Event:
-        """The score on the meta-test tasks, which every estimator and seed shares. Look at it once."""
-        if not self.settings.eval_tasks:
-            return {}
-        score = self.evaluate("test", self.settings.eval_tasks)
-        return self._record({"test/accuracy": score.accuracy, "test/accuracy_ci95": score.accuracy_ci95,
-                             "test/loss": score.loss})
-
-    def measure_memory(self) -> Event:
+    def peak_bytes(self) -> int:
         """Peak storage of one meta-gradient on a training meta-batch, or on one process's share of it."""
         s = self.settings
-        tasks = self._placed(distributed.share(self.tasks("train", s.meta_batch, s.seed)))
-        return self._record({"memory/peak_bytes": self._peak_bytes(tasks, self._chunk(tasks, self.estimator))})
+        tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed)))
+        return self._peak_bytes(tasks, self.chunk(tasks, self.estimator))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, as tensors and plain values."""

@@ -1,8 +1,12 @@
 """Measurements that look on from the side."""
 
-from fobmaml.measure.bias import Bias, bias
-from fobmaml.measure.curvature import Curvature, curvature
-from fobmaml.measure.memory import peak_bytes
-from fobmaml.measure.smoothness import Smoothness, smoothness
+from fobmaml.measure.accuracy import MetaTest, Validation
+from fobmaml.measure.base import Event, Measurement, OnValidationTasks, Periodic, Training
+from fobmaml.measure.bias import Bias, BiasMeasurement, bias
+from fobmaml.measure.curvature import Curvature, CurvatureMeasurement, curvature
+from fobmaml.measure.memory import MemoryMeasurement, peak_bytes
+from fobmaml.measure.smoothness import Smoothness, SmoothnessMeasurement, smoothness
 
-__all__ = ["Bias", "Curvature", "Smoothness", "bias", "curvature", "peak_bytes", "smoothness"]
+__all__ = ["Bias", "BiasMeasurement", "Curvature", "CurvatureMeasurement", "Event", "Measurement", "MemoryMeasurement",
+           "MetaTest", "OnValidationTasks", "Periodic", "Smoothness", "SmoothnessMeasurement", "Training", "Validation",
+           "bias", "curvature", "peak_bytes", "smoothness"]

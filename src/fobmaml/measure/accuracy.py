@@ -1,11 +1,20 @@
-"""The part of a task's predictions that is right, and the interval of its mean over tasks."""
+"""The part of a task's predictions that is right, the interval of its mean over tasks, and the loss beside it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fobmaml.arguments import refuse, whole_number
+from fobmaml.engine import Learner
+from fobmaml.measure.base import Event, Measurement, Periodic, Training, shown
+from fobmaml.precision import full_precision
+from fobmaml.tasks import TaskBatch, TaskSource
 
 IGNORED = -100
 """The label that torch's losses leave out by default."""
@@ -63,3 +72,111 @@ def mean_accuracy(accuracies: Tensor) -> tuple[float | None, float | None]:
     if not len(known):
         return None, None
     return float(known.mean()), 1.96 * float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over tasks. ``accuracy`` and the half width of its 95 % interval (1.96 standard errors over tasks) are
+    fractions, None where outputs are not classes. A task whose labels are all ignored is in neither mean."""
+
+    loss: float
+    accuracy: float | None
+    accuracy_ci95: float | None
+
+
+def score(training: Training, tasks: TaskBatch) -> Score:
+    """On tasks adapted with the estimator's own inner problem, at the present parameters."""
+    tasks, learner, theta = training.placed(tasks), training.learner, training.learner.theta()
+    parts = []
+    for part in tasks.split(training.chunk(tasks)):
+        with full_precision(learner.device):
+            phi = training.estimator.adapt(learner, theta, part).phi
+            with torch.no_grad():
+                parts.append(task_scores(learner, training.source, learner.outputs(phi, part.query_x), part.query_y))
+    losses, accuracies = (torch.cat(values) for values in zip(*parts, strict=True))
+    if not training.source.classification:
+        return Score(float(losses.mean()), None, None)
+    return Score(float(losses[~accuracies.isnan()].mean()), *mean_accuracy(accuracies))
+
+
+def task_scores(learner: Learner, source: TaskSource, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and accuracy of each task, both [T]; an accuracy that there is not is NaN."""
+    losses = learner.losses(outputs, targets).double()
+    if not source.classification:
+        return losses, torch.full_like(losses, math.nan)
+    return losses, task_accuracies(outputs, targets, learner.loss_fn)
+
+
+def _count(tasks: int) -> int:
+    """Of tasks to evaluate on. Raises ValueError for one: an interval needs two."""
+    if whole_number("tasks", tasks, at_least=0) == 1:
+        raise refuse("tasks", 1, "a whole number of at least 2, or 0 for none")
+    return tasks
+
+
+@dataclass
+class Validation(Periodic):
+    """The score on ``tasks`` fixed validation tasks, every so many meta-steps; tasks=0: never. Raises ValueError."""
+
+    tasks: int
+
+    keys: ClassVar = {
+        "val/accuracy": "fraction of a validation task's query labels that it gets right, mean over tasks",
+        "val/loss": "query loss there, mean over tasks",
+        "time/train_s": "seconds in meta-steps until then",
+    }
+    progress = ("val/accuracy", "val/loss")
+
+    def __post_init__(self) -> None:
+        whole_number("every", self.every)
+        _count(self.tasks)
+
+    def due(self, step: int, steps: int, ended: bool) -> bool:
+        return self.tasks > 0 and super().due(step, steps, ended)
+
+    def check(self, training: Training) -> None:
+        if self.tasks:
+            training.fixed("validation", self.tasks)
+
+    def __call__(self, training: Training) -> Event:
+        found = score(training, training.fixed("validation", self.tasks))
+        return {"val/accuracy": found.accuracy, "val/loss": found.loss, "time/train_s": training.train_seconds}
+
+
+@dataclass
+class MetaTest(Measurement):
+    """The score on ``tasks`` fixed meta-test tasks, which every estimator and seed shares, once, at the very end;
+    tasks=0: never. Raises ValueError."""
+
+    tasks: int
+
+    keys: ClassVar = {
+        "test/accuracy": "fraction of a meta-test task's query labels that it gets right, mean over tasks",
+        "test/accuracy_ci95": "half width of its 95 % interval, 1.96 standard errors over tasks",
+        "test/loss": "query loss there, mean over tasks",
+    }
+    results = ("test/accuracy", "test/accuracy_ci95", "test/loss")
+
+    def __post_init__(self) -> None:
+        _count(self.tasks)
+
+    def due(self, step: int, steps: int, ended: bool) -> bool:
+        return self.tasks > 0 and ended
+
+    def check(self, training: Training) -> None:
+        if self.tasks:
+            training.fixed("test", self.tasks)
+
+    def __call__(self, training: Training) -> Event:
+        found = score(training, training.fixed("test", self.tasks))
+        return {"test/accuracy": found.accuracy, "test/accuracy_ci95": found.accuracy_ci95, "test/loss": found.loss}
+
+    def rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+        accuracy = shown(summary, "test/accuracy", ".1f", 100)
+        if summary["test/accuracy"] is not None:
+            half = shown(summary, "test/accuracy_ci95", ".1f", 100)
+            accuracy += " %" if summary["test/accuracy_ci95"] is None else f" ± {half} %"
+        return [("meta-test accuracy", accuracy), ("meta-test loss", shown(summary, "test/loss", ".4f"))]
+
+    def __str__(self) -> str:
+        return f"{self.tasks} meta-test tasks"

@@ -1,11 +1,15 @@
 """The bias of an estimator: its distance to the exact meta-gradient at the same θ and the same tasks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
+from fobmaml.arguments import number, refuse
 from fobmaml.engine import Learner
 from fobmaml.estimators import MAML, Estimator, Exact, NotConverged, chunk_size, estimate
+from fobmaml.measure.base import Event, OnValidationTasks, Training, shown
 from fobmaml.solvers import NewtonCG
 from fobmaml.tasks.batch import TaskBatch
 
@@ -57,3 +61,43 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     relative_error = float((returned - exact).norm() / norm)
     return Bias(relative_error, float(torch.nn.functional.cosine_similarity(returned, exact, dim=0)), name,
                 exact_norm=float(norm))
+
+
+@dataclass
+class BiasMeasurement(OnValidationTasks):
+    """``bias``, its references solved to ``tol``, every so many meta-steps; before the first only if ``at_start``, or
+    where there are none. Raises ValueError."""
+
+    at_start: bool
+    tol: float
+
+    keys: ClassVar = {
+        "bias/relative_error": "‖g − ∇F‖/‖∇F‖, g the estimator's meta-gradient and ∇F the exact one, same tasks",
+        "bias/cosine": "of g and ∇F",
+        "bias/reference": "what ∇F is",
+        "bias/reason": "why there is none",
+        "bias/exact_norm": "‖∇F‖",
+    }
+    results = ("bias/relative_error", "bias/cosine", "bias/reference", "bias/reason")
+    stream = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.at_start, bool):
+            raise refuse("at_start", self.at_start, "true or false")
+        number("tol", self.tol, above=0.0)
+
+    def due(self, step: int, steps: int, ended: bool) -> bool:
+        return super().due(step, steps, ended) and (step > 0 or steps == 0 or self.at_start)
+
+    def __call__(self, training: Training) -> Event:
+        tasks = self.sample(training).to(training.learner.device)
+        found = bias(training.estimator, training.learner, tasks, self.tol)
+        return {"bias/relative_error": found.relative_error, "bias/cosine": found.cosine,
+                "bias/reference": found.reference, "bias/reason": found.reason, "bias/exact_norm": found.exact_norm}
+
+    def rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+        error = shown(summary, "bias/relative_error", ".3g")
+        if summary["bias/relative_error"] is None:
+            error += f" ({summary['bias/reason'] or 'bias.every=0'})"
+        return [("bias, relative error", error), ("bias, cosine", shown(summary, "bias/cosine", ".4f"))]

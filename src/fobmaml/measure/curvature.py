@@ -1,15 +1,18 @@
 """The curvature that first-order methods drop: the Hessian of the support loss and its two parts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import asdict, dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
+from fobmaml.arguments import refuse
 from fobmaml.engine import Learner
 from fobmaml.engine.modules import differentiable
+from fobmaml.measure.base import Event, OnValidationTasks, Training
+from fobmaml.precision import full_precision
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks.batch import TaskBatch
 
@@ -109,3 +112,35 @@ class _Loss:
     def gauss_newton(self, phi: Tensor) -> Tensor:
         j = jacrev(self.outputs)(phi)
         return j.T @ jacrev(grad(self.loss))(self.outputs(phi)) @ j
+
+
+@dataclass
+class CurvatureMeasurement(OnValidationTasks):
+    """``curvature`` along the run's own inner steps, every so many meta-steps. Raises ValueError."""
+
+    keys: ClassVar = {
+        "curvature/hessian": "spectral norm of the support loss's Hessian at θ, mean over tasks as all of these",
+        "curvature/gauss_newton": "of its Gauss–Newton part",
+        "curvature/network": "of the network's own curvature",
+        "curvature/lowest": "the Hessian's least eigenvalue",
+        "curvature/fomaml_error": "‖g − ∇F‖/‖∇F‖ of FO-MAML, F the objective after the inner steps",
+        "curvature/gauss_newton_error": "of what drops the network's own curvature only",
+    }
+    stream = 3
+
+    def check(self, training: Training) -> None:
+        super().check(training)
+        if self.every:
+            self.steps_of(training)
+
+    def steps_of(self, training: Training) -> GradientDescent:
+        solver = training.estimator.solver
+        if not isinstance(solver, GradientDescent) or solver.momentum:
+            raise refuse("curvature.every", self.every, "solver=gd without momentum, or 0 for never")
+        return solver
+
+    def __call__(self, training: Training) -> Event:
+        tasks = training.placed(self.sample(training))
+        with full_precision(training.learner.device):
+            found = curvature(training.learner, tasks, self.steps_of(training))
+        return {f"curvature/{name}": value for name, value in asdict(found).items()}

@@ -1,10 +1,13 @@
 """How much tensor storage a computation needs at its peak."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd.profiler import profile
+
+from fobmaml.measure.base import Event, Measurement, Training, shown
 
 
 def peak_bytes(computation: Callable[[], object], device: torch.device | str = "cpu") -> int:
@@ -33,3 +36,24 @@ def peak_bytes(computation: Callable[[], object], device: torch.device | str = "
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+class MemoryMeasurement(Measurement):
+    """``peak_bytes`` of one meta-gradient, once, when training has ended."""
+
+    keys: ClassVar = {
+        "memory/peak_bytes": "bytes of tensor storage alive at once in one meta-gradient, above those before it",
+    }
+    results = ("memory/peak_bytes",)
+
+    def due(self, step: int, steps: int, ended: bool) -> bool:
+        return ended
+
+    def __call__(self, training: Training) -> Event:
+        return {"memory/peak_bytes": training.peak_bytes()}
+
+    def rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return [("memory of a meta-gradient", shown(summary, "memory/peak_bytes", ".1f", 1e-6) + " MB")]
+
+    def __str__(self) -> str:
+        return "memory"

@@ -1,10 +1,12 @@
 """How fast the meta-gradient changes: the local smoothness of F where training passes."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fobmaml.arguments import number
 from fobmaml.engine import Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
+from fobmaml.measure.base import Event, OnValidationTasks, Training
 from fobmaml.tasks.batch import TaskBatch
 
 
@@ -30,3 +32,25 @@ def smoothness(estimator: Estimator, learner: Learner, tasks: TaskBatch, radius:
     norm = here.norm()
     there = estimate(estimator, learner, theta - radius / norm * here, tasks, chunk, diagnose=False).gradient
     return Smoothness(float((there - here).norm() / radius), float(norm))
+
+
+@dataclass
+class SmoothnessMeasurement(OnValidationTasks):
+    """``smoothness`` of the run's estimator at ``radius``, every so many meta-steps. Raises ValueError."""
+
+    radius: float
+
+    keys: ClassVar = {
+        "smoothness/local": "‖∇F(θ + d) − ∇F(θ)‖ / ‖d‖, d along −∇F(θ), F the estimator's objective",
+        "smoothness/gradient_norm": "‖∇F(θ)‖",
+    }
+    stream = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number("radius", self.radius, above=0.0)
+
+    def __call__(self, training: Training) -> Event:
+        tasks = training.placed(self.sample(training))
+        found = smoothness(training.estimator, training.learner, tasks, self.radius)
+        return {"smoothness/local": found.local, "smoothness/gradient_norm": found.gradient_norm}

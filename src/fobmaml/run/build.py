@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -14,15 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.estimators import Estimator
+from fobmaml.measure import Measurement
 from fobmaml.run.errors import ConfigError
-from fobmaml.run.settings import choices, plain_config
+from fobmaml.run.settings import GROUPS, choices, measurements_in, plain_config
 from fobmaml.run.tracking import check_options
 from fobmaml.solvers import Solver
 from fobmaml.tasks.checks import check_members
 from fobmaml.training import MetaTraining, Settings
 
-KINDS = {"model": torch.nn.Module, "solver": Solver, "estimator": Estimator, "optimizer": torch.optim.Optimizer}
-"""What the ``_target_`` of a group makes; of a data set it is looked at what it has."""
+KINDS = {"dataset": object, "model": torch.nn.Module, "solver": Solver, "estimator": Estimator,
+         "optimizer": torch.optim.Optimizer}
+"""What the ``_target_`` of a group makes; of a data set it is looked at what it has. All others are measurements."""
 
 
 def build(cfg: DictConfig) -> MetaTraining:
@@ -34,9 +36,7 @@ def build(cfg: DictConfig) -> MetaTraining:
         whole_number("seed", cfg.seed, at_least=0, at_most=2**64 - 1)  # what torch takes
         settings = Settings(**{key: cfg[key] for key in ("steps", "seed", "meta_batch", "fixed_tasks", "task_chunk",
                                                          "memory_limit_mb", "engine", "schedule", "log_every",
-                                                         "checkpoint_every")},
-                            **{f"{group}_{key}": value for group in ("eval", "bias", "smoothness", "curvature")
-                               for key, value in cfg[group].items()})
+                                                         "checkpoint_every")})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     dataset = build_part(cfg, "dataset")
     with bad_values_named():
@@ -44,8 +44,10 @@ def build(cfg: DictConfig) -> MetaTraining:
     torch.manual_seed(settings.seed)
     model = build_part(cfg, "model", input_shape=dataset.input_shape, outputs=dataset.outputs).to(device, dtype)
     estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
+    measurements = [build_part(cfg, name) for name in measurements_in(cfg)]
     with bad_values_named():
-        return MetaTraining(model, dataset, estimator, settings, lambda p: build_part(cfg, "optimizer", params=p))
+        return MetaTraining(model, dataset, estimator, settings, lambda p: build_part(cfg, "optimizer", params=p),
+                            measurements)
 
 
 def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
@@ -57,12 +59,14 @@ def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
             raise
         text = str(error.__cause__)
         key = text.split("=", 1)[0]
-        if key in cfg[group]:  # a setting taken from the top level, like width, is named as it is there
-            text = text if OmegaConf.is_interpolation(cfg[group], key) else f"{group}.{text}"
+        if key in cfg[group]:  # a setting taken from elsewhere, like width, is named as it is there
+            written = cast(dict[str, Any], OmegaConf.to_container(cfg[group], resolve=False))[key]
+            said = re.fullmatch(r"\$\{([\w.]+)\}", str(written))
+            text = f"{said[1] if said else f'{group}.{key}'}{text.removeprefix(key)}"
         else:
-            text = f"{group}={choices()[group]}: {text}"
+            text = f"{group}={choices()[group]}: {text}" if group in GROUPS else f"{group}: {text}"
         raise ConfigError(text) from error
-    kind = KINDS.get(group, object)
+    kind = KINDS.get(group, Measurement)
     if not isinstance(part, kind):
         raise ConfigError(f"{group}._target_={cfg[group].get('_target_')}: takes one that makes a "
                           f"{kind.__module__}.{kind.__qualname__}")
@@ -74,7 +78,7 @@ def bad_values_named() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ConfigError(re.sub("^(eval|bias|smoothness|curvature)_", r"\1.", str(error))) from error
+        raise ConfigError(str(error)) from error
 
 
 def choose_device(name: str) -> torch.device:

@@ -9,18 +9,16 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fobmaml.files import CannotWrite, write_json
+from fobmaml.measure import Event
 from fobmaml.run.checkpoints import save_checkpoint
 from fobmaml.run.events import EventLog, read_events
 from fobmaml.run.plotting import learning_curve
 from fobmaml.run.provenance import provenance
+from fobmaml.run.report import summary_keys
 from fobmaml.run.resume import Start
 from fobmaml.run.settings import choices, plain_config, same_run, sweep_name
 from fobmaml.run.tracking import WandbRun, options_of
-from fobmaml.training import Event, MetaTraining
-
-SUMMARY_KEYS = ("test/accuracy", "test/accuracy_ci95", "test/loss", "memory/peak_bytes", "bias/relative_error",
-                "bias/cosine", "bias/reference", "bias/reason", "time/meta_step_s", "inner/residual",
-                "meta_gradient/norm", "model/parameters", "val/accuracy", "val/loss", "train/loss")
+from fobmaml.training import MetaTraining
 
 
 class Record:
@@ -61,14 +59,14 @@ class Record:
             raise
         finally:
             self._close(end, time.time() - started)
-        if self.summary["val/loss"] is not None:
+        if self.summary.get("val/loss") is not None:
             learning_curve(read_events(self._folder / "metrics.jsonl"), self.summary,
                            self._folder / "learning_curve.png")
 
     def _close(self, end: dict[str, str], seconds: float) -> None:
-        learner = self._training.learner
-        measured = {"step": self._training.step, "engine": learner.used, **dict.fromkeys(SUMMARY_KEYS),
-                    **self._training.latest}
+        training, learner = self._training, self._training.learner
+        measured = {"step": training.step, "engine": learner.used,
+                    **dict.fromkeys(summary_keys(training.measurements)), **training.latest}
         self.summary = {**end, **measured, "choices": choices(), "seconds": round(seconds, 1),
                         "provenance": provenance(learner.device, learner.used), "config": self._config}
         self._events.close()

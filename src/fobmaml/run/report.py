@@ -1,34 +1,44 @@
-"""The table at the end of a run."""
+"""What a run measures, in the words of its parts: the keys of its summary, the table at its end, the list in --help."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from fobmaml.measure import Measurement
+from fobmaml.measure.base import shown
 from fobmaml.run.plotting import method
+from fobmaml.run.settings import measurements_in
+from fobmaml.training import KEYS
 
 
-def report(summary: Mapping[str, Any], folder: Path) -> None:
+def summary_keys(measurements: Sequence[Measurement]) -> list[str]:
+    """Those of every summary, in their order; behind them stands what else was measured."""
+    return [*(key for each in measurements for key in each.results), "time/meta_step_s", "inner/residual",
+            "meta_gradient/norm", "model/parameters", *(key for each in measurements for key in each.progress),
+            "train/loss"]
+
+
+def report(summary: Mapping[str, Any], folder: Path, measurements: Sequence[Measurement]) -> None:
     """The table at the end of a run."""
-    def given(key: str, form: str, scale: float = 1.0) -> str:
-        return "not available" if summary[key] is None else format(scale * summary[key], form)
-
-    accuracy = given("test/accuracy", ".1f", 100)
-    if summary["test/accuracy"] is not None:
-        accuracy += " %" if summary["test/accuracy_ci95"] is None else f" ± {given('test/accuracy_ci95', '.1f', 100)} %"
-    bias = given("bias/relative_error", ".3g")
-    if summary["bias/relative_error"] is None:
-        bias += f" ({summary['bias/reason'] or 'bias.every=0'})"
-    rows = [
-        ("estimator", method(summary["choices"]["estimator"]).label),
-        ("meta-test accuracy", accuracy),
-        ("meta-test loss", given("test/loss", ".4f")),
-        ("memory of a meta-gradient", given("memory/peak_bytes", ".1f", 1e-6) + " MB"),
-        ("bias, relative error", bias),
-        ("bias, cosine", given("bias/cosine", ".4f")),
-        ("time of a meta-step", given("time/meta_step_s", ".4f") + " s"),
-        ("meta-steps", f"{summary['step']}"),
-    ]
-    if summary["val/loss"] is not None:
+    rows = [("estimator", method(summary["choices"]["estimator"]).label),
+            *(row for each in measurements for row in each.rows(summary)),
+            ("time of a meta-step", shown(summary, "time/meta_step_s", ".4f") + " s"),
+            ("meta-steps", f"{summary['step']}")]
+    if summary.get("val/loss") is not None:
         rows.append(("learning curve", str(folder / "learning_curve.png")))
     width = max(len(label) for label, _ in rows)
     print("\n" + "\n".join(f"  {label:<{width}}  {value}" for label, value in rows) + "\n", flush=True)
+
+
+def measured(_root_: DictConfig) -> str:
+    """The end of --help: every key of ``metrics.jsonl`` and ``summary.json``."""
+    classes: list[Any] = [get_class(_root_[name]["_target_"]) for name in measurements_in(_root_)]
+    keys = KEYS | {key: text for each in classes for key, text in each.keys.items()}
+    width = max(map(len, keys))
+    return "== Measured ==\n" + "\n".join(f"{key:<{width}}  {text}" for key, text in keys.items())
+
+
+OmegaConf.register_new_resolver("measured", measured, replace=True)

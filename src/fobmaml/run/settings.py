@@ -12,6 +12,8 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+GROUPS = ("dataset", "model", "estimator", "solver", "optimizer")
+"""Of each one is chosen."""
 # Runs that agree in everything else are the same run, and continue each other's checkpoints.
 NOT_PART_OF_A_RUN = ("resume", "wandb", "device", "engine", "checkpoint_every")
 
@@ -27,7 +29,13 @@ def same_run(cfg: DictConfig) -> dict[str, Any]:
 def choices() -> dict[str, str]:
     """The word chosen for each group: estimator=..., dataset=..., ..."""
     chosen = HydraConfig.get().runtime.choices
-    return {group: chosen[group] for group in ("dataset", "model", "estimator", "solver", "optimizer")}
+    return {group: chosen[group] for group in GROUPS}
+
+
+def measurements_in(cfg: DictConfig) -> list[str]:
+    """The names of what the files of the group ``measure`` have put there: all other that makes something."""
+    return [str(name) for name in cfg if name not in GROUPS and not OmegaConf.is_missing(cfg, name)
+            and isinstance(cfg[name], DictConfig) and "_target_" in cfg[name]]
 
 
 def sweep_name() -> str | None:

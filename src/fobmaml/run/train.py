@@ -63,7 +63,7 @@ def follow(cfg: DictConfig) -> None:
 def run(cfg: DictConfig, folder: Path) -> float | None:
     """Build, continue if there is a checkpoint, meta-train, measure, report."""
     training = distributed.everywhere(lambda: build(cfg))
-    with distributed.leading(training.learner.device):
+    with training.leading():
         resume(cfg, training, folder)  # for its errors: nothing is written before all is known to fit
         with folders.sole_user(folder):
             start = resume(cfg, training, folder)  # again: another process may have gone on until now
@@ -72,8 +72,8 @@ def run(cfg: DictConfig, folder: Path) -> float | None:
                 summary = start.summary
             else:
                 summary = lead(cfg, training, folder, start)
-            report(summary, folder)
-            return cast(float | None, summary["val/accuracy"])
+            report(summary, folder, training.measurements)
+            return cast(float | None, summary.get("val/accuracy"))
 
 
 def lead(cfg: DictConfig, training: MetaTraining, folder: Path, start: Start) -> dict[str, object]:
@@ -84,8 +84,9 @@ def lead(cfg: DictConfig, training: MetaTraining, folder: Path, start: Start) ->
     record = Record(cfg, training, folder, start)
     with record.kept(), stop_requests() as stop:
         meta_train(training, start, record, stop)
-        log.info("measuring memory and %d meta-test tasks", training.settings.eval_tasks)
-        record.event({**training.test(), **training.measure_memory()})
+        if last := training.due(ended=True):
+            log.info("measuring %s", " and ".join(map(str, reversed(last))))
+        record.event(training.measure(ended=True))
     return record.summary
 
 
@@ -93,7 +94,7 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
     """The loop: meta-steps, and after each what is due; what is due at the start, if it continues no checkpoint."""
     s, first = training.settings, training.step + 1
     if start.state is None:
-        record.event(training.measure(first=True))
+        record.event(training.measure())
         record.checkpoint()
     on_terminal = sys.stderr.isatty()
     with (logging_redirect_tqdm() if on_terminal else nullcontext(),
