@@ -67,15 +67,15 @@ def estimators(lam: float, steps: int, nu: float) -> dict[str, Estimator]:
             "exact": Exact(NewtonCG(tol=TOL), lam, TOL)}
 
 
-def axes(margin: int = 0) -> Tensor:
-    """The grid's coordinates, [2, nodes], with ``margin`` more on either side."""
+def axes(nodes: int = NODES, margin: int = 0) -> Tensor:
+    """The grid's coordinates, [2, nodes], with ``margin`` more on either side. Fewer nodes stand further apart."""
     first = torch.tensor(FIRST, dtype=torch.float64).view(2, 1)
-    return first + SPACING * torch.arange(-margin, NODES + margin)
+    return first + SPACING * (NODES - 1) / (nodes - 1) * torch.arange(-margin, nodes + margin)
 
 
-def grid(margin: int = 0) -> Tensor:
-    """Every θ of the grid, [nodes, 2]; the second coordinate changes slowly, from its top."""
-    first, second = axes(margin)
+def grid(nodes: int = NODES, margin: int = 0) -> Tensor:
+    """Every θ of the grid, [nodes · nodes, 2]; the second coordinate changes slowly, from its top."""
+    first, second = axes(nodes, margin)
     rows, columns = torch.meshgrid(second.flip(0), first, indexing="ij")
     return torch.stack([columns.flatten(), rows.flatten()], 1)
 
@@ -112,9 +112,9 @@ def packed(values: Tensor) -> str:
     return base64.b64encode(values.float().contiguous().numpy().astype("<f4").tobytes()).decode()
 
 
-def compare() -> dict[str, Any]:
+def compare(nodes: int) -> dict[str, Any]:
     """Meta-gradients on the grid: by method [λ, K, ν, θ, 2], without the axes that it does not depend on."""
-    thetas = grid()
+    thetas = grid(nodes)
     found: dict[str, list[Tensor]] = {name: [] for name in estimators(1.0, 1, 1.0)}
     for lam in LAMS:
         for steps in STEPS:
@@ -123,9 +123,9 @@ def compare() -> dict[str, Any]:
                     perturbed = name in ("forward", "symmetric")
                     if (perturbed or nu == NUS[0]) and (name != "exact" or (steps, nu) == (STEPS[0], NUS[0])):
                         found[name].append(meta_gradients(estimator, thetas))
-    return {"lams": LAMS, "steps": STEPS, "nus": NUS, "axes": axes().tolist(), "inner_lr": INNER_LR,
+    return {"lams": LAMS, "steps": STEPS, "nus": NUS, "axes": axes(nodes).tolist(), "inner_lr": INNER_LR,
             "vectors": {name: packed(torch.stack(parts)) for name, parts in found.items()},
-            "loss": packed(torch.stack([meta_loss(lam, grid(margin=1)) for lam in LAMS]))}
+            "loss": packed(torch.stack([meta_loss(lam, grid(nodes, margin=1)) for lam in LAMS]))}
 
 
 def tradeoff() -> dict[str, Any]:

@@ -26,16 +26,25 @@ import explorer_data as built  # noqa: E402
 in_browser = pytest.mark.skipif(explorer.chromium() is None, reason="there is no Chromium: apt-get install chromium")
 
 
+@pytest.fixture(scope="module", params=[11, pytest.param(built.NODES, marks=pytest.mark.nightly)])
+def nodes(request) -> int:
+    """Of the grid, a side."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
+def page(tmp_path_factory, nodes) -> Path:
     """Built once for all processes of the test run."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", tmp_path_factory.getbasetemp().name)
-    path = tmp_path_factory.getbasetemp().parent / f"explorer-{run}.html"
+    path = tmp_path_factory.getbasetemp().parent / f"explorer-{run}-{nodes}.html"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            subprocess.run([sys.executable, str(ROOT / "scripts" / "explorer.py"), f"--page={path}", "--no-pictures"],
-                           check=True, capture_output=True)
+            if nodes == built.NODES:
+                subprocess.run([sys.executable, str(ROOT / "scripts" / "explorer.py"), f"--page={path}",
+                                "--no-pictures"], check=True, capture_output=True)
+            else:
+                explorer.build(path, ROOT / "results", nodes)
     return path
 
 
@@ -182,11 +191,11 @@ class TestPage:
         assert tab.shown("curvature", "x1") == pytest.approx(-0.4 + 0.25 * 1.4, abs=0.011)
         assert tab.shown("curvature", "x2") == pytest.approx(-0.4 + 0.8 * 1.4, abs=0.011)
 
-    def test_compare(self, tab):
+    def test_compare(self, tab, nodes):
         def agrees() -> None:
             place = {name: int(tab.tab.locator(f"#compare-{name}").input_value())
                      for name in ("lam", "steps", "nu", "theta1", "theta2")}
-            first, second = built.axes().tolist()
+            first, second = built.axes(nodes).tolist()
             theta = (first[place["theta1"]], second[place["theta2"]])
             wanted = _estimates(theta, built.LAMS[place["lam"]], built.STEPS[place["steps"]], built.NUS[place["nu"]])
             exact = wanted["exact"]
@@ -198,16 +207,18 @@ class TestPage:
                 assert math.radians(angle[0]) == pytest.approx(math.atan2(cross, float(gradient @ exact)), abs=1e-6)
 
         agrees()
-        for name, place in (("lam", 2), ("steps", 4), ("nu", 0), ("theta1", 11), ("theta2", 25), ("lam", 3), ("nu", 4)):
+        for name, place in (("lam", 2), ("steps", 4), ("nu", 0), ("theta1", nodes // 4), ("theta2", 2 * nodes // 3),
+                            ("lam", 3), ("nu", 4)):
             before, contours = tab.arrows("compare"), tab.contours("compare")
             tab.slide("compare", name, place)
             agrees()
             assert tab.arrows("compare") != before
             assert (tab.contours("compare") != contours) == (name == "lam")
         tab.drag("compare", 0.7, 0.3)
-        (low1, *_, high1), (low2, *_, high2) = built.axes().tolist()
-        assert tab.shown("compare", "theta1") == pytest.approx(low1 + 0.7 * (high1 - low1), abs=0.04)
-        assert tab.shown("compare", "theta2") == pytest.approx(low2 + 0.3 * (high2 - low2), abs=0.04)
+        (low1, *_, high1), (low2, *_, high2) = built.axes(nodes).tolist()
+        nearest = 0.65 * (high1 - low1) / (nodes - 1)
+        assert tab.shown("compare", "theta1") == pytest.approx(low1 + 0.7 * (high1 - low1), abs=nearest)
+        assert tab.shown("compare", "theta2") == pytest.approx(low2 + 0.3 * (high2 - low2), abs=nearest)
         agrees()
         before = tab.arrows("compare")
         tab.tab.locator("#compare-lengths").check()
@@ -292,9 +303,10 @@ class TestPage:
         assert all(re.search(r"\w", label) for label in tab.tab.locator("input[type=range]").evaluate_all(
             "all => all.map(control => control.getAttribute('aria-valuetext'))"))
 
-    def test_pictures_and_times_are_taken(self, page, tmp_path):
+    def test_pictures_and_times_are_taken(self, page, nodes, tmp_path):
         (tmp_path / "figures").mkdir()
-        call = f"import pathlib, explorer; explorer.look(pathlib.Path({str(page)!r}), pathlib.Path({str(tmp_path)!r}))"
+        call = (f"import pathlib, explorer; explorer.MOVES = {explorer.MOVES if nodes == built.NODES else 2}; "
+                f"explorer.look(pathlib.Path({str(page)!r}), pathlib.Path({str(tmp_path)!r}))")
         subprocess.run([sys.executable, "-c", call], cwd=ROOT / "scripts", check=True, capture_output=True)
         assert {path.name for path in (tmp_path / "figures").iterdir()} == {
             f"explorer_{name}.png" for name in explorer.PANELS}
