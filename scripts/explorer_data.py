@@ -4,7 +4,7 @@ All of it is computed when the page is built; the page looks up and draws.
 """
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +128,16 @@ def compare(nodes: int) -> dict[str, Any]:
             "loss": packed(torch.stack([meta_loss(lam, grid(nodes, margin=1)) for lam in LAMS]))}
 
 
-def tradeoff() -> dict[str, Any]:
+def tradeoff(nus: Sequence[float]) -> dict[str, Any]:
     """Of one task: the solutions φ_−ν, φ_0, φ_ν and the bias of each stencil, by δ (of the solves) and ν."""
     first, theta, model = tasks()[:1], torch.tensor(POINT, dtype=torch.float64), learner()
     exact = Exact(NewtonCG(tol=TOL), POINT_LAM, TOL)(model, theta, first).gradients[0]
-    every = torch.linspace(-FINE_NUS[-1], FINE_NUS[-1], 81, dtype=torch.float64)
+    every = torch.linspace(-nus[-1], nus[-1], 81, dtype=torch.float64)
     path = NewtonCG(tol=TOL).solve(InnerProblem(model, theta, first, POINT_LAM, every)).phi
     centre = NewtonCG(tol=TOL).solve(InnerProblem(model, theta, first, POINT_LAM)).phi[0]
     points, errors = [], []
     for delta in DELTAS:
-        for nu in FINE_NUS:
+        for nu in nus:
             offsets = torch.tensor([nu, -nu], dtype=torch.float64)
             pair = Inexact(delta).solve(InnerProblem(model, theta, first, POINT_LAM, offsets)).phi  # symmetric's own
             middle = Inexact(delta, seed=1).solve(InnerProblem(model, theta, first, POINT_LAM)).phi[0]
@@ -147,7 +147,7 @@ def tradeoff() -> dict[str, Any]:
                         "central4": Central(Inexact(delta), POINT_LAM, nu, order=4)}
             errors.append({name: float((stencil(model, theta, first).gradients[0] - exact).norm() / exact.norm())
                            for name, stencil in stencils.items()})
-    return {"nus": FINE_NUS, "deltas": DELTAS, "lam": POINT_LAM, "theta": POINT, "path": path.tolist(),
+    return {"nus": nus, "deltas": DELTAS, "lam": POINT_LAM, "theta": POINT, "path": path.tolist(),
             "centre": centre.tolist(), "tangent": (-exact / POINT_LAM).tolist(), "points": points, "errors": errors}
 
 
