@@ -17,11 +17,11 @@ from meta_gradient import Setting, take_turns
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from fobmaml.allocator import keep_freed_memory
+from fobmaml.engine import Learner
 from fobmaml.engine.fused import FusedGradient
-from fobmaml.engine.learner import Learner
 from fobmaml.files import write_csv, write_json
-from fobmaml.provenance import provenance
+from fobmaml.run.allocator import keep_freed_memory
+from fobmaml.run.provenance import provenance
 
 KINDS = {"matrix products": ("aten::bmm", "aten::baddbmm"), "activations": ("aten::silu", "aten::silu_backward"),
          "copies and sums": ("aten::copy_", "aten::add_", "aten::add", "aten::fill_")}

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from fobmaml.engine.learner import LOOP_FROM, Learner, gradient_of
+from fobmaml.engine import Learner
+from fobmaml.engine.trial import LOOP_FROM
 from fobmaml.files import write_csv, write_json
-from fobmaml.provenance import provenance
+from fobmaml.run.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 5
@@ -64,10 +66,10 @@ def measured(setting: tuple[str, int, int, int], repeats: int) -> Row:
     calls, chosen = {}, ""
     for engine in ("auto", "autograd", "loop"):
         learner = Learner(model, F.cross_entropy, engine)
-        evaluation = learner.evaluation(learner.theta().expand(rows, -1), x, learner.row_loss(y))
+        evaluation = learner.engine_for(x, learner.row_loss(y))
         chosen = chosen or learner.used
         if engine != "auto":
-            calls[engine] = lambda evaluation=evaluation: gradient_of(evaluation)
+            calls[engine] = partial(evaluation.gradient, learner.theta().expand(rows, -1))
     times: dict[str, list[float]] = {engine: [] for engine in calls}
     for _ in range(repeats + 1):
         for engine, call in calls.items():

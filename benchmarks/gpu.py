@@ -16,13 +16,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators import FOMAML, IMAML, MAML, Estimator, Symmetric, estimate
 from fobmaml.files import write_csv, write_json
 from fobmaml.measure import peak_bytes
 from fobmaml.models import CNN1d
 from fobmaml.precision import full_precision
-from fobmaml.provenance import provenance
+from fobmaml.run.provenance import provenance
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import MNIST1D
 

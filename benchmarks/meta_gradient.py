@@ -36,13 +36,13 @@ from tqdm import tqdm
 
 import fobmaml.training
 from fobmaml import estimators
-from fobmaml.allocator import keep_freed_memory
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.files import write_csv, write_json
 from fobmaml.measure import peak_bytes
 from fobmaml.models import CNN1d
-from fobmaml.provenance import provenance
+from fobmaml.run.allocator import keep_freed_memory
+from fobmaml.run.provenance import provenance
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import MNIST1D, TaskBatch
 from fobmaml.training import MetaTraining

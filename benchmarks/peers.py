@@ -17,8 +17,8 @@ def plain_network(model: CNN1d) -> nn.Sequential:
     *convolutions, last = model.weights
     layers: list[nn.Module] = [nn.Unflatten(1, (1, -1))]
     for weight, stride in zip(convolutions, model.strides, strict=True):
-        channels_out, taps, channels_in = weight.shape
-        layers += [nn.Conv1d(channels_in, channels_out, taps, stride, padding=1), nn.SiLU()]
+        channels_out, kernel_size, channels_in = weight.shape
+        layers += [nn.Conv1d(channels_in, channels_out, kernel_size, stride, padding=1), nn.SiLU()]
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(last[0].numel(), len(last))).to(last.dtype)
     ours = [part for pair in zip((w.mT for w in model.weights), model.biases, strict=True) for part in pair]
     with torch.no_grad():

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fobmaml.files import write_csv, write_json
-from fobmaml.provenance import provenance
+from fobmaml.run.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 RUN = ("steps=40", "log_every=1000", "eval.tasks=0", "eval.validation_tasks=0", "bias.every=0", "wandb.mode=disabled")

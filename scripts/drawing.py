@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
 from fobmaml.files import read_csv
-from fobmaml.plotting import METHODS, method
+from fobmaml.run.plotting import METHODS, method
 
 RESULTS = Path(__file__).parents[1] / "results"
 

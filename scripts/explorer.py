@@ -20,7 +20,7 @@ from explorer_data import FINE_NUS, NODES, compare, measured, methods, tradeoff
 from playwright.sync_api import Browser, sync_playwright
 
 from fobmaml.files import write_atomically, write_csv, write_json
-from fobmaml.provenance import provenance
+from fobmaml.run.provenance import provenance
 
 PARTS = Path(__file__).parent / "explorer_page"
 PANELS = ("curvature", "compare", "tradeoff", "measured")

@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from fobmaml import Learner, TaskBatch
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Estimator, Exact, Forward, Reptile, Symmetric
-from fobmaml.plotting import METHODS
+from fobmaml.run.plotting import METHODS
 from fobmaml.solvers import GradientDescent, Inexact, InnerProblem, NewtonCG
 
 LAMS = (0.25, 0.5, 1.0, 2.0)

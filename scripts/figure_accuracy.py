@@ -5,7 +5,7 @@ from pathlib import Path
 from drawing import draw_alone, groups, legend_below, load, save, style
 from statistics_of_runs import interval
 
-from fobmaml.plotting import new_figure
+from fobmaml.run.plotting import new_figure
 
 
 def draw(folder: Path) -> None:

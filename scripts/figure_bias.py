@@ -7,7 +7,7 @@ from drawing import Row, draw_alone, groups, legend_below, load, logarithmic, sa
 from statistics_of_runs import slope
 
 from fobmaml.files import write_csv
-from fobmaml.plotting import new_figure
+from fobmaml.run.plotting import new_figure
 
 THEORY = {"forward": "1/2", "symmetric": "2/3", "central4": "4/5"}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from drawing import draw_alone, groups, legend_below, load, save
 
-from fobmaml.plotting import method, new_figure
+from fobmaml.run.plotting import method, new_figure
 
 LOSSES = {"cross_entropy": "cross-entropy", "mse": "mean squared error"}
 PARTS = {"hessian": ("Hessian", "#000000", "s", "-"), "gauss_newton": ("Gauss–Newton part", "#0072B2", "o", "-"),

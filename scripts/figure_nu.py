@@ -5,7 +5,7 @@ from pathlib import Path
 
 from drawing import draw_alone, groups, legend_below, load, save, style
 
-from fobmaml.plotting import method, new_figure
+from fobmaml.run.plotting import method, new_figure
 
 ORDER = {"forward": 1, "symmetric": 2, "central4": 4}
 SHOWN_DELTA = 1e-6

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from drawing import Row, draw_alone, groups, legend_below, load, logarithmic, save
 
-from fobmaml.plotting import new_figure
+from fobmaml.run.plotting import new_figure
 
 LOOKS = {"sgd": ("SGD", "#E69F00", "^"), "clipped_sgd": ("clipped SGD", "#009E73", "D"),
          "sngdm": ("SNGDM", "#0072B2", "o"), "adam": ("Adam", "#000000", "s")}

@@ -9,7 +9,7 @@ import numpy as np
 from drawing import draw_alone, save
 
 from fobmaml.files import write_csv
-from fobmaml.plotting import method, new_figure
+from fobmaml.run.plotting import method, new_figure
 
 CURVATURES = [(0.0, 0.0, 0.0), (0.1, 0.0, 0.1), (0.5, -0.1, 0.0), (0.5, 0.3, 0.5)]
 G, X = np.array([0.1, -0.1]), np.array([0.3, 0.1])

@@ -7,7 +7,7 @@ from drawing import draw_alone, load, save
 from matplotlib.ticker import LogLocator, NullFormatter
 from statistics_of_runs import slope
 
-from fobmaml.plotting import method, new_figure
+from fobmaml.run.plotting import method, new_figure
 
 
 def draw(folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from drawing import Row, draw_alone, groups, legend_below, load, logarithmic, save, style
 from matplotlib.axes import Axes
 
-from fobmaml.plotting import method, new_figure
+from fobmaml.run.plotting import method, new_figure
 
 COLUMNS = ("width", "inner_steps", "seconds_median", "seconds_q25", "seconds_q75", "seconds_16_tasks", "multiply_adds",
            "matrix_product_gflops", "fraction_of_limit")

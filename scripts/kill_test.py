@@ -20,7 +20,7 @@ import torch
 from forked import Forks
 from tqdm import tqdm
 
-from fobmaml.files import read_events
+from fobmaml.run.events import read_events
 
 RUN = ("width=4", "steps=60", "log_every=1", "checkpoint_every=1", "eval.every=20", "bias.every=0", "eval.tasks=10",
        "eval.validation_tasks=10")

@@ -23,7 +23,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tqdm import tqdm
 
-from fobmaml.files import read_events, write_csv, write_json
+from fobmaml.files import write_csv, write_json
+from fobmaml.run.events import read_events
 
 ROOT = Path(__file__).parents[1]
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fobmaml.engine import fused
 from fobmaml.engine.activations import ACTIVATIONS
-from fobmaml.engine.stacked import Convolution, Dense
+from fobmaml.engine.layers import Convolution, Dense
 
 ROOT = Path(__file__).parents[1]
 SILU = ACTIVATIONS["silu"]
@@ -103,8 +103,8 @@ class Random(random.Random):
             last = i == convolutions + dense - 1
             out = self.choice([1, 2, 5, 7, 8, 9, 16, 17, 25, 33, 49, 70]) if not large or last else 230
             if i < convolutions:
-                taps, stride = self.randint(1, min(7, length + 2)), self.randint(1, 3)
-                shape, length = torch.Size((out, taps, channels)), (length + 2 - taps) // stride + 1
+                kernel_size, stride = self.randint(1, min(7, length + 2)), self.randint(1, 3)
+                shape, length = torch.Size((out, kernel_size, channels)), (length + 2 - kernel_size) // stride + 1
                 layers.append(Convolution(f"w{i}", f"b{i}", stride, SILU))
             else:
                 shape = torch.Size(self.choice([(out, length, channels), (out, length * channels)]))

@@ -16,7 +16,7 @@ from statistics_of_runs import paired, slope
 from tables import percent
 
 from fobmaml.files import write_atomically
-from fobmaml.plotting import method
+from fobmaml.run.plotting import method
 
 TUNING = ("tuning_adam", "tuning_sngdm", "tuning_clipped")
 HOLDS, IN_PART, DOES_NOT = "holds", "holds in part", "does not hold"

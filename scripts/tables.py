@@ -9,7 +9,7 @@ from drawing import RESULTS, Missing, Row, groups, load, settings
 from statistics_of_runs import interval
 
 from fobmaml.files import read_csv, write_atomically
-from fobmaml.plotting import method
+from fobmaml.run.plotting import method
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import fobmaml
 from fobmaml import Learner, TaskBatch
-from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, estimate
+from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, chunk_size, estimate
 from fobmaml.models import MLP, CNN1d
 from fobmaml.solvers import BarzilaiBorwein, GradientDescent, NewtonCG, Solution, Solver
 
@@ -482,6 +482,20 @@ def test_hooks_count():
     for plain in (MLP((6,), 3, 4, 1), CNN1d((6,), 3, 3, 1)):
         plain.double()
         learner = Learner(hooked(plain), F.cross_entropy)
-        assert not learner.stacked
+        assert not learner.lists_layers
         found = learner.outputs(learner.theta().expand(3, -1), batch.support_x)
         torch.testing.assert_close(found[0], plain(batch.support_x[0]))
+
+
+def test_automatic_chunks_of_plain_modules():
+    """As many rows as fill the cache by vmap, one where rows are looped over; the numbers are the same."""
+    chunks = {}
+    for name, width in (("small", 4), ("large", 900)):
+        model = nn.Sequential(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 3))
+        learner, batch = Learner(model, F.cross_entropy), tasks(vectors, _labels, 6, 10, 10).to(dtype=torch.float32)
+        chunks[name] = chunk_size(learner, batch, SYMMETRIC)
+        few, auto = (fobmaml.meta_gradient(SYMMETRIC, model, F.cross_entropy, batch, chunk) for chunk in (1, "auto"))
+        torch.testing.assert_close(_flat(auto), _flat(few), rtol=1e-3, atol=1e-5)
+    assert chunks == {"small": 6, "large": 1}
+    with pytest.raises(ValueError, match=r"^task_chunk=all: takes one of auto$"):
+        fobmaml.meta_gradient(SYMMETRIC, model, F.cross_entropy, batch, "all")

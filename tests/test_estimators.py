@@ -189,7 +189,7 @@ def test_exact_through_meta_gradient(mnist1d):
     estimator = Exact(NewtonCG(), 2.0)
     found = fobmaml.meta_gradient(estimator, learner.model, F.cross_entropy, tasks)
     phi = estimator.adapt(learner, learner.theta(), tasks).phi
-    wanted = learner.fold(dense_meta_gradient(learner, tasks, 2.0, at=phi).mean(0))
+    wanted = learner.unflatten(dense_meta_gradient(learner, tasks, 2.0, at=phi).mean(0))
     for name, value in found.gradient.items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-6, atol=1e-9)
     assert found.residual.max() <= 1e-8

@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 import fobmaml
 from fobmaml.estimators import Central, Exact, Forward, Symmetric
 from fobmaml.files import read_csv
-from fobmaml.plotting import METHODS
+from fobmaml.run.plotting import METHODS
 from fobmaml.solvers import Inexact, InnerProblem, NewtonCG
 
 explorer = pytest.importorskip("explorer", reason="the packages of `make explorer` are not installed")

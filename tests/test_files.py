@@ -10,18 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fobmaml.files import (
-    CannotWrite,
-    CheckpointError,
-    EventLog,
-    FolderInUse,
-    events_until,
-    load_checkpoint,
-    read_events,
-    save_checkpoint,
-    sole_user,
-    write_json,
-)
+from fobmaml.files import CannotWrite, write_json
+from fobmaml.run.checkpoints import load_checkpoint, save_checkpoint
+from fobmaml.run.errors import CheckpointError, FolderInUse
+from fobmaml.run.events import EventLog, events_until, read_events
+from fobmaml.run.folders import sole_user
 from fobmaml.tasks import mnist1d
 
 CONFIG = {"width": 8, "estimator": {"lam": 0.5}}

@@ -20,8 +20,9 @@ from fobmaml import Learner, TaskBatch
 from fobmaml.engine import fused
 from fobmaml.engine.activations import ACTIVATIONS
 from fobmaml.engine.fused import FusedGradient
+from fobmaml.engine.layers import Convolution, Dense, lengths_taken
 from fobmaml.engine.losses import Loss, Part
-from fobmaml.engine.stacked import Convolution, Dense, StackedNetwork, lengths_taken
+from fobmaml.engine.stacked import StackedNetwork
 from fobmaml.estimators import Symmetric, estimate
 from fobmaml.models import MLP, CNN1d
 from fobmaml.solvers import GradientDescent, InnerProblem
@@ -72,12 +73,14 @@ def test_compiled_gradients_equal_autograd(instructions, seed):
     found = []
     for which, dtype in ((learner, torch.float32), (precise, torch.float64)):
         loss = Loss(F.cross_entropy).rows(targets, [Part(slice(None), factor.to(dtype))])
-        evaluation = which.evaluation(phi.to(dtype), x.to(dtype), loss)
-        into = evaluation.pack(before.to(dtype))
-        for part in into if scale == 0.0 else []:
-            part.fill_(torch.nan)  # is not read
-        evaluation.add_gradient(into, scale, step)
-        found.append(evaluation.unpack(into))
+        engine = which.engine_for(x.to(dtype), loss)
+        if which is precise:
+            found.append(scale * before + step * engine.gradient(phi))
+            continue
+        into = torch.full_like(before, torch.nan) if scale == 0.0 else before.clone()  # is not read
+        engine.kernel.add(phi.float(), None, into, scale, step)
+        found.append(into)
+        assert scale or torch.equal(engine.gradient(phi.float()), into)
     assert learner.fused
     assert not precise.fused
     assert (found[0] - found[1]).norm() <= 1e-5 * found[1].norm()
@@ -153,9 +156,9 @@ def test_inputs_of_another_shape_are_refused_in_the_same_words(model, example, s
     learner = Learner(model, F.cross_entropy, engine="auto" if compiled else "stacked")
     rows, tasks = learner.theta().expand(3, -1), _right(model)
     loss = learner.row_loss(tasks.support_y)
-    learner.evaluation(rows, tasks.support_x, loss)
+    learner.engine_for(tasks.support_x, loss).gradient(rows)
     with pytest.raises(ValueError, match=says):
-        learner.evaluation(rows, x, loss)
+        learner.engine_for(x, loss).gradient(rows)
 
 
 def _right(model) -> TaskBatch:
@@ -194,7 +197,7 @@ def test_networks_of_no_size_are_refused(make, says):
 
 
 def _layers(*kinds, **shapes) -> tuple[list, dict]:
-    """C3/2: a convolution of three taps and stride two, D: a dense layer; shapes of w0, b0, w1, ..."""
+    """C3/2: a convolution of kernel size three and stride two, D: a dense layer; shapes of w0, b0, w1, ..."""
     layers = [Dense(f"w{i}", f"b{i}", SILU if i < len(kinds) - 1 else None) if kind == "D"
               else Convolution(f"w{i}", f"b{i}", int(kind[1:]), SILU) for i, kind in enumerate(kinds)]
     return layers, {name: torch.Size(shape) for name, shape in shapes.items()}
@@ -224,7 +227,7 @@ WRONG_NETWORKS = {
     "a convolution at the end": _layers("C1", w0=(3, 3, 1), b0=(3,)),
     "a convolution after a dense layer": _layers(
         "D", "C1", "D", w0=(3, 4), b0=(3,), w1=(3, 3, 3), b1=(3,), w2=(5, 3), b2=(5,)),
-    "two-dimensional taps": _layers("C1", "D", w0=(3, 3, 3, 1), b0=(3,), w1=(5, 12), b1=(5,)),
+    "two-dimensional kernel": _layers("C1", "D", w0=(3, 3, 3, 1), b0=(3,), w1=(5, 12), b1=(5,)),
     "windows longer than any signal": _layers("C1", "D", w0=(3, 1, 1), b0=(3,), w1=(5, 3), b1=(5,)),
 }
 
@@ -240,13 +243,14 @@ def test_layers_that_are_no_network_are_refused_with_the_kernel_and_without(case
 
 
 def test_the_lengths_taken_are_those_that_convolutions_leave_alike():
-    for taps, stride in ((1, 1), (3, 1), (3, 2), (5, 2), (7, 3), (2, 5)):
-        for length in range(max(taps - 2, 1), 30):
-            places = F.conv1d(torch.zeros(1, 1, length), torch.zeros(1, 1, taps), stride=stride, padding=1).shape[2]
-            layers, shapes = _layers(f"C{stride}", "D", w0=(3, taps, 1), b0=(3,), w1=(5, 3 * places), b1=(5,))
+    for kernel_size, stride in ((1, 1), (3, 1), (3, 2), (5, 2), (7, 3), (2, 5)):
+        for length in range(max(kernel_size - 2, 1), 30):
+            kernel = torch.zeros(1, 1, kernel_size)
+            places = F.conv1d(torch.zeros(1, 1, length), kernel, stride=stride, padding=1).shape[2]
+            layers, shapes = _layers(f"C{stride}", "D", w0=(3, kernel_size, 1), b0=(3,), w1=(5, 3 * places), b1=(5,))
             found = lengths_taken(layers, shapes)
-            wanted = [other for other in range(max(taps - 2, 1), 60) if F.conv1d(
-                torch.zeros(1, 1, other), torch.zeros(1, 1, taps), stride=stride, padding=1).shape[2] == places]
+            wanted = [other for other in range(max(kernel_size - 2, 1), 60) if F.conv1d(
+                torch.zeros(1, 1, other), kernel, stride=stride, padding=1).shape[2] == places]
             assert list(found) == wanted
 
 
@@ -327,7 +331,7 @@ def test_a_network_that_the_kernel_does_not_know_is_refused(instructions):
             _add(given | {"layers": [Dense("w0", "b0", activation)]})
     deep = MLP((4,), 5, width=1, depth=600)
     learner = Learner(deep, F.cross_entropy)
-    assert learner.stacked
+    assert learner.lists_layers
     assert not learner.fused
 
 
@@ -415,9 +419,9 @@ for model, example, says in t.WRONG_INPUTS:
     learner = t.Learner(model, t.F.cross_entropy)
     rows, tasks = learner.theta().expand(3, -1), t._right(model)
     loss = learner.row_loss(tasks.support_y)
-    learner.evaluation(rows, tasks.support_x, loss)
+    learner.engine_for(tasks.support_x, loss).gradient(rows)
     try:
-        learner.evaluation(rows, t.torch.randn(3, 6, *example), loss)
+        learner.engine_for(t.torch.randn(3, 6, *example), loss).gradient(rows)
     except ValueError as error:
         refused += str(error) == "inputs=" + says
 for change in ({{"targets": t.torch.zeros(2, 3, 2)}}, {{"into": t.torch.zeros(25, 2).mT}}, {{"times": 0}}):

@@ -115,7 +115,7 @@ def test_estimators_by_hand_equal_those_by_autograd(seed):
 def test_theta_round_trip():
     model = CNN1d((40,), 5, width=4)
     learner = Learner(model, F.cross_entropy)
-    for name, value in learner.fold(learner.theta()).items():
+    for name, value in learner.unflatten(learner.theta()).items():
         assert torch.equal(value, dict(model.named_parameters())[name])
     assert learner.parameter_count == sum(p.numel() for p in model.parameters())
 
@@ -133,11 +133,11 @@ class Doubled(CNN1d):
 @pytest.mark.parametrize("kind", [CNN1d, Doubled])
 def test_passes_by_hand_are_for_the_listed_network_only(kind):
     model = kind((40,), 5, width=4).double()
-    assert Learner(CNN1d((40,), 5, width=4), F.cross_entropy).stacked
+    assert Learner(CNN1d((40,), 5, width=4), F.cross_entropy).lists_layers
     if kind is CNN1d:
         model.biases[1].requires_grad_(False)
     learner, tasks = Learner(model, F.cross_entropy), _batch()
-    assert not learner.stacked
+    assert not learner.lists_layers
     rows = learner.theta().expand(3, -1)
     gradient = InnerProblem(learner, rows, tasks, 0.0).gradient(rows)
     support, _ = plain_losses(learner, tasks, 0)

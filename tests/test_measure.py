@@ -176,7 +176,7 @@ def test_curvature_is_that_of_the_dense_hessian_and_jacobian(loss):
     for task in range(2):
         hessian = torch.func.hessian(plain_losses(learner, tasks, task)[0])(theta)
         outputs = lambda flat, x=tasks.support_x[task]: torch.func.functional_call(  # noqa: E731
-            learner.model, learner.fold(flat), (x,))
+            learner.model, learner.unflatten(flat), (x,))
         j, m = torch.func.jacrev(outputs)(theta), outputs(theta)  # [N, C, P], [N, C]
         p = m.softmax(-1)
         b = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1) if loss == "cross_entropy" else 2 / 3 * torch.eye(3)
@@ -217,3 +217,22 @@ def test_a_linear_model_has_no_curvature_of_its_own():
     assert found.gauss_newton_error < 1e-12 < 1e-3 < found.fomaml_error
     with pytest.raises(ValueError, match=r"^momentum=0.5: takes 0"):
         curvature(learner, tasks, GradientDescent(steps=3, momentum=0.5))
+
+
+def test_an_estimator_may_bring_its_own_reference(mnist1d):
+    """FO-MAML against the gradient of the loss after two steps, whatever its λ."""
+
+    class Short(FOMAML):
+        def reference(self, tol):
+            return MAML(GradientDescent(2, 0.1)), "two steps"
+
+    torch.manual_seed(0)
+    learner = Learner(CNN1d((40,), 5, width=4).double(), F.cross_entropy)
+    tasks = mnist1d.sample("train", 2, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+    solver = GradientDescent(2, 0.1)
+    own, usual = bias(Short(solver, lam=0.5), learner, tasks), bias(FOMAML(solver), learner, tasks)
+    exact = estimate(MAML(solver), learner, learner.theta(), tasks).gradient
+    found = estimate(FOMAML(solver, lam=0.5), learner, learner.theta(), tasks).gradient
+    assert own.reference == "two steps"
+    assert own.relative_error == pytest.approx(float((found - exact).norm() / exact.norm()), rel=1e-9)
+    assert usual.reference == "exact after the solver's steps, lam=0"

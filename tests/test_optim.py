@@ -95,7 +95,7 @@ def test_state_dict_continues_the_path(make):
     assert torch.equal(_flat(second), path[-1])
 
 
-@pytest.mark.parametrize("make", [lambda p: SNGDM(p, 0.05), lambda p: ClippedSGD(p, 0.05)])
+@pytest.mark.parametrize("make", [lambda p: SNGDM(p, 0.05), lambda p: ClippedSGD(p, 0.05, 1.0)])
 def test_closure_and_scheduler_and_groups(make):
     (p,) = [nn.Parameter(torch.full((3,), 2.0))]
     optimizer = make([p])

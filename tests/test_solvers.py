@@ -5,9 +5,18 @@ import torch
 import torch.nn.functional as F
 from conftest import newton, plain_losses, tasks_of
 
-from fobmaml import Learner
+from fobmaml import Learner, TaskBatch
 from fobmaml.models import CNN1d
-from fobmaml.solvers import BarzilaiBorwein, GradientDescent, Inexact, InnerProblem, NewtonCG, conjugate_gradients
+from fobmaml.solvers import (
+    BarzilaiBorwein,
+    GradientDescent,
+    Inexact,
+    InnerProblem,
+    Iterate,
+    Iterative,
+    NewtonCG,
+    conjugate_gradients,
+)
 
 LAM = 0.5
 
@@ -45,17 +54,17 @@ def test_barzilai_borwein_stops_each_row_on_its_residual():
     loose, tight = BarzilaiBorwein(tol=1e-2).solve(problem), BarzilaiBorwein(tol=1e-9).solve(problem)
     assert (loose.residual <= 1e-2).all()
     assert (tight.residual <= 1e-9).all()
-    assert (loose.steps < tight.steps).all()
+    assert (loose.gradients < tight.gradients).all()
     alone = [BarzilaiBorwein(tol=1e-9).solve(InnerProblem(learner, learner.theta(), tasks[i : i + 1], LAM))
              for i in range(len(tasks))]
-    assert tight.steps.tolist() == [int(s.steps) for s in alone]  # rows do not wait for, or hurry, each other
+    assert tight.gradients.tolist() == [int(s.gradients) for s in alone]  # rows do not wait for, or hurry, each other
 
 
 def test_barzilai_borwein_beats_gradient_descent():
     learner, tasks = tasks_of("logistic")
     problem = InnerProblem(learner, learner.theta(), tasks, 0.01)
     quick = BarzilaiBorwein(steps=1000, tol=1e-6).solve(problem)
-    slow = GradientDescent(steps=int(quick.steps.max()), lr=0.1).solve(problem)
+    slow = GradientDescent(steps=int(quick.gradients.max()), lr=0.1).solve(problem)
     assert (quick.residual <= 1e-6).all()
     assert (slow.residual > 1e-4).all()
 
@@ -64,7 +73,7 @@ def test_barzilai_borwein_already_there():
     learner, tasks = tasks_of("logistic")
     solution = BarzilaiBorwein(tol=1e9).solve(InnerProblem(learner, learner.theta(), tasks, LAM))
     assert torch.equal(solution.phi, learner.theta().expand(len(tasks), -1))
-    assert solution.steps.tolist() == [1] * len(tasks)
+    assert solution.gradients.tolist() == [1] * len(tasks)
 
 
 def test_newton_reaches_a_minimiser_of_a_network_where_gradient_descent_crawls(mnist1d):
@@ -102,8 +111,7 @@ def test_conjugate_gradients_row_by_row():
     (lambda: GradientDescent(lr=0), "lr=0: takes a finite number above 0"),
     (lambda: GradientDescent(lr=float("inf")), "lr=inf: takes"),
     (lambda: GradientDescent(momentum=1), "momentum=1: takes a finite number of at least 0 below 1"),
-    (lambda: BarzilaiBorwein(tol=-1), "tol=-1: takes"), (lambda: BarzilaiBorwein(steps=1), "steps=1: takes"),
-    (lambda: NewtonCG(cg_steps=0), "cg_steps=0: takes"),
+    (lambda: BarzilaiBorwein(tol=-1), "tol=-1: takes"), (lambda: NewtonCG(cg_steps=0), "cg_steps=0: takes"),
 ])
 def test_bad_arguments(make, text):
     with pytest.raises(ValueError, match=f"^{text}"):
@@ -123,3 +131,75 @@ def test_inexact_is_off_by_delta_and_never_the_same_way():
     assert torch.equal(Inexact(delta=1e-3).solve(problem).phi - exact, errors[0])
     with pytest.raises(ValueError, match=r"^delta=-1: takes a finite number of at least 0"):
         Inexact(delta=-1)
+
+
+@pytest.mark.parametrize("solver", [BarzilaiBorwein(tol=1e-9), NewtonCG(tol=1e-9)])
+def test_a_solution_says_what_it_took_and_how_it_ended(solver):
+    """Counted by the calls themselves, one task at a time."""
+    learner, tasks = tasks_of("logistic")
+    for task in tasks.split(1):
+        problem = InnerProblem(learner, learner.theta(), task, LAM)
+        counts = {"gradient": 0, "product": 0}
+        gradient, linearize = problem.gradient, problem.linearize
+
+        def counted(phi, gradient=gradient, counts=counts):
+            counts["gradient"] += 1
+            return gradient(phi)
+
+        def counted_linearize(phi, linearize=linearize, counts=counts):
+            counts["gradient"] += 1
+            g, hvp = linearize(phi)
+
+            def product(v):
+                counts["product"] += 1
+                return hvp(v)
+            return g, product
+
+        problem.gradient, problem.linearize = counted, counted_linearize
+        solution = solver.solve(problem)
+        assert (int(solution.gradients), int(solution.hessian_products)) == (counts["gradient"], counts["product"])
+        assert solution.result == ["converged"]
+
+
+def test_results_by_name():
+    learner, tasks = tasks_of("logistic")
+    problem = InnerProblem(learner, learner.theta(), tasks, LAM)
+    few = BarzilaiBorwein(steps=2, tol=1e-9).solve(problem)
+    assert few.result == ["out of steps"] * len(tasks)
+    assert few.gradients.tolist() == [3] * len(tasks)
+    assert GradientDescent(steps=5).solve(problem).result == ["out of steps"] * len(tasks)
+    assert GradientDescent(steps=5).solve(problem).gradients.tolist() == [5] * len(tasks)
+    assert GradientDescent(steps=800, lr=1e4).solve(InnerProblem(learner, learner.theta(), tasks, 1.0)).result == [
+        "diverged"] * len(tasks)
+
+
+def test_negative_curvature_is_a_result():
+    """The loss −‖φ‖² has the Hessian −2, beyond λ."""
+    model = torch.nn.Linear(3, 2, bias=False).double()
+    x, y = torch.eye(3, dtype=torch.float64).expand(2, -1, -1), torch.zeros(2, 3, 2, dtype=torch.float64)
+    learner = Learner(model, lambda o, _: -o.square().sum())
+    problem = InnerProblem(learner, learner.theta(), TaskBatch(x, y, x, y), LAM)
+    solution = NewtonCG(steps=3).solve(problem)
+    assert solution.result == ["negative curvature"] * 2
+    assert solution.hessian_products.tolist() == [3, 3]  # the first of each step shows it
+
+
+class Halving(Iterative):
+    """A solver of a user's own: gradient descent whose steps get shorter."""
+
+    steps, tol = 400, 1e-6
+
+    def begin(self, problem):
+        at = super().begin(problem)
+        return Iterate(at.phi, at.gradient, 0.5)
+
+    def step(self, problem, at, active):
+        phi = at.phi - at.memory * active.unsqueeze(1) * at.gradient
+        return Iterate(phi, problem.gradient(phi), max(0.999 * at.memory, 0.2))
+
+
+def test_a_solver_of_a_users_own():
+    learner, tasks = tasks_of("logistic")
+    solution = Halving().solve(InnerProblem(learner, learner.theta(), tasks, LAM))
+    assert (solution.residual <= 1e-6).all()
+    assert solution.result == ["converged"] * len(tasks)

@@ -16,7 +16,7 @@ from fobmaml import Learner, TaskBatch, solvers
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Symmetric, chunk_size, estimate
 from fobmaml.models import MLP, CNN1d
 from fobmaml.optim import SNGDM, ClippedSGD
-from fobmaml.plotting import learning_curve
+from fobmaml.run.plotting import learning_curve
 from fobmaml.tasks import Logistic, Sinusoid
 from fobmaml.tasks.mnist1d import mean_squared_error
 from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings, loss_name
@@ -224,7 +224,7 @@ def test_accuracy_and_its_interval_by_hand(mnist1d):
     training = _training(mnist1d)
     score = training.evaluate("test", 30)
     tasks = training.tasks("test", 30, EVALUATION_SEED).to(dtype=torch.float32)
-    theta = training.learner.fold(training.learner.theta())
+    theta = training.learner.unflatten(training.learner.theta())
     correct = []
     for i in range(30):
         phi = theta
@@ -274,7 +274,7 @@ def test_automatic_chunks_shrink_with_width(mnist1d):
     tasks = mnist1d.sample("train", 16, torch.Generator().manual_seed(0))
     small, large = (Learner(CNN1d((40,), 5, width=w), F.cross_entropy, "stacked") for w in (16, 250))
     central, forward, fomaml = (kind(solvers.GradientDescent()) for kind in (Central, Forward, FOMAML))
-    assert [e.rows_per_task for e in (central, forward, fomaml)] == [4, 1, 1]
+    assert [e.cost(5, 5).rows for e in (central, forward, fomaml)] == [4, 1, 1]
     assert chunk_size(small, tasks, central) == 16
     assert chunk_size(large, tasks, central) == 1
     assert chunk_size(large, tasks, central) < chunk_size(large, tasks, fomaml) == chunk_size(large, tasks)

@@ -45,7 +45,7 @@ class SNGDM(_WholeVectorOptimizer):
     Raises ValueError unless lr > 0 (a schedule may set it to 0 later) and 0 ≤ beta < 1.
     """
 
-    def __init__(self, params: ParamsT, lr: float = 0.1, beta: float = 0.9):
+    def __init__(self, params: ParamsT, lr: float = 0.3, beta: float = 0.9):
         number("lr", lr, above=0.0)
         number("beta", beta, at_least=0.0, below=1.0)
         super().__init__(params, {"lr": lr, "beta": beta})
@@ -70,7 +70,7 @@ class ClippedSGD(_WholeVectorOptimizer):
     Raises ValueError unless lr > 0, max_norm > 0 and 0 ≤ momentum < 1.
     """
 
-    def __init__(self, params: ParamsT, lr: float = 0.1, max_norm: float = 1.0, momentum: float = 0.9):
+    def __init__(self, params: ParamsT, lr: float = 0.1, max_norm: float = 0.05, momentum: float = 0.9):
         number("lr", lr, above=0.0)
         number("momentum", momentum, at_least=0.0, below=1.0)
         self.max_norm = number("max_norm", max_norm, above=0.0)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
-from fobmaml.engine.learner import ENGINES, Learner
+from fobmaml.engine import ENGINES, Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.measure import bias, curvature, peak_bytes, smoothness
 from fobmaml.measure.accuracy import mean_accuracy, task_accuracies
@@ -46,6 +46,8 @@ Event = dict[str, float | int | str | None]
 
 class Diverged(RuntimeError):
     """A meta-gradient was not finite."""
+
+    advice = "{error}; the last good checkpoint is {checkpoint}"
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ class MetaTraining:
                                "optimizer.lr, or a larger estimator.lam")
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self._learning_rate_factor(self.step)
-            for name, part in self.learner.fold(gradient).items():
+            for name, part in self.learner.unflatten(gradient).items():
                 self.parameters[name].grad = part
             self.optimizer.step()
             self.step += 1

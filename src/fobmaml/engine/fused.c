@@ -47,16 +47,16 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* A layer's parameters are weights [out][taps][in] and biases [out], at the places ``weight`` and ``bias`` of a row. A
+/* A layer's parameters are weights [out][kernel_size][in] and biases [out], at the places ``weight`` and ``bias`` of a row. A
 dense layer is one window over the whole signal. */
 typedef struct {
-    int64_t taps, stride, in, out, length_in, length_out, dense, weight, bias;
+    int64_t kernel_size, stride, in, out, length_in, length_out, dense, weight, bias;
 } Layer;
 
 /* What a thread keeps of a layer, for a block of examples. Windows m go over all examples. */
 typedef struct {
-    float *forward;       /* weights as panels [taps * in][up to WIDTH vectors of out] */
-    float *backward;      /* and as panels [out][up to WIDTH vectors of taps * in] */
+    float *forward;       /* weights as panels [kernel_size * in][up to WIDTH vectors of out] */
+    float *backward;      /* and as panels [out][up to WIDTH vectors of kernel_size * in] */
     float *bias;
     float *h;             /* the input, [examples][1 + length_in + 1][in] */
     float *gh;            /* the loss's derivative by it, zero until it is summed up */
@@ -169,7 +169,7 @@ INLINE void multiply(const int width, int64_t depth, const float *const *a, cons
 /* h' = a(z) and a'(z) for z = W h + b, for ``width`` vectors of outputs, from the ``first`` on. */
 INLINE void forward_panel(const int width, const int activate, const Layer *layer, const Buffers *at, int64_t windows,
                           int64_t first, float *h_next) {
-    int64_t depth = layer->taps * layer->in, columns = MIN(layer->out - first, width * LANES);
+    int64_t depth = layer->kernel_size * layer->in, columns = MIN(layer->out - first, width * LANES);
     vec b[WIDTH];
     UNROLL for (int v = 0; v < width; v++) b[v] = load(at->bias + first + v * LANES);
     for (int64_t m = 0; m < windows; m += HEIGHT) {
@@ -198,7 +198,7 @@ INLINE void forward_panel(const int width, const int activate, const Layer *laye
 
 /* gh += gz W, for ``width`` vectors of the windows. */
 INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, int64_t windows, int64_t first) {
-    int64_t columns = MIN(layer->taps * layer->in - first, width * LANES);
+    int64_t columns = MIN(layer->kernel_size * layer->in - first, width * LANES);
     for (int64_t m = 0; m < windows; m += HEIGHT) {
         const float *a[HEIGHT];
         vec sum[HEIGHT][WIDTH];
@@ -261,7 +261,7 @@ static void weight_rows(int height, int width, int64_t windows, const float *gz,
 
 /* into = scale * into + step * the gradient by the weights, where so few enter an output that lanes would be idle. */
 static void few_weights(const Layer *layer, const Buffers *at, int64_t windows, float *into, float scale, float step) {
-    int64_t out = layer->out, depth = layer->taps * layer->in;
+    int64_t out = layer->out, depth = layer->kernel_size * layer->in;
     for (int64_t k = 0; k < depth; k++)
         for (int64_t m = 0; m < windows; m++) at->part[k * windows + m] = at->h[at->from[m] + k];
     for (int64_t first = 0; first < depth; first += HEIGHT) EACH_PANEL(out, o, width) {
@@ -282,7 +282,7 @@ static void few_weights(const Layer *layer, const Buffers *at, int64_t windows, 
 /* into = scale * into + step * the gradient by the layer's parameters. */
 static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t windows, float *into, float scale,
                                float step) {
-    int64_t out = layer->out, depth = layer->taps * layer->in, groups = CEIL(out, HEIGHT);
+    int64_t out = layer->out, depth = layer->kernel_size * layer->in, groups = CEIL(out, HEIGHT);
     float *bias = into + layer->bias;
     for (int64_t o = 0; o < out; o += LANES) {
         vec sum = {0};
@@ -325,7 +325,7 @@ INLINE void add(float *to, const float *a, const float *b, int64_t number) {
 
 /* Lays out the parameters start + moved for the products. */
 static void pack(const Layer *layer, const float *start, const float *moved, Buffers *at) {
-    int64_t out = layer->out, depth = layer->taps * layer->in, height;
+    int64_t out = layer->out, depth = layer->kernel_size * layer->in, height;
     add(at->bias, start + layer->bias, moved ? moved + layer->bias : NULL, out);
     EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
         int64_t place = layer->weight + o * depth;
@@ -364,7 +364,7 @@ static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *
             PLACE(b->part, largest);
             break;
         }
-        int64_t depth = layer->taps * layer->in, windows = block * layer->length_out;
+        int64_t depth = layer->kernel_size * layer->in, windows = block * layer->length_out;
         largest = MAX(largest, MAX(LANES, depth < LANES ? windows : 0) * depth);
         largest = MAX(largest, MIN(windows, DEPTH) * CEIL(layer->out, HEIGHT) * HEIGHT);
         PLACE(b->forward, CEIL(layer->out, LANES) * LANES * depth);
@@ -450,7 +450,7 @@ static void backward(const Layer *layers, int64_t count, int64_t examples, Buffe
         }
         parameter_gradient(layer, at + l, windows, into, scale, step);
 #define INPUT(width) input_panel(width, layer, at + l, windows, k)
-        if (l) EACH_PANEL(layer->taps * layer->in, k, width) BY_WIDTH(width, INPUT);
+        if (l) EACH_PANEL(layer->kernel_size * layer->in, k, width) BY_WIDTH(width, INPUT);
 #undef INPUT
     }
 }

@@ -15,11 +15,19 @@ from torch import Tensor
 
 from fobmaml.arguments import number, refuse, whole_number
 from fobmaml.engine.activations import SiLU
-from fobmaml.engine.stacked import Convolution, Dense, check_chain
+from fobmaml.engine.base import Engine
+from fobmaml.engine.layers import Convolution, Dense, check_chain
+from fobmaml.engine.losses import CrossEntropy
+from fobmaml.engine.network import Network
+from fobmaml.engine.stacked import Stacked
 
 EXAMPLES_AT_ONCE, OF_LARGE_LAYERS, LARGE = 25, 50, 2**17
 """Their activations stay in a processor's cache, and are enough to read the weights for. Of a layer of more than LARGE
 weights they do not, and twice the examples are faster (measured at 25, 64, 128 and 250 channels)."""
+STEPS_A_CALL = 10
+"""Within a call no thread waits for another, and nobody can interrupt."""
+ROWS_A_THREAD = 8
+"""At least so many: a row is one thread's, and all threads wait for the last."""
 ALIGNMENT = 64
 MOST_LAYERS = 512  # a thread describes them on its stack
 MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not overflow
@@ -27,7 +35,7 @@ MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not o
 
 class _Layer(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in (
-        "taps", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias"))
+        "kernel_size", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias"))
 
 
 def instructions() -> str:
@@ -126,8 +134,8 @@ class FusedGradient:
         channels, described = x.shape[3], []
         for layer, (length, after) in zip(layers, pairwise(lengths), strict=True):
             dense, outputs = isinstance(layer, Dense), shapes[layer.weight][0]
-            taps = length if dense else shapes[layer.weight][1]
-            described.append(_Layer(taps, getattr(layer, "stride", 1), channels, outputs, length, after, dense,
+            kernel_size = length if dense else shapes[layer.weight][1]
+            described.append(_Layer(kernel_size, getattr(layer, "stride", 1), channels, outputs, length, after, dense,
                                     starts[layer.weight], starts[layer.bias]))
             if max(self.parameters, self.block * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:
                 raise refuse("inputs", tuple(x.shape), f"signals that fit into memory, {layer.weight}'s too")
@@ -218,3 +226,29 @@ def _plain(tensor: Tensor) -> Tensor:
     """The same numbers one after another, at addresses that float32 has; no later ``resize_`` of it is seen."""
     tensor = tensor.detach().resolve_neg().contiguous()
     return tensor.clone() if tensor.data_ptr() % 4 else tensor
+
+
+class Fused(Stacked):
+    """A gradient's passes in one call of the kernel; what it does not know is done as in ``Stacked``."""
+
+    def __init__(self, network: Network, x: Tensor, loss: CrossEntropy):
+        super().__init__(network, x, loss)
+        layers = network.model.stacked_layers()
+        loss.prepare(x.new_empty(*x.shape[:2], network.shapes[layers[-1].weight][0]))
+        self.kernel = FusedGradient(layers, network.shapes, network.model.stacked_inputs(x), loss.one_hot, loss.weights)
+
+    def gradient(self, phi: Tensor) -> Tensor:
+        into = torch.empty(phi.shape, dtype=phi.dtype)
+        self.kernel.add(phi.detach(), None, into, 0.0, 1.0)
+        return into
+
+    def gradient_descent(self, theta: Tensor, steps: int, lr: float, lam: float = 0.0, momentum: float = 0.0) -> Tensor:
+        if momentum:
+            return Engine.gradient_descent(self, theta, steps, lr, lam, momentum)
+        displacement = torch.zeros(theta.shape, dtype=theta.dtype)
+        for done in range(0, steps, STEPS_A_CALL):
+            self.kernel.add(theta, displacement, displacement, 1.0 - lr * lam, -lr, min(STEPS_A_CALL, steps - done))
+        return displacement
+
+    def _add_gradient(self, phi: Tensor, into: Tensor, scale: float, step: float) -> None:
+        self.kernel.add(phi, None, into, scale, step)

@@ -74,7 +74,7 @@ class RowLoss:
         with torch.enable_grad():
             leaf = outputs.detach().requires_grad_()
             (g,) = torch.autograd.grad(self(leaf).sum(), leaf, create_graph=second_order)
-        return g.detach(), lambda t: moved(g, leaf, t)
+        return g.detach(), lambda t: hvp(g, leaf, t)
 
     def _batches(self, outputs: Tensor) -> bool:
         """Whether vmap gives the values and gradients that two rows have one by one."""
@@ -92,7 +92,7 @@ class RowLoss:
         return close(found, wanted) and close(*gradients)
 
 
-def moved(gradient: Tensor, leaf: Tensor, along: Tensor) -> Tensor:
+def hvp(gradient: Tensor, leaf: Tensor, along: Tensor) -> Tensor:
     """The derivative of a gradient, whose graph is kept, as ``leaf`` moves along a vector; zero if it is constant.
 
     Raises ValueError where torch has no second derivative.

@@ -1,6 +1,7 @@
 """Meta-gradient estimators, one family a file."""
 
 from fobmaml.estimators.base import (
+    Cost,
     Estimate,
     Estimator,
     MeanEstimate,
@@ -14,6 +15,23 @@ from fobmaml.estimators.first_order import FOMAML, Reptile
 from fobmaml.estimators.implicit import IMAML, Exact, NotConverged
 from fobmaml.estimators.unrolled import MAML
 
-__all__ = ["FOMAML", "IMAML", "MAML", "Central", "Estimate", "Estimator", "Exact", "FiniteDifference", "Forward",
-           "MeanEstimate", "MetaGradient", "NotConverged", "Reptile", "Symmetric", "chunk_size", "estimate",
-           "meta_gradient"]
+__all__ = [
+    "FOMAML",
+    "IMAML",
+    "MAML",
+    "Central",
+    "Cost",
+    "Estimate",
+    "Estimator",
+    "Exact",
+    "FiniteDifference",
+    "Forward",
+    "MeanEstimate",
+    "MetaGradient",
+    "NotConverged",
+    "Reptile",
+    "Symmetric",
+    "chunk_size",
+    "estimate",
+    "meta_gradient",
+]

@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fobmaml.arguments import number, refuse, whole_number
-from fobmaml.engine.learner import Learner
+from fobmaml.arguments import number, one_of, refuse, whole_number
+from fobmaml.engine import Learner
 from fobmaml.engine.losses import LossFn
 from fobmaml.precision import full_precision
 from fobmaml.solvers import InnerProblem, LinearStatistics, Solution, Solver
@@ -31,6 +31,16 @@ class Estimate:
     linear: LinearStatistics | None = None
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Of one task: the ``rows`` of parameters that are solved at once, the ``examples`` of each row's gradient, and
+    whether Hessian products are taken."""
+
+    rows: int
+    examples: int
+    second_order: bool
+
+
 class Estimator(ABC):
     """A meta-gradient estimator. To add one, subclass it, implement ``__call__``, and write a file in
     configs/estimator.
@@ -40,12 +50,6 @@ class Estimator(ABC):
     """
 
     needs_proximal_term = True
-    rows_per_task = 1
-    """Rows of parameters that one task occupies while it is solved."""
-    query_in_inner_problem = False
-    """Whether those rows take gradients of the query set, too."""
-    first_order = False
-    """Whether it takes gradients only, no Hessian products."""
     differentiates_solution = False
     """Whether its formula takes the solver's result for the minimiser in all parameters."""
 
@@ -61,6 +65,15 @@ class Estimator(ABC):
     @abstractmethod
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         """The estimate of each task's meta-gradient at ``theta`` [P]."""
+
+    def cost(self, support: int, query: int) -> Cost:
+        """For tasks of so many support and query examples; by default that of a method with Hessian products."""
+        return Cost(1, support, second_order=True)
+
+    def reference(self, tol: float) -> "tuple[Estimator, str] | None":
+        """What its bias is measured against, to a residual of ``tol`` in float64, and what to call that. None: the
+        exact meta-gradient of the inner problem that it solves, see ``measure.bias``."""
+        return None
 
     def adapt(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Solution:
         """The solution of the unperturbed inner problem, φᵢ,₀: what a task's parameters are at test time."""
@@ -86,15 +99,15 @@ class Estimator(ABC):
 
         A solution that is θ itself is none of this: the problem may start at its solution, and ``residual`` tells.
         """
-        fold = problem.learner.fold
+        unflatten = problem.learner.unflatten
         for part in (displacement[:1], displacement):  # one row shows it nearly always
-            moved = {name: part.any() for name, part in fold(part).items()}
+            moved = {name: part.any() for name, part in unflatten(part).items()}
             moved = dict(zip(moved, torch.stack([*moved.values()]).tolist(), strict=True))
             if all(moved.values()):
                 return []
         if not any(moved.values()):
             return []
-        slope, start = fold(problem.gradient(problem.theta)), fold(problem.theta)
+        slope, start = unflatten(problem.gradient(problem.theta)), unflatten(problem.theta)
         length = displacement.norm() / math.hypot(*(slope[name].norm() for name in moved if moved[name]))
         rounding = 100 * torch.finfo(displacement.dtype).eps
         return [name for name in moved if not moved[name] and slope[name].any()
@@ -112,29 +125,18 @@ class MeanEstimate:
     linear: LinearStatistics | None
 
 
-WORK_AT_ONCE = 2**25
-"""``task_chunk=auto`` on a CPU: rows × parameters × examples of a gradient that hides the cost of calling the library.
-
-Measured (results/bench_chunks.csv): with less, calls cost time; with more, memory grows and time does not fall.
-"""
-ROWS_A_THREAD = 8
-"""At least so many with the compiled kernel: a row is one thread's, and all threads wait for the last."""
-
-
 def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
     """How many of ``tasks`` to solve at once (``task_chunk=auto``): all on a GPU, what keeps a CPU busy elsewhere.
 
-    For a meta-gradient by ``estimator``, or None: to adapt to the support set only.
+    For a meta-gradient by ``estimator``, or None: to adapt to the support set only. A rule and no stopwatch, so that
+    roundings repeat.
     """
     if learner.device.type != "cpu":
         return len(tasks)
     support, query = tasks.support_x.shape[1], tasks.query_x.shape[1]
-    rows, examples = 1, support
-    if estimator is not None:
-        rows, examples = estimator.rows_per_task, support + query * estimator.query_in_inner_problem
-    at_once = math.ceil(WORK_AT_ONCE / (rows * examples * learner.parameter_count))
-    if learner.fused and (estimator is None or estimator.first_order):
-        at_once = max(at_once, math.ceil(ROWS_A_THREAD * torch.get_num_threads() / rows))
+    cost = estimator.cost(support, query) if estimator else Cost(1, support, second_order=False)
+    rows = learner.rows_at_once(tasks.support_x, cost.examples, cost.second_order)
+    at_once = math.ceil(rows / cost.rows)
     return math.ceil(len(tasks) / math.ceil(len(tasks) / at_once))  # chunks of equal size
 
 
@@ -177,13 +179,13 @@ class MetaGradient:
 
 
 def meta_gradient(estimator: Estimator, model: nn.Module, loss_fn: LossFn, tasks: TaskBatch,
-                  task_chunk: int | None = None, engine: str = "auto") -> MetaGradient:
+                  task_chunk: int | str | None = "auto", engine: str = "auto") -> MetaGradient:
     """The meta-gradient at a model's present parameters, by any estimator.
 
     ``model``: any module whose outputs are a function of its parameters and inputs; it is not changed.
     ``loss_fn(outputs, targets)`` returns the mean loss of one task's examples. ``task_chunk``: how many tasks are
-    solved at once (None: all); fewer take less memory. ``engine``: see ``Learner``. Dtype and device follow the model;
-    autocast is left.
+    solved at once (None: all); fewer take less memory, and ``auto`` as few as are fast. ``engine``: see ``Learner``.
+    Dtype and device follow the model; autocast is left.
 
     Raises ValueError, naming the argument, for a model with running batch statistics or active dropout, a loss that is
     not one number, labels without an output, and tasks of another device.
@@ -192,10 +194,14 @@ def meta_gradient(estimator: Estimator, model: nn.Module, loss_fn: LossFn, tasks
         raise refuse("estimator", type(estimator).__name__, "one of fobmaml.estimators")
     if not isinstance(tasks, TaskBatch):
         raise refuse("tasks", type(tasks).__name__, "a fobmaml.TaskBatch")
-    if task_chunk is not None:
+    if isinstance(task_chunk, str):
+        one_of("task_chunk", task_chunk, ("auto",))
+    elif task_chunk is not None:
         whole_number("task_chunk", task_chunk)
     with torch.inference_mode(False):
         learner = Learner(model, loss_fn, engine)
-        result = estimate(estimator, learner, learner.theta(), tasks.to(dtype=learner.dtype), task_chunk)
-        return MetaGradient(learner.fold(result.gradient), cast(Tensor, result.query_loss),
+        tasks = learner.check(tasks.to(dtype=learner.dtype))
+        chunk = chunk_size(learner, tasks, estimator) if isinstance(task_chunk, str) else task_chunk
+        result = estimate(estimator, learner, learner.theta(), tasks, chunk)
+        return MetaGradient(learner.unflatten(result.gradient), cast(Tensor, result.query_loss),
                             cast(Tensor, result.residual), result.linear, learner.used)

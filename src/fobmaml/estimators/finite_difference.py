@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import number, refuse, whole_number
-from fobmaml.engine.learner import Learner
-from fobmaml.estimators.base import Estimate, Estimator
+from fobmaml.engine import Learner
+from fobmaml.estimators.base import Cost, Estimate, Estimator
 from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
 
@@ -27,8 +27,6 @@ class FiniteDifference(Estimator):
     Raises ValueError unless λ > 0, ν > 0 and the weights sum to zero, and for a model in half precision.
     """
 
-    query_in_inner_problem = True
-    first_order = True
     differentiates_solution = True
 
     def __init__(self, solver: Solver, lam: float, nu: float, offsets: tuple[int, ...], weights: tuple[float, ...]):
@@ -37,7 +35,9 @@ class FiniteDifference(Estimator):
         if len(offsets) != len(weights) or len(set(offsets)) != len(offsets) or abs(sum(weights)) > 1e-12:
             raise refuse("weights", weights, f"one weight for each of the distinct offsets {offsets}, with sum zero")
         self.stencil = dict(zip(offsets, weights, strict=True))
-        self.rows_per_task = sum(offset != 0 for offset in offsets)
+
+    def cost(self, support: int, query: int) -> Cost:
+        return Cost(sum(offset != 0 for offset in self.stencil), support + query, second_order=False)
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         if learner.dtype not in (torch.float32, torch.float64):

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from fobmaml.engine.learner import Learner
-from fobmaml.estimators.base import Estimate, Estimator
+from fobmaml.engine import Learner
+from fobmaml.estimators.base import Cost, Estimate, Estimator
 from fobmaml.solvers import Solver
 from fobmaml.tasks.batch import TaskBatch
 
@@ -16,10 +16,12 @@ class FOMAML(Estimator):
     """
 
     needs_proximal_term = False
-    first_order = True
 
     def __init__(self, solver: Solver, lam: float = 0.0):
         super().__init__(solver, lam)
+
+    def cost(self, support: int, query: int) -> Cost:
+        return Cost(1, support, second_order=False)
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         solution = self.adapt(learner, theta, tasks)
@@ -35,10 +37,12 @@ class Reptile(Estimator):
     """
 
     needs_proximal_term = False
-    first_order = True
 
     def __init__(self, solver: Solver, lam: float = 0.0):
         super().__init__(solver, lam)
+
+    def cost(self, support: int, query: int) -> Cost:
+        return Cost(1, support, second_order=False)
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         solution = self.adapt(learner, theta, tasks)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fobmaml.arguments import number, whole_number
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators.base import Estimate, Estimator
 from fobmaml.solvers import LinearSolve, Solution, Solver, conjugate_gradients
 from fobmaml.tasks.batch import TaskBatch
@@ -11,6 +11,9 @@ from fobmaml.tasks.batch import TaskBatch
 
 class NotConverged(RuntimeError):
     """The exact meta-gradient could not be computed to tolerance; the text says what failed."""
+
+    advice = ("the exact meta-gradient at step {step} is not available: {error}; try more solver.steps or a larger "
+              "estimator.lam")
 
 
 class IMAML(Estimator):

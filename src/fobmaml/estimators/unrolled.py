@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fobmaml.arguments import refuse
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators.base import Estimate, Estimator
 from fobmaml.solvers import InnerProblem, Solver
 from fobmaml.tasks.batch import TaskBatch

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators import MAML, Estimator, Exact, NotConverged, chunk_size, estimate
 from fobmaml.solvers import NewtonCG
 from fobmaml.tasks.batch import TaskBatch
@@ -27,15 +27,17 @@ class Bias:
 def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 1e-8) -> Bias:
     """The bias of ``estimator`` at the model's present parameters.
 
-    The reference is computed in float64. With λ > 0 it is the proximal objective's exact meta-gradient (``Exact`` at
-    the same λ). With λ = 0 the inner problem has no unique minimiser, F is the objective after the solver's K steps,
-    and the reference is its gradient, by back-propagation in float64.
+    The reference is computed in float64, and is the estimator's own if it names one. Else, with λ > 0, it is the
+    proximal objective's exact meta-gradient (``Exact`` at the same λ). With λ = 0 the inner problem has no unique
+    minimiser, F is the objective after the solver's K steps, and the reference is its gradient, by back-propagation.
     ``tasks`` in float64, so that both see the same examples. Cost: one estimate and one exact meta-gradient.
     """
     precise = learner.in_double()
     theta = learner.theta()
     reference: Estimator
-    if estimator.lam > 0:
+    if named := estimator.reference(tol):
+        reference, name = named
+    elif estimator.lam > 0:
         reference = Exact(NewtonCG(tol=tol), estimator.lam, tol)
         name = f"exact, lam={estimator.lam:g}"
     elif estimator.solver.differentiable_steps:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.engine.modules import differentiable
 from fobmaml.solvers import GradientDescent
 from fobmaml.tasks.batch import TaskBatch
@@ -56,7 +56,7 @@ def _curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> C
         support = _Loss(learner, task.support_x[0], task.support_y[0])
         query = _Loss(learner, task.query_x[0], task.query_y[0])
         eye = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
-        hessian = vmap(support.hessian_product(theta), chunk_size=256)(eye)
+        hessian = vmap(support.hvp(theta), chunk_size=256)(eye)
         gauss_newton = support.gauss_newton(theta)
         eigenvalues = [torch.linalg.eigvalsh(part) for part in (hessian, gauss_newton, hessian - gauss_newton)]
         spectra += torch.stack([*(e.abs().max() for e in eigenvalues), eigenvalues[0].min()]).cpu() / len(tasks)
@@ -66,7 +66,7 @@ def _curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> C
         g = grad(query)(path.pop())
         by_hessian, by_gauss_newton = g, g
         for phi in reversed(path):
-            by_hessian = by_hessian - solver.lr * support.hessian_product(phi)(by_hessian)
+            by_hessian = by_hessian - solver.lr * support.hvp(phi)(by_hessian)
             by_gauss_newton = by_gauss_newton - solver.lr * support.gauss_newton_product(phi)(by_gauss_newton)
         exact.append(by_hessian)
         first_order.append(g)
@@ -80,7 +80,7 @@ def _curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> C
     return Curvature(hessian_norm, gauss_newton_norm, network_norm, lowest, error(first_order), error(without_network))
 
 
-def _second_derivative(function: Function, at: Tensor, v: Tensor) -> Tensor:
+def _hvp(function: Function, at: Tensor, v: Tensor) -> Tensor:
     """The Hessian times v, by reverse mode twice: some losses of torch's have no forward mode of their gradient."""
     return grad(lambda x: (grad(function)(x) * v).sum())(at)
 
@@ -89,20 +89,20 @@ class _Loss:
     """One example set's loss as a function of flat parameters, and products with its curvature."""
 
     def __init__(self, learner: Learner, x: Tensor, y: Tensor):
-        self.outputs: Function = lambda phi: learner.module(learner.fold(phi), x).flatten()
+        self.outputs: Function = lambda phi: learner.module(learner.unflatten(phi), x).flatten()
         shape = self.outputs(learner.theta()).view(len(y), -1).shape if y.dim() == 1 else y.shape
         self.loss: Function = lambda m: learner.loss_fn(m.view(shape), y)
 
     def __call__(self, phi: Tensor) -> Tensor:
         return self.loss(self.outputs(phi))
 
-    def hessian_product(self, phi: Tensor) -> Function:
-        return lambda v: _second_derivative(self, phi, v)
+    def hvp(self, phi: Tensor) -> Function:
+        return lambda v: _hvp(self, phi, v)
 
     def gauss_newton_product(self, phi: Tensor) -> Function:
         def product(v: Tensor) -> Tensor:
             m, pushed = cast(tuple[Tensor, Tensor], jvp(self.outputs, (phi,), (v,)))
-            return vjp(self.outputs, phi)[1](_second_derivative(self.loss, m, pushed))[0]
+            return vjp(self.outputs, phi)[1](_hvp(self.loss, m, pushed))[0]
 
         return product
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fobmaml.arguments import number
-from fobmaml.engine.learner import Learner
+from fobmaml.engine import Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.tasks.batch import TaskBatch
 

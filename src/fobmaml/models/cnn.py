@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine.activations import activation_function
-from fobmaml.engine.stacked import Convolution, Dense, examples_of, lengths_taken, span
+from fobmaml.engine.layers import Convolution, Dense, examples_of, lengths_taken, span
 
 HALVINGS = 3
 
@@ -17,9 +17,9 @@ class CNN1d(nn.Module):
     """``depth`` convolutions of ``width`` channels and a linear layer: [N, length] -> [N, outputs].
 
     ``length`` is that of ``input_shape``, or another of ``lengths``: the strides leave as many places of it. The first
-    convolution has 5 taps, the others 3; the first three have stride 2, later ones keep the length. Depth 3 and width
-    25 give MNIST-1D's reference CNN (Greydanus & Kobak 2024, arXiv:2011.14439). Weights are stored
-    [channels out, taps, channels in], the layout of the windows of a channels-last signal.
+    convolution has a kernel of size 5, the others 3; the first three have stride 2, later ones keep the length. Depth 3
+    and width 25 give MNIST-1D's reference CNN (Greydanus & Kobak 2024, arXiv:2011.14439). Weights are stored
+    [channels out, kernel_size, channels in], the layout of the windows of a channels-last signal.
 
     Raises ValueError for inputs that are not sequences, or too short.
     """
@@ -37,17 +37,17 @@ class CNN1d(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         length, channels = input_shape[0], 1
         for layer, stride in enumerate(self.strides):
-            taps = 5 if layer == 0 else 3
-            self._add(taps, channels, width)
-            length, channels = (length + 2 - taps) // stride + 1, width
+            kernel_size = 5 if layer == 0 else 3
+            self._add(kernel_size, channels, width)
+            length, channels = (length + 2 - kernel_size) // stride + 1, width
         self._add(length, channels, outputs)
         shapes = {name: p.shape for name, p in self.named_parameters()}
         self.lengths = lengths_taken(CNN1d.stacked_layers(self), shapes) or range(0)
 
-    def _add(self, taps: int, channels_in: int, channels_out: int) -> None:
-        bound = 1.0 / math.sqrt(taps * channels_in)  # as torch.nn.Conv1d and Linear do
+    def _add(self, kernel_size: int, channels_in: int, channels_out: int) -> None:
+        bound = 1.0 / math.sqrt(kernel_size * channels_in)  # as torch.nn.Conv1d and Linear do
         # Drawn in this order so that a seed stands for the network that the measurements in results/ began with.
-        drawn = torch.empty(taps, channels_in, channels_out).uniform_(-bound, bound)
+        drawn = torch.empty(kernel_size, channels_in, channels_out).uniform_(-bound, bound)
         self.weights.append(nn.Parameter(drawn.permute(2, 0, 1).contiguous()))
         self.biases.append(nn.Parameter(torch.empty(channels_out).uniform_(-bound, bound)))
 
@@ -60,7 +60,7 @@ class CNN1d(nn.Module):
         return F.linear(h.mT.flatten(1), self.weights[-1].flatten(1), self.biases[-1])
 
     def stacked_layers(self) -> list[Convolution | Dense]:
-        """The same network for ``StackedNetwork``; a signal there is [length, channels]."""
+        """The same network for ``engine.stacked.Stacked``; a signal there is [length, channels]."""
         last = len(self.strides)
         return [*(Convolution(f"weights.{i}", f"biases.{i}", stride, self.activation)
                   for i, stride in enumerate(self.strides)), Dense(f"weights.{last}", f"biases.{last}", None)]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine.activations import activation_function
-from fobmaml.engine.stacked import Convolution, Dense, examples_of
+from fobmaml.engine.layers import Convolution, Dense, examples_of
 
 
 class MLP(nn.Module):
@@ -34,7 +34,7 @@ class MLP(nn.Module):
         return self.layers[-1](h)
 
     def stacked_layers(self) -> list[Convolution | Dense]:
-        """The same network for ``StackedNetwork``; a signal there is one place of all units."""
+        """The same network for ``engine.stacked.Stacked``; a signal there is one place of all units."""
         last = len(self.layers) - 1
         return [Dense(f"layers.{i}.weight", f"layers.{i}.bias", self.activation if i < last else None)
                 for i in range(last + 1)]

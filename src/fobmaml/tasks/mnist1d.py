@@ -34,9 +34,13 @@ LOSSES: dict[str, LossFn] = {"cross_entropy": F.cross_entropy, "mse": mean_squar
 def generate_arrays() -> Arrays:
     """The published arrays from the ``mnist1d`` package: x [4000, 40], y [4000], x_test [1000, 40], y_test [1000].
 
-    The package seeds the global generators; they are put back as they were.
+    The package seeds the global generators; they are put back as they were. Raises ModuleNotFoundError without it.
     """
-    from mnist1d.data import get_dataset_args, make_dataset
+    try:
+        from mnist1d.data import get_dataset_args, make_dataset
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("MNIST-1D is made by the package mnist1d, which is not installed: "
+                                  "pip install 'fobmaml[run]'", name=error.name) from None
 
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:

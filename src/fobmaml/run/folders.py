@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -15,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from fobmaml import distributed
-from fobmaml.console import one_line
-from fobmaml.files import CannotWrite, write_atomically
+from fobmaml.files import CannotWrite, failures_named, write_atomically
+from fobmaml.run.errors import FolderInUse, one_line
 
 LONGEST_NAME = 255
 """Bytes that file systems take."""
@@ -114,6 +115,21 @@ def _from(here: str, path: str) -> str:
 
 
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Holds a folder until the end, however it comes. Raises FolderInUse if another process does, CannotWrite."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    with failures_named(folder):
+        try:
+            lock.acquire()
+        except Timeout:  # an OSError, too
+            raise FolderInUse(f"hydra.run.dir={folder}: takes a folder in which no other process works") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_foreign(folder: Path, name: str, marker: str, own: Sequence[str]) -> None:

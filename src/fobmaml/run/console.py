@@ -1,14 +1,10 @@
-"""What a run says: on streams that outlast whoever reads them and take any character, errors in one line."""
+"""Standard streams that outlast whoever reads them and take any character."""
 
 import codecs
 import io
 import os
-import re
 import sys
 from typing import Any
-
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
 
 PLAIN = {"±": "+-", "λ": "lambda", "ν": "nu", "δ": "delta", "θ": "theta", "φ": "phi", "∇": "grad ", "–": "-", "−": "-",
          "‖": "|", "⁶": "^6", "²": "^2", "…": "..."}
@@ -42,32 +38,6 @@ def make_lasting() -> None:
                 file = io.BufferedWriter(file)
             setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "plain", line_buffering=stream.line_buffering,
                                                 write_through=stream.write_through))
-
-
-def one_line(error: BaseException) -> str:
-    """What was wrong, as one line with the cause."""
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return f"{group}={choice}: takes one of {', '.join(error.options)}"
-    text, _, looked_in = str(error).partition("Config search path:")
-    lines = [line.strip() for line in text.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
-             .splitlines() if line.strip() and "://hydra.cc" not in line
-             and not line.strip().startswith(("object_type=", "reference_type="))]
-    unknown = re.match("Could not override '(.+)'", text)
-    if isinstance(error, OverrideParseException) and error.override:
-        lines.insert(0, error.override)
-    if unknown:
-        return f"{unknown[1]}: there is no such setting (python train.py --help lists them)"
-    if places := re.findall("path=file://(.+)", looked_in):
-        lines.append(f"looked in {', '.join(places)}")
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        if reason not in text:
-            lines.append(reason)
-    return "; ".join(line.removesuffix(".").removesuffix(":") for line in lines)
 
 
 def _open_what_is_closed() -> None:

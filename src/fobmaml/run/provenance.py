@@ -12,7 +12,8 @@ import torch
 def provenance(device: torch.device | str = "cpu", engine: str | None = None) -> dict[str, Any]:
     """Commit (None outside a checkout; ``dirty`` if files differ from it, other than results), versions, processor,
     threads, device, and if it is given the ``engine`` that has computed gradients."""
-    commit = _git("rev-parse", "HEAD")
+    ours = _git("ls-files", "--error-unmatch", Path(__file__).name)  # not those of a checkout around an installation
+    commit = _git("rev-parse", "HEAD") if ours else None
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results")
     return {
         "commit": commit,

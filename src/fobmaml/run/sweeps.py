@@ -16,9 +16,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
-from fobmaml import folders
-from fobmaml.console import one_line
 from fobmaml.files import CannotWrite, write_atomically
+from fobmaml.run import folders
+from fobmaml.run.errors import one_line
 
 LIST = "failed.jsonl"
 CONFIG = "multirun.yaml"

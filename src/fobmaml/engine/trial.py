@@ -1,0 +1,150 @@
+"""What a module does, found by trying it once: whether its listed layers are it, whether rows can be batched, whether
+its examples see each other."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fobmaml.arguments import refuse
+from fobmaml.engine.autograd import rows_batched
+from fobmaml.engine.loop import rows_one_by_one
+from fobmaml.engine.losses import close, hvp
+from fobmaml.engine.modules import differentiable
+from fobmaml.engine.network import Network
+from fobmaml.engine.stacked import stacked_outputs
+from fobmaml.precision import full_precision
+
+LOOP_FROM = 10_000_000
+"""Floating-point operations of a row's forward pass from which a loop over rows is faster than ``torch.func.vmap``:
+measured on multilayer, convolutional and attention networks. A rule and no stopwatch, so that roundings repeat."""
+
+
+class Trial:
+    """Answers are remembered. ``engine``: the one asked for; ValueError where it cannot do what it is asked for."""
+
+    def __init__(self, network: Network, engine: str):
+        self.network, self.engine = network, engine
+        self._listed: bool | None = None
+        self._batches: dict[bool, bool] = {}  # by whether Hessian products follow
+        self._joint: bool | None = None
+        self.flops_an_example = 0.0  # of the forward pass, once ``batched`` was asked
+
+    def listed(self, x: Tensor) -> bool:
+        """Whether the layers that the network lists are the network."""
+        if self._listed is None:
+            p, inputs = self._elsewhere()[:1], x[:1]
+            with torch.no_grad(), full_precision(self.network.device):
+                wanted = self._called(inputs, lambda: self.network.one_row(p[0], inputs[0]))
+                self._listed = close(stacked_outputs(self.network, p, inputs)[0], wanted)
+            if not self._listed and self.engine in ("stacked", "fused"):
+                raise refuse("engine", self.engine, "a network whose forward is what its stacked_layers list")
+        return self._listed
+
+    def batched(self, x: Tensor, second_order: bool) -> bool:
+        """Whether rows are evaluated by vmap: it is the faster, and agrees with the module itself."""
+        if second_order not in self._batches:
+            with full_precision(self.network.device):
+                self._batches[second_order] = self._try_batching(self._elsewhere(), x[[0, -1]], second_order)
+        return self._batches[second_order]
+
+    def joint(self, x: Tensor, parts: Sequence[slice]) -> bool:
+        """Whether examples do not see each other, so that the parts may be evaluated at once."""
+        if self._joint is None:
+            p, inputs = self._elsewhere()[:1], x[:1]
+            together = partial(rows_one_by_one, self.network)
+
+            def apart(phi: Tensor, x: Tensor) -> Tensor:
+                return torch.cat([together(phi, x[:, part]) for part in parts], dim=1)
+
+            with differentiable(), full_precision(self.network.device):
+                wanted = self._called(x, lambda: self._derivatives(apart, p, inputs, False))
+                try:
+                    found = self._derivatives(together, p, inputs, False)
+                    self._joint = all(map(close, found, wanted)) and close(
+                        self.network.one_row(p[0], inputs[0, :1]), wanted[0][0, :1])
+                except Exception:  # takes sets of certain sizes only
+                    self._joint = False
+        return self._joint
+
+    def _elsewhere(self) -> Tensor:
+        """Two rows near the model's parameters, [2, P], where nothing is zero by initialisation."""
+        theta, generator = self.network.theta().to(self.network.dtype), torch.Generator().manual_seed(0)
+        noise = torch.randn(2, len(theta), generator=generator, dtype=torch.float64).to(theta)
+        return theta + 0.1 * (theta.square().mean().sqrt() + 0.1) * noise
+
+    def _try_batching(self, phi: Tensor, x: Tensor, second_order: bool) -> bool:
+        network = self.network
+        one_by_one, at_once = partial(rows_one_by_one, network), partial(rows_batched, network)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            first = self._called(x, lambda: network.one_row(phi[0], x[0]))
+        if not isinstance(first, Tensor) or first.dim() < 1 or len(first) != x.shape[1]:
+            got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
+            raise refuse("model", f"outputs of {got}", f"a module that returns a tensor [{x.shape[1]}, ...], an entry "
+                                                       "for each example")
+        self.flops_an_example = counter.get_total_flops() / x.shape[1]
+        with torch.no_grad():
+            again = network.one_row(phi[0], x[0])
+        if not close(again, first):
+            layer = network.module.first_differing(network.unflatten(phi[0]), x[0]) or "its forward"
+            raise ValueError(f"model: {layer} returns something else for the same inputs, so differences of solutions "
+                             "are noise: takes a deterministic one, or .eval()")
+        with differentiable(second_order):
+            wanted = self._called(x, lambda: self._derivatives(one_by_one, phi, x, second_order, own=True))
+            if second_order and not _symmetric(wanted[2:], phi):
+                raise ValueError("model: its Hessian by autograd is not symmetric, so a layer's backward has a wrong "
+                                 "derivative: takes Forward, Symmetric, Central, FOMAML or Reptile, which need none")
+            better_not = counter.get_total_flops() >= LOOP_FROM or any(map(_batches_wrongly,
+                                                                           network.module.copy.modules()))
+            if self.engine == "loop" or (better_not and self.engine != "autograd"):
+                return False
+            try:
+                found = self._derivatives(at_once, phi, x, second_order)
+                reason = "" if all(map(close, found, wanted)) else "it gives other numbers"
+            except Exception as error:  # whatever a rule for batching raises
+                reason = str(error).split("\n")[0]
+        if reason and self.engine == "autograd":
+            raise refuse("engine", self.engine, f"a network that torch.func.vmap can batch ({reason}); loop takes any")
+        return not reason
+
+    def _derivatives(self, of_rows: Callable[[Tensor, Tensor], Tensor], phi: Tensor, x: Tensor, second_order: bool,
+                     own: bool = False) -> list[Tensor]:
+        """Outputs, a gradient and a Hessian product of a function of them. ``own``: refuses outputs that the caller's
+        own parameters have a part in."""
+        with torch.enable_grad():
+            leaf = phi.detach().requires_grad_()
+            outputs = of_rows(leaf, x)
+            if own and (name := self.network.module.foreign(outputs)):
+                raise ValueError(f"model: parameter '{name}' is read around the call, by a function that holds on to "
+                                 "the module (a hook, a forward set on it): takes one that uses its own arguments")
+            value = (outputs.sin() + outputs).sum()
+            (g,) = torch.autograd.grad(value, leaf, create_graph=second_order)
+            return [outputs.detach(), g.detach(),
+                    *([hvp(g, leaf, d) for d in (phi, phi.flip(1))] if second_order else [])]
+
+    def _called(self, x: Tensor, call: Callable[[], Any]) -> Any:
+        """``call()``, of rows ``x``; ValueError, with the layer and the way out, for whatever the module raises."""
+        try:
+            return call()
+        except Exception as error:
+            layer = self.network.module.failing(call) or type(self.network.model).__name__
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, ValueError) and reason.startswith(("model:", "model=", "estimator:", "inputs=")):
+                raise
+            raise ValueError(f"model: {layer} fails on inputs {tuple(x.shape[1:])} of {x.dtype}: {reason}") from error
+
+
+def _symmetric(along: list[Tensor], v: Tensor) -> bool:
+    """Whether Hessian products along v and along v reversed are those of one symmetric matrix a row."""
+    u = v.flip(1)
+    one, other = (u * along[0]).sum(), (v * along[1]).sum()
+    size = u.norm() * along[0].norm() + v.norm() * along[1].norm()
+    return bool((one - other).abs() <= torch.finfo(v.dtype).eps ** 0.5 * size) or not bool(size.isfinite())
+
+
+def _batches_wrongly(module: nn.Module) -> bool:
+    """vmap's rule for embeddings forgets the row that gets no gradient."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None

@@ -1,0 +1,90 @@
+"""The parts of a run from its settings, every one checked."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import hydra
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from fobmaml import distributed
+from fobmaml.arguments import number, one_of, refuse, whole_number
+from fobmaml.estimators import Estimator
+from fobmaml.run.errors import ConfigError
+from fobmaml.run.settings import choices, plain_config
+from fobmaml.run.tracking import check_options
+from fobmaml.solvers import Solver
+from fobmaml.tasks.checks import check_members
+from fobmaml.training import MetaTraining, Settings
+
+KINDS = {"model": torch.nn.Module, "solver": Solver, "estimator": Estimator, "optimizer": torch.optim.Optimizer}
+"""What the ``_target_`` of a group makes; of a data set it is looked at what it has."""
+
+
+def build(cfg: DictConfig) -> MetaTraining:
+    """The parts of a run, every setting checked. Raises ConfigError."""
+    with bad_values_named():
+        device = choose_device(cfg.device)
+        dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
+        check_options(plain_config(cfg)["wandb"])
+        whole_number("seed", cfg.seed, at_least=0, at_most=2**64 - 1)  # what torch takes
+        settings = Settings(**{key: cfg[key] for key in ("steps", "seed", "meta_batch", "fixed_tasks", "task_chunk",
+                                                         "memory_limit_mb", "engine", "schedule", "log_every",
+                                                         "checkpoint_every")},
+                            **{f"{group}_{key}": value for group in ("eval", "bias", "smoothness", "curvature")
+                               for key, value in cfg[group].items()})
+        number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
+    dataset = build_part(cfg, "dataset")
+    with bad_values_named():
+        check_members(dataset)
+    torch.manual_seed(settings.seed)
+    model = build_part(cfg, "model", input_shape=dataset.input_shape, outputs=dataset.outputs).to(device, dtype)
+    estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
+    with bad_values_named():
+        return MetaTraining(model, dataset, estimator, settings, lambda p: build_part(cfg, "optimizer", params=p))
+
+
+def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
+    """What a group's ``_target_`` makes of its settings. Raises ConfigError."""
+    try:
+        part = hydra.utils.instantiate(cfg[group], **given, _convert_="all")
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ValueError | TypeError):
+            raise
+        text = str(error.__cause__)
+        key = text.split("=", 1)[0]
+        if key in cfg[group]:  # a setting taken from the top level, like width, is named as it is there
+            text = text if OmegaConf.is_interpolation(cfg[group], key) else f"{group}.{text}"
+        else:
+            text = f"{group}={choices()[group]}: {text}"
+        raise ConfigError(text) from error
+    kind = KINDS.get(group, object)
+    if not isinstance(part, kind):
+        raise ConfigError(f"{group}._target_={cfg[group].get('_target_')}: takes one that makes a "
+                          f"{kind.__module__}.{kind.__qualname__}")
+    return part
+
+
+@contextmanager
+def bad_values_named() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(re.sub("^(eval|bias|smoothness|curvature)_", r"\1.", str(error))) from error
+
+
+def choose_device(name: str) -> torch.device:
+    found = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if found else "cpu"
+    if name == "cuda" and distributed.size() > 1:  # each of a machine's processes has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
+        raise refuse("device", name, "auto, cpu, cuda or cuda:N")
+    if name != "cpu" and int(f"{name}:0".split(":")[1]) >= found:
+        raise refuse("device", name, f"a GPU that is there, and PyTorch finds {found}; device=cpu works everywhere")
+    return torch.device(name)

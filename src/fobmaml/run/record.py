@@ -1,0 +1,79 @@
+"""What a run leaves behind: its events, a checkpoint, the wandb run, the summary, a picture."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from fobmaml.files import CannotWrite, write_json
+from fobmaml.run.checkpoints import save_checkpoint
+from fobmaml.run.events import EventLog, read_events
+from fobmaml.run.plotting import learning_curve
+from fobmaml.run.provenance import provenance
+from fobmaml.run.resume import Start
+from fobmaml.run.settings import choices, plain_config, same_run, sweep_name
+from fobmaml.run.tracking import WandbRun, options_of
+from fobmaml.training import Event, MetaTraining
+
+SUMMARY_KEYS = ("test/accuracy", "test/accuracy_ci95", "test/loss", "memory/peak_bytes", "bias/relative_error",
+                "bias/cosine", "bias/reference", "bias/reason", "time/meta_step_s", "inner/residual",
+                "meta_gradient/norm", "model/parameters", "val/accuracy", "val/loss", "train/loss")
+
+
+class Record:
+    """Of one run, in its ``folder``, from ``start`` on. ``summary`` is there once ``kept`` has ended."""
+
+    def __init__(self, cfg: DictConfig, training: MetaTraining, folder: Path, start: Start):
+        self._training, self._folder = training, folder
+        self._config, self._same_run = plain_config(cfg), same_run(cfg)
+        self._events = EventLog(folder / "metrics.jsonl", start.history)
+        own = start.state is not None and start.source is not None and start.source.parent == folder
+        self._wandb = WandbRun(folder, {**self._config, "choices": choices()},
+                               options_of(self._config["wandb"], sweep_name(), "-".join(folder.parts[-2:]),
+                                          start.state["wandb_id"] if start.state and own else None))
+        self.summary: dict[str, Any] = {}
+
+    def event(self, event: Event) -> None:
+        if event:
+            self._events.write(self._training.step, event)
+            self._wandb.write(self._training.step, event)
+
+    def checkpoint(self) -> None:
+        save_checkpoint(self._folder / "checkpoint.pt", {**self._training.state_dict(), "wandb_id": self._wandb.id},
+                        self._same_run)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """However what is inside ends, the summary says it, and all is closed. An error gets its own ``advice``, where
+        it has some, with what that asks for put in."""
+        end, started = {"status": "completed"}, time.time()
+        try:
+            yield
+        except BaseException as error:
+            end = {"status": getattr(error, "status", "failed"), "reason": str(error) or type(error).__name__}
+            if advice := getattr(error, "advice", None):
+                where = "" if sweep_name() else f" with hydra.run.dir={self._folder}"
+                error.args = (advice.format(error=error, step=self._training.step + 1, again=f"the same command{where}",
+                                            checkpoint=self._folder / "checkpoint.pt"),)
+            raise
+        finally:
+            self._close(end, time.time() - started)
+        if self.summary["val/loss"] is not None:
+            learning_curve(read_events(self._folder / "metrics.jsonl"), self.summary,
+                           self._folder / "learning_curve.png")
+
+    def _close(self, end: dict[str, str], seconds: float) -> None:
+        learner = self._training.learner
+        measured = {"step": self._training.step, "engine": learner.used, **dict.fromkeys(SUMMARY_KEYS),
+                    **self._training.latest}
+        self.summary = {**end, **measured, "choices": choices(), "seconds": round(seconds, 1),
+                        "provenance": provenance(learner.device, learner.used), "config": self._config}
+        self._events.close()
+        try:
+            with suppress(CannotWrite) if "reason" in end else nullcontext():  # the first error is the one to say
+                write_json(self._folder / "summary.json", self.summary)
+        finally:
+            self._wandb.finish(measured, exit_code=0 if end["status"] == "completed" else 1)

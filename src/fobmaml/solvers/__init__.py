@@ -1,0 +1,11 @@
+"""The inner problem and its solvers. All rows (task × offset) are solved as one batch."""
+
+from fobmaml.solvers.barzilai_borwein import BarzilaiBorwein
+from fobmaml.solvers.base import Iterate, Iterative, Solver
+from fobmaml.solvers.gradient_descent import GradientDescent
+from fobmaml.solvers.linear import LinearSolve, LinearStatistics, conjugate_gradients
+from fobmaml.solvers.newton import Inexact, NewtonCG
+from fobmaml.solvers.problem import RESULTS, InnerProblem, Solution
+
+__all__ = ["RESULTS", "BarzilaiBorwein", "GradientDescent", "Inexact", "InnerProblem", "Iterate", "Iterative",
+           "LinearSolve", "LinearStatistics", "NewtonCG", "Solution", "Solver", "conjugate_gradients"]

@@ -1,0 +1,64 @@
+"""Gradient descent."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fobmaml.arguments import number, whole_number
+from fobmaml.solvers.base import Solver
+from fobmaml.solvers.problem import InnerProblem, Solution
+
+
+class GradientDescent(Solver):
+    """Gradient descent with heavy-ball momentum: v ← μv + ∇h(φ), φ ← φ − lr·v, ``steps`` times.
+
+    Cost: ``steps`` gradients a row. Memory: flat in ``steps`` unless unrolled.
+    Raises ValueError unless steps ≥ 1, lr > 0 and 0 ≤ momentum < 1.
+    """
+
+    differentiable_steps = True
+
+    def __init__(self, steps: int = 10, lr: float = 0.1, momentum: float = 0.0):
+        self.steps = whole_number("steps", steps)
+        self.lr = number("lr", lr, above=0.0)
+        self.momentum = number("momentum", momentum, at_least=0.0, below=1.0)
+
+    def solve(self, problem: InnerProblem) -> Solution:
+        displacement = problem.engine().gradient_descent(problem.theta, self.steps, self.lr, problem.lam, self.momentum)
+        return self._solution(problem, displacement)
+
+    def _solution(self, problem: InnerProblem, displacement: Tensor) -> Solution:
+        taken = torch.full((problem.rows,), self.steps)
+        return Solution(problem, displacement, taken, torch.zeros_like(taken))
+
+    def unroll(self, problem: InnerProblem, checkpoint: bool = False) -> tuple[Solution, Callable[[Tensor], Tensor]]:
+        """Memory: ``steps`` times a gradient's activations, or one time and ``steps`` × [R, P] with ``checkpoint``.
+
+        Cost of the pull-back: a Hessian-vector product a step, and with ``checkpoint`` one more gradient.
+        """
+        displacement = velocity = torch.zeros_like(problem.theta)
+        hessians: list[Tensor | Callable[[Tensor], Tensor]] = []  # where to take one, or its products
+        for _ in range(self.steps):
+            phi = problem.theta + displacement
+            if checkpoint:
+                gradient = problem.gradient(phi)
+                hessians.append(phi)
+            else:
+                gradient, product = problem.linearize(phi)
+                hessians.append(product)
+            velocity = self.momentum * velocity + gradient
+            displacement = displacement - self.lr * velocity
+
+        def pull_back(v: Tensor) -> Tensor:
+            by_phi, by_velocity, by_theta = v, torch.zeros_like(v), torch.zeros_like(v)
+            while hessians:
+                by_velocity = by_velocity - self.lr * by_phi
+                hessian = hessians.pop()
+                product = problem.linearize(hessian)[1] if isinstance(hessian, Tensor) else hessian
+                by_phi = by_phi + product(by_velocity)
+                by_theta = by_theta - problem.lam * by_velocity
+                by_velocity = self.momentum * by_velocity
+            return by_theta + by_phi
+
+        return self._solution(problem, displacement), pull_back

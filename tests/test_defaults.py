@@ -1,0 +1,23 @@
+"""A default stands in one place, or in two that say the same."""
+
+import inspect
+
+import pytest
+import yaml
+from conftest import ROOT
+from hydra.utils import get_object
+
+CONFIGS = ROOT / "configs"
+OURS = {path.relative_to(CONFIGS).as_posix(): found for path in sorted(CONFIGS.rglob("*.yaml"))
+        if (found := yaml.safe_load(path.read_text()) or {}).get("_target_", "").startswith("fobmaml.")}
+PRESETS = {"model/linear.yaml": {"depth"}, "estimator/maml_checkpoint.yaml": {"checkpoint"}}
+"""A choice that is another's with a setting of its own."""
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_choice_has_the_defaults_of_what_it_makes(name):
+    parameters = inspect.signature(get_object(OURS[name]["_target_"])).parameters
+    for key, value in OURS[name].items():
+        if key.startswith("_") or key in {"defaults", *PRESETS.get(name, ())} or str(value).startswith("${"):
+            continue
+        assert parameters[key].default == value, key

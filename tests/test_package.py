@@ -1,0 +1,160 @@
+"""What a pip user gets: a library that needs torch and numpy alone, and with an extra the program and its settings."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+EXTRA = ("hydra", "omegaconf", "wandb", "matplotlib", "mnist1d", "filelock", "tqdm", "yaml")
+"""What comes with ``fobmaml[run]``."""
+USE = """
+import os, sys, torch
+from torch import nn
+import fobmaml
+assert not [name for name in sys.argv[1:] if sys.modules.get(name) is not None]
+x, y = torch.randn(3, 20, 2), torch.randn(3, 20, 1)
+tasks = fobmaml.TaskBatch(x[:, :10], y[:, :10], x[:, 10:], y[:, 10:])
+solver = fobmaml.solvers.GradientDescent()
+for estimator in (fobmaml.estimators.Symmetric(solver), fobmaml.estimators.MAML(solver)):
+    result = fobmaml.meta_gradient(estimator, nn.Linear(2, 1), nn.functional.mse_loss, tasks)
+    assert result.gradient["weight"].norm() > 0
+try:
+    fobmaml.tasks.MNIST1D()
+except ImportError as error:
+    print(error)
+"""
+QUICK = ("width=4", "eval.tasks=20", "eval.validation_tasks=10", "bias.tasks=2", "wandb.mode=offline")
+STEPS = ("steps=4", "checkpoint_every=2")
+
+
+def _assert_only_the_library(python: list[str], folder: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run([*python, USE, *EXTRA], cwd=folder, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"MNIST-1D .*mnist1d.* not installed: pip install 'fobmaml\[run\]'\n", done.stdout)
+
+
+def test_the_library_alone(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}  # without the arrays of an earlier run
+    done = subprocess.run([sys.executable, "-c", USE.split("try:")[0], "hydra", "omegaconf", "wandb", "matplotlib",
+                           "mnist1d"], env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr  # not imported where they are installed, either
+    blocked = "import sys\nsys.modules.update(dict.fromkeys(sys.argv[2:]))\ncode = sys.argv.pop(1)\n"
+    _assert_only_the_library([sys.executable, "-c", blocked + "exec(code)"], tmp_path, environment)
+    program = "from fobmaml.run import main; main()"
+    done = subprocess.run([sys.executable, "-c", blocked + "exec(code)", program, *EXTRA], text=True,
+                          capture_output=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: \w+ is not installed: pip install 'fobmaml\[run\]'\n", done.stderr), done.stderr
+
+
+def _files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
+                            capture_output=True, check=True)
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with a wheel, made from a source distribution of what a clone has."""
+    clone, folder = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("built")
+    for name in _files():
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", f"--dist-dir={folder}"], cwd=clone, check=True,
+                   capture_output=True)
+    (source,) = folder.glob("*.tar.gz")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
+                    folder, source], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> Path:
+    """The programs of an empty environment in which the wheel is, with what the library needs and no more."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    (wheel,) = built.glob("*.whl")
+    _install(folder / "bin", str(wheel))
+    _assert_only_the_library([str(folder / "bin" / "python"), "-c"], folder, _elsewhere(folder))
+    done = subprocess.run([folder / "bin" / "fobmaml"], text=True, capture_output=True, env=_elsewhere(folder))
+    assert re.fullmatch(r"error: \w+ is not installed: pip install 'fobmaml\[run\]'\n", done.stderr), done.stderr
+    _install(folder / "bin", f"{wheel}[run]")
+    return folder / "bin"
+
+
+def _install(programs: Path, what: str) -> None:
+    done = subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", "--constraint",
+                           ROOT / "constraints.txt", what], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _elsewhere(cache: Path) -> dict[str, str]:
+    """No way back to the repository, and no arrays of earlier runs."""
+    return {**{key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, "XDG_CACHE_HOME": str(cache)}
+
+
+@pytest.mark.slow
+def test_a_wheel_has_everything(built):
+    (wheel,), (source,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    settings = {name for name in _files() if name.startswith("configs/")}
+    assert {f"fobmaml/{name}" for name in settings} == {name for name in held if name.startswith("fobmaml/configs/")}
+    modules = {name.removeprefix("src/") for name in _files() if name.startswith("src/") and name.endswith(".py")}
+    assert modules == {name for name in held if name.endswith(".py")}
+    with tarfile.open(source) as archive:
+        assert {f"{source.name.removesuffix('.tar.gz')}/{name}" for name in settings} <= set(archive.getnames())
+
+
+@pytest.mark.slow
+def test_an_installed_program_trains_resumes_and_sweeps_far_from_the_repository(installed, tmp_path):
+    def fobmaml(*arguments: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([installed / "fobmaml", *arguments, *QUICK], cwd=tmp_path, env=_elsewhere(tmp_path),
+                              text=True, capture_output=True, timeout=300)
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    def summary(folder: Path) -> dict:
+        return json.loads((folder / "summary.json").read_text())
+
+    done = fobmaml("estimator=symmetric", *STEPS, "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert "meta-test accuracy" in done.stdout
+    whole = summary(tmp_path / "run")
+    assert whole["status"] == "completed"
+    assert isinstance(whole["test/accuracy"], float)
+    assert isinstance(whole["bias/cosine"], float)
+    assert whole["provenance"]["commit"] is None
+    assert list(tmp_path.glob("run/wandb/offline-run-*"))
+
+    assert "is complete" in fobmaml("estimator=symmetric", *STEPS, "hydra.run.dir=run").stdout
+    (tmp_path / "run" / "summary.json").unlink()
+    done = fobmaml("estimator=symmetric", *STEPS, "hydra.run.dir=on", "resume=run")
+    assert "continuing run/checkpoint.pt at step 4" in done.stdout, done.stderr
+    assert summary(tmp_path / "on")["test/loss"] == whole["test/loss"]
+
+    (tmp_path / "mine" / "dataset").mkdir(parents=True)
+    (tmp_path / "mine" / "dataset" / "few.yaml").write_text("_target_: fobmaml.tasks.MNIST1D\nways: 3\n")
+    done = fobmaml("-m", "--config-dir=mine", "dataset=few", "estimator=fomaml,maml", "steps=2", "bias.every=0")
+    assert done.returncode == 0, done.stderr
+    jobs = [summary(path.parent) for path in tmp_path.glob("multirun/*/*/summary.json")]
+    assert sorted(job["choices"]["estimator"] for job in jobs) == ["fomaml", "maml"]
+    assert {job["config"]["dataset"]["ways"] for job in jobs} == {3}
+    assert fobmaml("width=0").stderr == "error: width=0: takes a whole number of at least 1\n"
+    assert fobmaml("depht=3").stderr == "error: depht: there is no such setting (fobmaml --help lists them)\n"
+
+
+@pytest.mark.slow
+def test_the_version_is_said_once(installed):
+    said = subprocess.run([installed / "python", "-c", "import fobmaml; from importlib.metadata import version; "
+                           "print(fobmaml.__version__, version('fobmaml'))"], text=True, capture_output=True,
+                          cwd=installed, env=_elsewhere(installed), check=True).stdout.split()
+    assert said[0] == said[1]
+    assert f"version: {said[0]}\n" in (ROOT / "CITATION.cff").read_text()
