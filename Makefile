@@ -3,11 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test lint figures reproduce verify bench explorer clean
+.PHONY: help setup train test test-all lint figures reproduce verify bench explorer clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/complete ## make .venv and install everything (nothing to do when it is up to date)
 
@@ -25,8 +25,13 @@ setup: .venv/complete ## make .venv and install everything (nothing to do when i
 train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS="estimator=maml steps=2000"
 	@$(BIN)/python train.py $(ARGS)
 
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: setup .venv/sweeps .venv/explorer .venv/chromium ## run the tests; with SLOW=1 those that take minutes too
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if $(SLOW),,-m "not slow") $(ARGS)
+	@$(PYTEST) -m "not nightly$(if $(SLOW),, and not slow)" $(ARGS)
+
+test-all: setup .venv/sweeps .venv/explorer .venv/chromium ## run all tests, the long forms of every night too
+	@$(PYTEST) $(ARGS)
 
 lint: setup ## check style and types
 	@$(BIN)/ruff check .

@@ -10,13 +10,13 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import vl_convert
 from drawing import Missing, folder_given
-from explorer_data import compare, measured, methods, tradeoff
+from explorer_data import FINE_NUS, NODES, compare, measured, methods, tradeoff
 from playwright.sync_api import Browser, sync_playwright
 
 from fobmaml.files import write_atomically, write_csv, write_json
@@ -27,8 +27,9 @@ PANELS = ("curvature", "compare", "tradeoff", "measured")
 MOVES = 20
 
 
-def build(path: Path, folder: Path) -> None:
-    data = {"methods": methods(), "compare": compare(), "tradeoff": tradeoff(), "measured": measured(folder)}
+def build(path: Path, folder: Path, nodes: int = NODES, nus: Sequence[float] = FINE_NUS) -> None:
+    """``nodes``: of the grid of θ, a side; ``nus``: of the panel on ν and δ."""
+    data = {"methods": methods(), "compare": compare(nodes), "tradeoff": tradeoff(nus), "measured": measured(folder)}
     page = (PARTS / "page.html").read_text(encoding="utf-8")
     commit = provenance()["commit"]
     for place, part in (("<!--commit-->", f"commit {commit[:10]}" if commit else "outside a checkout"),

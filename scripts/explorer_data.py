@@ -4,7 +4,7 @@ All of it is computed when the page is built; the page looks up and draws.
 """
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,15 @@ def estimators(lam: float, steps: int, nu: float) -> dict[str, Estimator]:
             "exact": Exact(NewtonCG(tol=TOL), lam, TOL)}
 
 
-def axes(margin: int = 0) -> Tensor:
-    """The grid's coordinates, [2, nodes], with ``margin`` more on either side."""
+def axes(nodes: int = NODES, margin: int = 0) -> Tensor:
+    """The grid's coordinates, [2, nodes], with ``margin`` more on either side. Fewer nodes stand further apart."""
     first = torch.tensor(FIRST, dtype=torch.float64).view(2, 1)
-    return first + SPACING * torch.arange(-margin, NODES + margin)
+    return first + SPACING * (NODES - 1) / (nodes - 1) * torch.arange(-margin, nodes + margin)
 
 
-def grid(margin: int = 0) -> Tensor:
-    """Every θ of the grid, [nodes, 2]; the second coordinate changes slowly, from its top."""
-    first, second = axes(margin)
+def grid(nodes: int = NODES, margin: int = 0) -> Tensor:
+    """Every θ of the grid, [nodes · nodes, 2]; the second coordinate changes slowly, from its top."""
+    first, second = axes(nodes, margin)
     rows, columns = torch.meshgrid(second.flip(0), first, indexing="ij")
     return torch.stack([columns.flatten(), rows.flatten()], 1)
 
@@ -112,9 +112,9 @@ def packed(values: Tensor) -> str:
     return base64.b64encode(values.float().contiguous().numpy().astype("<f4").tobytes()).decode()
 
 
-def compare() -> dict[str, Any]:
+def compare(nodes: int) -> dict[str, Any]:
     """Meta-gradients on the grid: by method [λ, K, ν, θ, 2], without the axes that it does not depend on."""
-    thetas = grid()
+    thetas = grid(nodes)
     found: dict[str, list[Tensor]] = {name: [] for name in estimators(1.0, 1, 1.0)}
     for lam in LAMS:
         for steps in STEPS:
@@ -123,21 +123,21 @@ def compare() -> dict[str, Any]:
                     perturbed = name in ("forward", "symmetric")
                     if (perturbed or nu == NUS[0]) and (name != "exact" or (steps, nu) == (STEPS[0], NUS[0])):
                         found[name].append(meta_gradients(estimator, thetas))
-    return {"lams": LAMS, "steps": STEPS, "nus": NUS, "axes": axes().tolist(), "inner_lr": INNER_LR,
+    return {"lams": LAMS, "steps": STEPS, "nus": NUS, "axes": axes(nodes).tolist(), "inner_lr": INNER_LR,
             "vectors": {name: packed(torch.stack(parts)) for name, parts in found.items()},
-            "loss": packed(torch.stack([meta_loss(lam, grid(margin=1)) for lam in LAMS]))}
+            "loss": packed(torch.stack([meta_loss(lam, grid(nodes, margin=1)) for lam in LAMS]))}
 
 
-def tradeoff() -> dict[str, Any]:
+def tradeoff(nus: Sequence[float]) -> dict[str, Any]:
     """Of one task: the solutions φ_−ν, φ_0, φ_ν and the bias of each stencil, by δ (of the solves) and ν."""
     first, theta, model = tasks()[:1], torch.tensor(POINT, dtype=torch.float64), learner()
     exact = Exact(NewtonCG(tol=TOL), POINT_LAM, TOL)(model, theta, first).gradients[0]
-    every = torch.linspace(-FINE_NUS[-1], FINE_NUS[-1], 81, dtype=torch.float64)
+    every = torch.linspace(-nus[-1], nus[-1], 81, dtype=torch.float64)
     path = NewtonCG(tol=TOL).solve(InnerProblem(model, theta, first, POINT_LAM, every)).phi
     centre = NewtonCG(tol=TOL).solve(InnerProblem(model, theta, first, POINT_LAM)).phi[0]
     points, errors = [], []
     for delta in DELTAS:
-        for nu in FINE_NUS:
+        for nu in nus:
             offsets = torch.tensor([nu, -nu], dtype=torch.float64)
             pair = Inexact(delta).solve(InnerProblem(model, theta, first, POINT_LAM, offsets)).phi  # symmetric's own
             middle = Inexact(delta, seed=1).solve(InnerProblem(model, theta, first, POINT_LAM)).phi[0]
@@ -147,7 +147,7 @@ def tradeoff() -> dict[str, Any]:
                         "central4": Central(Inexact(delta), POINT_LAM, nu, order=4)}
             errors.append({name: float((stencil(model, theta, first).gradients[0] - exact).norm() / exact.norm())
                            for name, stencil in stencils.items()})
-    return {"nus": FINE_NUS, "deltas": DELTAS, "lam": POINT_LAM, "theta": POINT, "path": path.tolist(),
+    return {"nus": nus, "deltas": DELTAS, "lam": POINT_LAM, "theta": POINT, "path": path.tolist(),
             "centre": centre.tolist(), "tangent": (-exact / POINT_LAM).tolist(), "points": points, "errors": errors}
 
 

@@ -6,9 +6,10 @@ bit for bit: parameters, metrics and summary. The run writes a checkpoint after 
 
 import argparse
 import json
+import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import Forks
 from tqdm import tqdm
 
 from fobmaml.run.events import read_events
 
-TRAIN = Path(__file__).parents[1] / "train.py"
-RUN = ("width=4", "steps=100", "log_every=1", "checkpoint_every=1", "eval.every=25", "bias.every=0", "eval.tasks=10",
+RUN = ("width=4", "steps=60", "log_every=1", "checkpoint_every=1", "eval.every=20", "bias.every=0", "eval.tasks=10",
        "eval.validation_tasks=10")
 KILLS_A_RUN = 10
 
@@ -32,22 +33,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     moments = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as holder, tqdm(total=arguments.kills, unit="kill", disable=None) as bar:
+    with (tempfile.TemporaryDirectory() as holder, tqdm(total=arguments.kills, unit="kill", disable=None) as bar,
+          Forks() as forks):
         folder = Path(holder)
         started = time.monotonic()
-        subprocess.run(command(folder / "whole"), cwd=folder, check=True, capture_output=True)
+        to_its_end(forks, folder / "whole")
         seconds, wanted = time.monotonic() - started, result(folder / "whole")
         kills = runs = 0
         while kills < arguments.kills:
             for _ in range(min(KILLS_A_RUN, arguments.kills - kills)):
-                if not killed(folder / "run", moments, seconds):
+                if not killed(forks, folder / "run", moments, seconds):
                     break  # it had ended before
                 check_files(folder / "run")
                 kills += 1
                 bar.update()
-            done = subprocess.run(command(folder / "run"), cwd=folder, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"error: a killed run does not continue: {done.stderr}")
+            to_its_end(forks, folder / "run")
             if result(folder / "run") != wanted:
                 sys.exit("error: a killed and continued run differs from the uninterrupted one")
             runs += 1
@@ -55,29 +55,37 @@ def main() -> None:
     print(f"{arguments.kills} kills of {runs} runs: every file was whole, every run ended as the uninterrupted one")
 
 
-def command(folder: Path) -> list[str]:
-    return [sys.executable, str(TRAIN), *RUN, f"hydra.run.dir={folder}"]
+def start(forks: Forks, folder: Path, err: str = os.devnull) -> int:
+    return forks.start((*RUN, f"hydra.run.dir={folder}"), folder.parent, err=err)
 
 
-def killed(folder: Path, moments: random.Random, seconds: float) -> bool:
+def to_its_end(forks: Forks, folder: Path) -> None:
+    """Starts the run, or continues it."""
+    with tempfile.NamedTemporaryFile() as err:
+        start(forks, folder, err.name)
+        if forks.wait():
+            sys.exit(f"error: a run does not end complete: {Path(err.name).read_text()}")
+
+
+def killed(forks: Forks, folder: Path, moments: random.Random, seconds: float) -> bool:
     """Starts the run and kills it: at any moment of its life or, two times of three, in one of its next steps."""
     checkpoint = folder / "checkpoint.pt"
 
     def written() -> int:
         return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
 
-    last, process = written(), subprocess.Popen(command(folder), cwd=folder.parent, stdout=subprocess.DEVNULL,
-                                                stderr=subprocess.DEVNULL)
+    last, process = written(), start(forks, folder)
     if moments.random() < 2 / 3:
         for _ in range(moments.randint(1, 10)):
-            while process.poll() is None and written() == last:
+            while not forks.ended() and written() == last:
                 time.sleep(0.001)
             last = written()
         time.sleep(moments.uniform(0.0, 0.05))
     else:
         time.sleep(moments.uniform(0.0, seconds))
-    process.kill()
-    return process.wait() < 0
+    if not forks.ended():
+        os.kill(process, signal.SIGKILL)
+    return forks.wait() < 0
 
 
 def check_files(folder: Path) -> None:

@@ -14,9 +14,9 @@ from fobmaml.run.plotting import method
 README = Path(__file__).parents[1] / "README.md"
 
 
-def accuracy() -> str:
-    rows = load(RESULTS, "accuracy")
-    common = settings(RESULTS, "accuracy")
+def accuracy(folder: Path) -> str:
+    rows = load(folder, "accuracy")
+    common = settings(folder, "accuracy")
     lines = [f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {common['width']}, {common['steps']} meta-steps of "
              f"{common['meta_batch']} tasks, {common['solver.steps']} inner steps, {common['eval.tasks']} "
              f"meta-test tasks; mean and 95 % interval over seeds; settings chosen by the same trials for each method "
@@ -41,9 +41,9 @@ def percent(rows: Sequence[Row]) -> str:
     return f"{mean:.1f} ± {half:.1f} %{failed}"
 
 
-def speed() -> str:
-    load(RESULTS, "bench", "make bench")  # says so where it is missing
-    rows = read_csv(RESULTS / "bench.csv")
+def speed(folder: Path) -> str:
+    load(folder, "bench", "make bench")  # says so where it is missing
+    rows = read_csv(folder / "bench.csv")
     widths, steps = ([*dict.fromkeys(int(row[key]) for row in rows)] for key in ("width", "inner_steps"))
     long = steps[1:]  # with as many tasks alive: some of the kernel's memory is the threads', not the tasks'
     cells = {(row["estimator"], int(row["width"]), int(row["inner_steps"])): row for row in rows}
@@ -65,9 +65,9 @@ def speed() -> str:
     return "\n".join(lines)
 
 
-def gpu() -> str:
-    rows = load(RESULTS, "bench_gpu", "python benchmarks/gpu.py")
-    device = json.loads((RESULTS / "bench_gpu.json").read_text())["provenance"]["device"]
+def gpu(folder: Path) -> str:
+    rows = load(folder, "bench_gpu", "python benchmarks/gpu.py")
+    device = json.loads((folder / "bench_gpu.json").read_text())["provenance"]["device"]
     widths, steps = ([*dict.fromkeys(row[key] for row in rows)] for key in ("width", "inner_steps"))
     cells = {(row["estimator"], row["width"], row["inner_steps"]): row for row in rows}
     header = [f"the same on one {device}", *(f"{width:g} channels" for width in widths),
@@ -84,26 +84,26 @@ def gpu() -> str:
 TABLES = {"accuracy": accuracy, "speed": speed, "gpu": gpu}
 
 
-def page() -> str:
-    """The README with its tables as they are now."""
+def page(folder: Path) -> str:
+    """The README with its tables as they are in ``folder``."""
     text = README.read_text()
     for name, table in TABLES.items():
         begin, end = f"<!-- table:{name} -->\n", "<!-- end -->"
         before, rest = text.split(begin)
-        text = before + begin + table() + "\n" + end + rest.split(end, 1)[1]
+        text = before + begin + table(folder) + "\n" + end + rest.split(end, 1)[1]
     return text
 
 
-def write() -> None:
-    text = page()
+def write(folder: Path) -> None:
+    text = page(folder)
     write_atomically(README, lambda file: file.write(text.encode()))
 
 
 def main() -> None:
     try:
         if "--check" not in sys.argv:
-            write()
-        elif page() != README.read_text():
+            write(RESULTS)
+        elif page(RESULTS) != README.read_text():
             sys.exit("error: README.md differs from results/: make figures")
     except Missing as missing:
         sys.exit(f"error: {missing}")

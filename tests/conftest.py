@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import POSSIBLE, Forks
 from torch import Tensor, nn
 
 from fobmaml import Learner, TaskBatch
@@ -33,13 +35,26 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    with Forks() as started:
+        yield started
+
+
 @pytest.fixture
-def run_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command line as a user would, in a folder of the test's own: run_train("steps=3", ...)."""
+def run_train(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line as a user would, in a folder of the test's own: run_train("steps=3", ...). With ``env``,
+    which may change what an import does, by a Python of its own."""
 
     def call(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=1500, env={**os.environ, **(env or {})})
+        command = [sys.executable, str(ROOT / "train.py"), *overrides]
+        if env is not None or not POSSIBLE:
+            return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=1500,
+                                  env={**os.environ, **(env or {})})
+        forks = request.getfixturevalue("forks")
+        with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+            forks.start(overrides, tmp_path, out.name, err.name)
+            return subprocess.CompletedProcess(command, forks.wait(), *(Path(f.name).read_text() for f in (out, err)))
 
     return call
 

@@ -26,16 +26,29 @@ import explorer_data as built  # noqa: E402
 in_browser = pytest.mark.skipif(explorer.chromium() is None, reason="there is no Chromium: apt-get install chromium")
 
 
+FULL = (built.NODES, built.FINE_NUS)
+
+
+@pytest.fixture(scope="module", params=[pytest.param((11, built.FINE_NUS[3::4]), id="small"),
+                                        pytest.param(FULL, id="full", marks=pytest.mark.nightly)])
+def size(request) -> tuple[int, tuple[float, ...]]:
+    """Nodes of the grid of θ, a side, and the ν of the panel on ν and δ."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
+def page(tmp_path_factory, size) -> Path:
     """Built once for all processes of the test run."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", tmp_path_factory.getbasetemp().name)
-    path = tmp_path_factory.getbasetemp().parent / f"explorer-{run}.html"
+    path = tmp_path_factory.getbasetemp().parent / f"explorer-{run}-{size[0]}.html"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            subprocess.run([sys.executable, str(ROOT / "scripts" / "explorer.py"), f"--page={path}", "--no-pictures"],
-                           check=True, capture_output=True)
+            if size == FULL:
+                subprocess.run([sys.executable, str(ROOT / "scripts" / "explorer.py"), f"--page={path}",
+                                "--no-pictures"], check=True, capture_output=True)
+            else:
+                explorer.build(path, ROOT / "results", *size)
     return path
 
 
@@ -182,11 +195,13 @@ class TestPage:
         assert tab.shown("curvature", "x1") == pytest.approx(-0.4 + 0.25 * 1.4, abs=0.011)
         assert tab.shown("curvature", "x2") == pytest.approx(-0.4 + 0.8 * 1.4, abs=0.011)
 
-    def test_compare(self, tab):
+    def test_compare(self, tab, size):
+        nodes, _ = size
+
         def agrees() -> None:
             place = {name: int(tab.tab.locator(f"#compare-{name}").input_value())
                      for name in ("lam", "steps", "nu", "theta1", "theta2")}
-            first, second = built.axes().tolist()
+            first, second = built.axes(nodes).tolist()
             theta = (first[place["theta1"]], second[place["theta2"]])
             wanted = _estimates(theta, built.LAMS[place["lam"]], built.STEPS[place["steps"]], built.NUS[place["nu"]])
             exact = wanted["exact"]
@@ -198,16 +213,18 @@ class TestPage:
                 assert math.radians(angle[0]) == pytest.approx(math.atan2(cross, float(gradient @ exact)), abs=1e-6)
 
         agrees()
-        for name, place in (("lam", 2), ("steps", 4), ("nu", 0), ("theta1", 11), ("theta2", 25), ("lam", 3), ("nu", 4)):
+        for name, place in (("lam", 2), ("steps", 4), ("nu", 0), ("theta1", nodes // 4), ("theta2", 2 * nodes // 3),
+                            ("lam", 3), ("nu", 4)):
             before, contours = tab.arrows("compare"), tab.contours("compare")
             tab.slide("compare", name, place)
             agrees()
             assert tab.arrows("compare") != before
             assert (tab.contours("compare") != contours) == (name == "lam")
         tab.drag("compare", 0.7, 0.3)
-        (low1, *_, high1), (low2, *_, high2) = built.axes().tolist()
-        assert tab.shown("compare", "theta1") == pytest.approx(low1 + 0.7 * (high1 - low1), abs=0.04)
-        assert tab.shown("compare", "theta2") == pytest.approx(low2 + 0.3 * (high2 - low2), abs=0.04)
+        (low1, *_, high1), (low2, *_, high2) = built.axes(nodes).tolist()
+        nearest = 0.65 * (high1 - low1) / (nodes - 1)
+        assert tab.shown("compare", "theta1") == pytest.approx(low1 + 0.7 * (high1 - low1), abs=nearest)
+        assert tab.shown("compare", "theta2") == pytest.approx(low2 + 0.3 * (high2 - low2), abs=nearest)
         agrees()
         before = tab.arrows("compare")
         tab.tab.locator("#compare-lengths").check()
@@ -219,7 +236,8 @@ class TestPage:
             assert len(tab.arrows("compare")) == left
             assert tab.tab.locator(f"#compare-{name}").get_attribute("class") == "off"
 
-    def test_tradeoff(self, tab):
+    def test_tradeoff(self, tab, size):
+        _, nus = size
         model, first = built.learner(), built.tasks()[:1]
         theta, lam = torch.tensor(built.POINT, dtype=torch.float64), built.POINT_LAM
         exact = Exact(NewtonCG(tol=built.TOL), lam, built.TOL)(model, theta, first).gradients[0]
@@ -243,12 +261,12 @@ class TestPage:
         def drawing() -> str:
             return "".join(plot.inner_html() for plot in tab.tab.locator("#tradeoff .plot").all())
 
-        last = len(built.FINE_NUS) - 1
-        for nu, delta in ((last, 0), (last, 3), (12, 3), (5, 5), (18, 1)):
+        last = len(nus) - 1
+        for nu, delta in ((last, 0), (last, 3), ((last + 1) // 2, 3), (last // 4, 5), (3 * (last + 1) // 4, 1)):
             before = drawing()
             tab.slide("tradeoff", "nu", nu)
             tab.slide("tradeoff", "delta", delta)
-            agrees(built.FINE_NUS[nu], built.DELTAS[delta])
+            agrees(nus[nu], built.DELTAS[delta])
             assert drawing() != before
 
     def test_measured(self, tab):
@@ -292,9 +310,10 @@ class TestPage:
         assert all(re.search(r"\w", label) for label in tab.tab.locator("input[type=range]").evaluate_all(
             "all => all.map(control => control.getAttribute('aria-valuetext'))"))
 
-    def test_pictures_and_times_are_taken(self, page, tmp_path):
+    def test_pictures_and_times_are_taken(self, page, size, tmp_path):
         (tmp_path / "figures").mkdir()
-        call = f"import pathlib, explorer; explorer.look(pathlib.Path({str(page)!r}), pathlib.Path({str(tmp_path)!r}))"
+        call = (f"import pathlib, explorer; explorer.MOVES = {explorer.MOVES if size == FULL else 2}; "
+                f"explorer.look(pathlib.Path({str(page)!r}), pathlib.Path({str(tmp_path)!r}))")
         subprocess.run([sys.executable, "-c", call], cwd=ROOT / "scripts", check=True, capture_output=True)
         assert {path.name for path in (tmp_path / "figures").iterdir()} == {
             f"explorer_{name}.png" for name in explorer.PANELS}

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 CHECKS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-FEW, MANY, PARTS = 12, 60, 6  # the slow parts make 300
+FEW, SOME, MANY, PARTS = 12, 24, 60, 6  # the nightly parts make 300
 
 
 def _run(overrides: list[str]) -> tuple[int, str, Path, tempfile.TemporaryDirectory]:
@@ -165,11 +165,16 @@ def _examples(check: Callable[[Any], None], strategy: st.SearchStrategy, count: 
     seed(start)(settings(max_examples=count, **CHECKS)(given(strategy)(lambda example: check(example))))()
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
-def test_valid_configurations_end_complete(part):
-    _examples(_check_valid, valid(), MANY if part else FEW, part)
+parts = pytest.mark.parametrize(("part", "count"), [
+    (0, FEW), pytest.param(PARTS, SOME, marks=pytest.mark.slow),
+    *(pytest.param(part, MANY, marks=pytest.mark.nightly) for part in range(1, PARTS))])
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
-def test_invalid_values_are_one_line(part):
-    _examples(_check_invalid, invalid, MANY if part else FEW, part)
+@parts
+def test_valid_configurations_end_complete(part, count):
+    _examples(_check_valid, valid(), count, part)
+
+
+@parts
+def test_invalid_values_are_one_line(part, count):
+    _examples(_check_invalid, invalid, count, part)

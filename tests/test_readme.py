@@ -25,7 +25,8 @@ def test_library_example():
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("setup", "train", "test", "lint", "figures", "reproduce", "verify", "bench", "explorer", "help"):
+    for target in ("setup", "train", "test", "test-all", "lint", "figures", "reproduce", "verify", "bench",
+                   "explorer", "help"):
         assert re.search(rf"^{target}:.*##", makefile, re.MULTILINE)
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "make train" in shown

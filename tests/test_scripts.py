@@ -9,8 +9,11 @@ import subprocess
 import sys
 from decimal import Decimal
 
+import figures
 import pytest
+import reproduce
 import summary
+import tables
 import yaml
 from conftest import ROOT
 from drawing import Missing, groups, load
@@ -129,11 +132,10 @@ def test_figures_are_drawn_from_the_tables(tmp_path):
     derived = {"bias_slopes.csv", "quadratic.csv"}
     for table in derived:
         (tmp_path / table).unlink()
-    done = _script("figures.py", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert figures.redraw(tmp_path) == []
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    figures = {path.stem.removeprefix("figure_") for path in (ROOT / "scripts").glob("figure_*.py")}
-    assert drawn == {f"{name}.{suffix}" for name in figures for suffix in ("png", "pdf")}
+    named = {path.stem.removeprefix("figure_") for path in (ROOT / "scripts").glob("figure_*.py")}
+    assert drawn == {f"{name}.{suffix}" for name in named for suffix in ("png", "pdf")}
     for path in (tmp_path / "figures").iterdir():
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
@@ -179,8 +181,6 @@ def test_a_figure_is_drawn_once_a_format(tmp_path, monkeypatch):
 def test_importing_a_script_reads_no_command_line():
     """So that all run in one process."""
     for path in (ROOT / "scripts").glob("*.py"):
-        if path.name in ("kill_test.py", "sanitize_kernel.py"):
-            continue
         for statement in ast.parse(path.read_text()).body:
             if isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.If):
                 continue
@@ -213,14 +213,25 @@ def test_the_page_that_sums_up_is_that_of_the_tables():
     assert same_text(summary.page(RESULTS), (RESULTS / "README.md").read_text())
 
 
-def test_the_page_that_sums_up_is_checked(tmp_path):
+def test_the_page_that_sums_up_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["summary.py", "--check", str(tmp_path)])
     summary.write(tmp_path)
     assert "Not measured: " in (tmp_path / "README.md").read_text()
-    assert _script("summary.py", "--check", tmp_path).returncode == 0
+    summary.main()
     (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "more\n")
-    done = _script("summary.py", "--check", tmp_path)
-    assert done.returncode == 1
-    assert "differs from the tables: make figures" in done.stderr
+    with pytest.raises(SystemExit, match=r"error: .* differs from the tables: make figures"):
+        summary.main()
+
+
+def test_the_tables_of_the_readme_are_of_a_folder(tmp_path):
+    for table in ("accuracy", "bench", "bench_gpu"):
+        for suffix in ("csv", "json"):
+            shutil.copy(RESULTS / f"{table}.{suffix}", tmp_path)
+    assert tables.page(tmp_path) == tables.page(RESULTS)
+    rows = read_csv(tmp_path / "accuracy.csv")
+    write_csv(tmp_path / "accuracy.csv", [row for row in rows if row["estimator"] != "reptile"])
+    fewer = [line for line in tables.page(RESULTS).splitlines() if line not in tables.page(tmp_path).splitlines()]
+    assert [line.split(" |")[0] for line in fewer] == ["| Reptile"]
 
 
 def test_verdicts_follow_the_tables(tmp_path):
@@ -260,10 +271,9 @@ hydra: {sweeper: {params: {optimizer.lr: '%s'}}}
 """
 
 
-def test_reproducing_fails_where_jobs_are_missing(tmp_path, monkeypatch):
+def test_reproducing_fails_where_jobs_are_missing(tmp_path, monkeypatch, capsys):
     """In a copy of the tree, with a sweep of two jobs in place of an experiment."""
-    for name in ("scripts", "configs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copy(ROOT / "train.py", tmp_path)
     (tmp_path / "results").mkdir()
     folder = tmp_path / "outputs" / "experiments" / "verify"
@@ -272,20 +282,18 @@ def test_reproducing_fails_where_jobs_are_missing(tmp_path, monkeypatch):
     def define(rates: str) -> None:
         (tmp_path / "configs" / "experiment" / "verify.yaml").write_text(SMALL % rates)
 
-    def reproduce(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(tmp_path / "scripts" / "reproduce.py"), "verify", *arguments],
-                              text=True, capture_output=True, timeout=300)
+    def again(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "verify", *arguments])
+        reproduce.main()
 
     define("0.1,1e30")  # the second diverges, which is a result
-    done = reproduce()
-    assert done.returncode == 0, done.stderr
-    assert "verify: 2 of 2 jobs are there, 1 of them diverged" in done.stdout
+    again()
+    assert "verify: 2 of 2 jobs are there, 1 of them diverged" in capsys.readouterr().out
     assert len(read_csv(tmp_path / "results" / "verify.csv")) == 2
     define("0.1,-1")  # the second is not possible
     for arguments in ((), ("--collect",)):
-        done = reproduce(*arguments)
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1] == "error: verify: 1 of 2 jobs are there"
+        with pytest.raises(SystemExit, match=r"^error: verify: 1 of 2 jobs are there$"):
+            again(*arguments)
 
     def found(rates: str, status: int = 0) -> list[str]:
         define(rates)
@@ -303,11 +311,11 @@ def test_reproducing_fails_where_jobs_are_missing(tmp_path, monkeypatch):
     assert found("0.1") == ["verify: 0 of 1 jobs are there"]
 
 
-def test_bad_requests_are_one_line():
-    done = _script("reproduce.py", "nonsense")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: nonsense: takes ")
-    assert _script("reproduce.py", "--jobs", "0").stderr.startswith("error: --jobs=0: takes")
+def test_bad_requests_are_one_line(monkeypatch):
+    for arguments, line in ((["nonsense"], "error: nonsense: takes "), (["--jobs", "0"], "error: --jobs=0: takes")):
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+        with pytest.raises(SystemExit, match=f"^{line}"):
+            reproduce.main()
 
 
 def test_every_table_has_its_provenance():

@@ -13,7 +13,7 @@ from conftest import QUIET, processes_in, start_train, wait_until
 from fobmaml.run import sweeps
 
 QUICK = ("width=4", "steps=3", "eval.tasks=20", "eval.validation_tasks=10", "bias.every=0", "wandb.mode=disabled")
-TWELVE = ("-m", *QUICK, "steps=30", "checkpoint_every=5", "estimator=forward,symmetric", "seed=0,1,2,3,4,5")
+SWEEP = ("-m", *QUICK, "steps=30,90", "checkpoint_every=5", "estimator=forward,symmetric")
 MEASURED = ("test/accuracy", "test/loss", "val/loss", "train/loss", "memory/peak_bytes", "step", "status")
 
 
@@ -187,27 +187,31 @@ def test_submitit_runs_the_jobs(run_train, tmp_path):
     assert sorted(result[-1] for result in _results(tmp_path).values()) == ["completed"] * 2
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> dict[str, tuple]:
-    folder = tmp_path_factory.mktemp("plain")
-    assert start_train(folder, *TWELVE, **QUIET).wait() == 0
-    return _results(folder)
+@pytest.fixture(scope="module", params=["0", pytest.param("0,1,2", marks=pytest.mark.nightly)])
+def plain(request, tmp_path_factory) -> tuple[tuple[str, ...], dict[str, tuple]]:
+    """A sweep and its results, by no launcher, one job after another."""
+    sweep, folder = (*SWEEP, f"seed={request.param}"), tmp_path_factory.mktemp("plain")
+    assert start_train(folder, *sweep, **QUIET).wait() == 0
+    results = _results(folder)
+    assert len(results) == 4 * len(request.param.split(","))
+    return sweep, results
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "ray"])
-def test_twelve_jobs_killed_and_continued_are_the_plain_sweep(run_train, plain, tmp_path, launcher):
-    assert len(plain) == 12
-    sweep = start_train(tmp_path, *TWELVE, f"hydra/launcher={launcher}", **QUIET)
-    wait_until(lambda: len(_results(tmp_path)) >= 3, sweep)
-    sweep.kill()
-    sweep.wait()
+def test_jobs_killed_and_continued_are_the_plain_sweep(run_train, plain, tmp_path, launcher):
+    command, wanted = plain
+    killed = start_train(tmp_path, *command, f"hydra/launcher={launcher}", **QUIET)
+    some = len(wanted) // 4
+    wait_until(lambda: len(_results(tmp_path)) >= some, killed)
+    killed.kill()
+    killed.wait()
     for process, _ in processes_in(tmp_path):  # its jobs: a kill of the whole machine's share
         os.kill(process, signal.SIGKILL)
     complete = {path: path.stat().st_mtime_ns for path in tmp_path.glob("multirun/*/*/summary.json")}
-    assert 3 <= len(complete) < 12
+    assert some <= len(complete) < len(wanted)
 
-    done = run_train(*TWELVE, f"hydra/launcher={launcher}")
+    done = run_train(*command, f"hydra/launcher={launcher}")
     assert done.returncode == 0, done.stderr
-    assert _results(tmp_path) == plain
+    assert _results(tmp_path) == wanted
     assert {path: path.stat().st_mtime_ns for path in complete} == complete
