@@ -85,6 +85,7 @@ class Settings:
         one_of("engine", self.engine, ENGINES)
         one_of("schedule", self.schedule, ("cosine", "constant"))
 
+
 class MetaTraining:
     """The state of one meta-training run and the things that can be done with it.
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 
 def main(configs: Path | None = None) -> None:
-    """Runs the command line. ``configs``: the folder of the settings, by default the package's. Ends in SystemExit."""
+    """Runs the command line, the arguments of ``sys.argv``. ``configs``: the folder of the settings, by default the
+    package's. Ends by SystemExit where something is wrong."""
     try:
         from fobmaml.run import program
     except ModuleNotFoundError as error:
