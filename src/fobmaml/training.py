@@ -45,6 +45,7 @@ KEYS = {"train/loss": "query loss of the meta-step's tasks, mean", "meta_gradien
         "linear/negative_curvature": "share of the tasks that met it", "model/parameters": "number that are trained"}
 """What is logged of training itself, each with what it is."""
 
+
 class Diverged(RuntimeError):
     """A meta-gradient was not finite."""
 
@@ -53,18 +54,18 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the loop needs to know; the meaning and default of each is in configs/train.yaml. Raises ValueError."""
+    """What the loop needs to know; the meaning of each is in configs/train.yaml. Raises ValueError."""
 
-    steps: int
-    seed: int
-    meta_batch: int
-    fixed_tasks: bool
-    task_chunk: int | str
-    memory_limit_mb: float | None
-    engine: str
-    schedule: str
-    log_every: int
-    checkpoint_every: int
+    steps: int = 600
+    seed: int = 0
+    meta_batch: int = 16
+    fixed_tasks: bool = False
+    task_chunk: int | str = "auto"
+    memory_limit_mb: float | None = None
+    engine: str = "auto"
+    schedule: str = "cosine"
+    log_every: int = 10
+    checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
         for name in ("meta_batch", "log_every", "checkpoint_every"):

@@ -118,7 +118,8 @@ def _count(tasks: int) -> int:
 class Validation(Periodic):
     """The score on ``tasks`` fixed validation tasks, every so many meta-steps; tasks=0: never. Raises ValueError."""
 
-    tasks: int
+    every: int = 100
+    tasks: int = 100
 
     keys: ClassVar = {
         "val/accuracy": "fraction of a validation task's query labels that it gets right, mean over tasks",
@@ -148,7 +149,7 @@ class MetaTest(Measurement):
     """The score on ``tasks`` fixed meta-test tasks, which every estimator and seed shares, once, at the very end;
     tasks=0: never. Raises ValueError."""
 
-    tasks: int
+    tasks: int = 600
 
     keys: ClassVar = {
         "test/accuracy": "fraction of a meta-test task's query labels that it gets right, mean over tasks",

@@ -70,7 +70,7 @@ class Measurement(ABC):
 class Periodic(Measurement):
     """Due every so many meta-steps, and at the end of training. Raises ValueError unless ``every`` ≥ 0; 0: never."""
 
-    every: int
+    every: int = 0
 
     def __post_init__(self) -> None:
         whole_number("every", self.every, at_least=0)
@@ -83,7 +83,7 @@ class Periodic(Measurement):
 class OnValidationTasks(Periodic):
     """Measured on ``tasks`` fixed validation tasks, those of its ``stream``. Raises ValueError unless tasks ≥ 1."""
 
-    tasks: int
+    tasks: int = 4
     stream: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

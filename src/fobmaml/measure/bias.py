@@ -68,8 +68,9 @@ class BiasMeasurement(OnValidationTasks):
     """``bias``, its references solved to ``tol``, every so many meta-steps; before the first only if ``at_start``, or
     where there are none. Raises ValueError."""
 
-    at_start: bool
-    tol: float
+    every: int = 300
+    at_start: bool = False
+    tol: float = 1e-8
 
     keys: ClassVar = {
         "bias/relative_error": "‖g − ∇F‖/‖∇F‖, g the estimator's meta-gradient and ∇F the exact one, same tasks",

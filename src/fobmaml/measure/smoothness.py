@@ -38,7 +38,8 @@ def smoothness(estimator: Estimator, learner: Learner, tasks: TaskBatch, radius:
 class SmoothnessMeasurement(OnValidationTasks):
     """``smoothness`` of the run's estimator at ``radius``, every so many meta-steps. Raises ValueError."""
 
-    radius: float
+    tasks: int = 16
+    radius: float = 0.001
 
     keys: ClassVar = {
         "smoothness/local": "‖∇F(θ + d) − ∇F(θ)‖ / ‖d‖, d along −∇F(θ), F the estimator's objective",
