@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from fobmaml.files import write_csv, write_json
 from fobmaml.run.events import read_events
+from fobmaml.training import KEYS
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,10 +54,12 @@ EXPERIMENTS = {
 }
 """The experiments in results/, each with its settings for ``--fast``."""
 
-MEASURED = ("val/", "test/", "train/", "memory/", "bias/", "inner/", "time/", "smoothness/", "curvature/")
+NOT_IN_TABLES = ("meta_gradient/", "model/", "loss/", "linear/", "optimizer/")
+"""All else that a run measures is."""
 OUTCOMES = ("the meta-gradient at step ", "inner solve: ", "linear solve: ")
 """How the reason of a failed run begins that belongs to the results: it diverged, or found no exact meta-gradient."""
-CURVES = ("val/", "bias/", "smoothness/", "curvature/", "time/train_s")
+AT_THE_END = ("test/", "memory/")
+"""What is measured once, and no curve."""
 INTERRUPTED = 130
 
 
@@ -160,6 +163,11 @@ def stopping_too(running: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[Non
         signal.signal(signal.SIGTERM, before)
 
 
+def of_a_curve(key: str) -> bool:
+    """Whether it is measured every so many steps, beside training's own numbers."""
+    return "/" in key and key not in KEYS and not key.startswith(AT_THE_END)
+
+
 def collect(name: str, folder: Path, results: Path) -> None:
     """Writes NAME.csv (a row a job: the settings that were swept or differ, what was measured), NAME_curves.csv (what
     was measured during training, by step) and NAME.json (provenance and common settings)."""
@@ -174,7 +182,8 @@ def collect(name: str, folder: Path, results: Path) -> None:
     varied = [key for key in known if key in swept
               or len({json.dumps(found.get(key)) for found in settings.values()}) > 1]
     measured = [key for key in dict.fromkeys(key for summary in runs.values() for key in summary)
-                if key.startswith(MEASURED) and any(summary.get(key) is not None for summary in runs.values())]
+                if "/" in key and not key.startswith(NOT_IN_TABLES)
+                and any(summary.get(key) is not None for summary in runs.values())]
     write_csv(results / f"{name}.csv", [
         {"run": run, "estimator": summary["choices"]["estimator"], **{key: settings[run].get(key) for key in varied},
          "status": summary["status"], "step": summary["step"], "seconds": summary["seconds"],
@@ -183,10 +192,10 @@ def collect(name: str, folder: Path, results: Path) -> None:
     curves = [{"run": run, "estimator": summary["choices"]["estimator"],
                **{key: settings[run].get(key) for key in varied}, **event}
               for run, summary in runs.items() for event in read_events(folder / run / "metrics.jsonl")
-              if any(key.startswith(CURVES) for key in event)]
+              if any(map(of_a_curve, event))]
     if any(row["step"] for row in curves):
         columns = dict.fromkeys(key for row in curves for key in row
-                                if key in ("run", "estimator", "step", *varied) or key.startswith(CURVES))
+                                if key in ("run", "estimator", "step", *varied) or of_a_curve(key))
         write_csv(results / f"{name}_curves.csv", [{key: row.get(key) for key in columns} for row in curves])
     first = settings[next(iter(settings))]
     made_with: list[Any] = []

@@ -42,7 +42,8 @@ KEYS = {"train/loss": "query loss of the meta-step's tasks, mean", "meta_gradien
         "optimizer/lr": "step length, as scheduled", "time/meta_step_s": "seconds, median of recent meta-steps",
         "linear/steps": "Hessian products of a linear solve, mean over tasks as these",
         "linear/relative_residual": "of the linear solve",
-        "linear/negative_curvature": "share of the tasks that met it", "model/parameters": "number that are trained"}
+        "linear/negative_curvature": "share of the tasks that met it", "model/parameters": "number that are trained",
+        "loss/name": "of the data set's loss"}
 """What is logged of training itself, each with what it is."""
 
 
