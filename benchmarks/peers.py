@@ -28,7 +28,7 @@ def plain_network(model: CNN1d) -> nn.Sequential:
 
 
 def in_our_layout(model: CNN1d, gradient: list[Tensor]) -> Tensor:
-    """A gradient by the parameters of ``plain_network(model)`` as one by the flat parameters of ``model``."""
+    """A gradient with respect to ``plain_network(model)``, as one with respect to the flat parameters of ``model``."""
     weights = [g.view(w.mT.shape).mT for g, w in zip(gradient[0::2], model.weights, strict=True)]
     return torch.cat([part.flatten() for part in (*weights, *gradient[1::2])])
 

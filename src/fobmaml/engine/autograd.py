@@ -33,7 +33,7 @@ class Autograd(Engine):
         return gradient.detach(), lambda v: hvp(gradient, leaf, v)
 
     def _gradient(self, phi: Tensor, twice: bool) -> tuple[Tensor, Tensor]:
-        """With its graph if ``twice``, and what it is differentiated by."""
+        """With its graph if ``twice``, and what it is taken with respect to."""
         with torch.enable_grad(), differentiable(twice):
             leaf = phi.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.row_loss(self.outputs(leaf)).sum(), leaf, create_graph=twice)

@@ -259,7 +259,8 @@ static void weight_rows(int height, int width, int64_t windows, const float *gz,
 #undef TILE
 }
 
-/* into = scale * into + step * the gradient by the weights, where so few enter an output that lanes would be idle. */
+/* into = scale * into + step * the gradient with respect to the weights, where so few enter an output that lanes
+   would be idle. */
 static void few_weights(const Layer *layer, const Buffers *at, int64_t windows, float *into, float scale, float step) {
     int64_t out = layer->out, depth = layer->kernel_size * layer->in;
     for (int64_t k = 0; k < depth; k++)
@@ -279,7 +280,7 @@ static void few_weights(const Layer *layer, const Buffers *at, int64_t windows, 
     }
 }
 
-/* into = scale * into + step * the gradient by the layer's parameters. */
+/* into = scale * into + step * the gradient with respect to the layer's parameters. */
 static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t windows, float *into, float scale,
                                float step) {
     int64_t out = layer->out, depth = layer->kernel_size * layer->in, groups = CEIL(out, HEIGHT);

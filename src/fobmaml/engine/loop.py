@@ -36,7 +36,7 @@ class Loop(Engine):
                 lambda v: torch.stack([hvp(*row, along) for row, along in zip(rows, v, strict=True)]))
 
     def _gradient(self, r: int, phi: Tensor, twice: bool) -> tuple[Tensor, Tensor]:
-        """Of row r, with its graph if ``twice``, and what it is differentiated by."""
+        """Of row r, with its graph if ``twice``, and what it is taken with respect to."""
         with torch.enable_grad(), differentiable(twice):
             leaf = phi.detach().requires_grad_()
             loss = self.row_loss.of_row(r, self._outputs(leaf, self.x[r]))

@@ -51,14 +51,14 @@ class GradientDescent(Solver):
             displacement = displacement - self.lr * velocity
 
         def pull_back(v: Tensor) -> Tensor:
-            by_phi, by_velocity, by_theta = v, torch.zeros_like(v), torch.zeros_like(v)
+            wrt_phi, wrt_velocity, wrt_theta = v, torch.zeros_like(v), torch.zeros_like(v)
             while hessians:
-                by_velocity = by_velocity - self.lr * by_phi
+                wrt_velocity = wrt_velocity - self.lr * wrt_phi
                 hessian = hessians.pop()
                 product = problem.linearize(hessian)[1] if isinstance(hessian, Tensor) else hessian
-                by_phi = by_phi + product(by_velocity)
-                by_theta = by_theta - problem.lam * by_velocity
-                by_velocity = self.momentum * by_velocity
-            return by_theta + by_phi
+                wrt_phi = wrt_phi + product(wrt_velocity)
+                wrt_theta = wrt_theta - problem.lam * wrt_velocity
+                wrt_velocity = self.momentum * wrt_velocity
+            return wrt_theta + wrt_phi
 
         return self._solution(problem, displacement), pull_back
