@@ -511,7 +511,7 @@ def test_wandb_without_a_place_to_write(run_train, tmp_path):
 def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, tmp_path, wandb):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=56k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
         run = (*QUICK, "steps=120", "log_every=1", "checkpoint_every=2", "bias.every=0", f"wandb.mode={wandb}",

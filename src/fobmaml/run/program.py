@@ -38,6 +38,7 @@ def own_configs() -> Path:
 
 
 def start(configs: Path) -> None:
+    """``begin``, with each of its ends told."""
     make_lasting()
     with errors_raised() as traced:
         try:
@@ -67,6 +68,7 @@ def start(configs: Path) -> None:
 
 
 def begin(configs: Path) -> None:
+    """Hands over to Hydra."""
     sweeps.Failures.listed = None
     os.environ["FOBMAML_SWEEP"] = sweeps.name_of(sys.argv[1:])
     if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv):
