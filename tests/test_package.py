@@ -91,7 +91,7 @@ def installed(built, tmp_path_factory) -> Path:
 
 
 def _install(programs: Path, what: str) -> None:
-    done = subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", "--constraint",
+    done = subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--constraint",
                            ROOT / "constraints.txt", what], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
 
