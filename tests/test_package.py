@@ -147,7 +147,7 @@ def test_an_installed_program_trains_resumes_and_sweeps_far_from_the_repository(
     jobs = [summary(path.parent) for path in tmp_path.glob("multirun/*/*/summary.json")]
     assert sorted(job["choices"]["estimator"] for job in jobs) == ["fomaml", "maml"]
     assert {job["config"]["dataset"]["ways"] for job in jobs} == {3}
-    assert fobmaml("width=0").stderr == "error: width=0: takes a whole number of at least 1\n"
+    assert fobmaml("steps=-1").stderr == "error: steps=-1: takes a whole number of at least 0\n"
     assert fobmaml("depht=3").stderr == "error: depht: there is no such setting (fobmaml --help lists them)\n"
 
 
