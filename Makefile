@@ -35,6 +35,7 @@ test-all: setup .venv/sweeps .venv/explorer .venv/chromium ## run all tests, the
 
 lint: setup ## check style and types
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
 figures: setup ## redraw every figure, and the tables of the READMEs, from results/

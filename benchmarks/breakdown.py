@@ -23,8 +23,11 @@ from fobmaml.files import write_csv, write_json
 from fobmaml.run.allocator import keep_freed_memory
 from fobmaml.run.provenance import provenance
 
-KINDS = {"matrix products": ("aten::bmm", "aten::baddbmm"), "activations": ("aten::silu", "aten::silu_backward"),
-         "copies and sums": ("aten::copy_", "aten::add_", "aten::add", "aten::fill_")}
+KINDS = {
+    "matrix products": ("aten::bmm", "aten::baddbmm"),
+    "activations": ("aten::silu", "aten::silu_backward"),
+    "copies and sums": ("aten::copy_", "aten::add_", "aten::add", "aten::fill_"),
+}
 STEPS = 10
 
 
@@ -47,13 +50,22 @@ def shares(width: int, repeats: int) -> list[dict[str, object]]:
         medians = {kind: statistics.median(parts) for kind, parts in spent.items()}
         for kind, median in medians.items():
             gflops = operations / median / 1e9 if kind in ("kernel", "matrix products") else None
-            rows.append({
-                "width": width, "engine": engine, "tasks_at_once": way.at_once,
-                "total_seconds": round(statistics.median(total for total, _ in whole[engine]), 5),
-                "fraction_of_limit": round(statistics.median(operations / t / rate for t, rate in whole[engine]), 4),
-                "matrix_product_gflops": round(statistics.median(rate for _, rate in whole[engine]) / 1e9, 1),
-                "kind": kind, "seconds": round(median, 5), "share": round(median / sum(medians.values()), 4),
-                "gflops": gflops and round(gflops, 1)})
+            rows.append(
+                {
+                    "width": width,
+                    "engine": engine,
+                    "tasks_at_once": way.at_once,
+                    "total_seconds": round(statistics.median(total for total, _ in whole[engine]), 5),
+                    "fraction_of_limit": round(
+                        statistics.median(operations / t / rate for t, rate in whole[engine]), 4
+                    ),
+                    "matrix_product_gflops": round(statistics.median(rate for _, rate in whole[engine]) / 1e9, 1),
+                    "kind": kind,
+                    "seconds": round(median, 5),
+                    "share": round(median / sum(medians.values()), 4),
+                    "gflops": gflops and round(gflops, 1),
+                }
+            )
     return rows
 
 
@@ -80,8 +92,11 @@ def by_operator(compute: Any) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         compute()
         total = time.perf_counter() - started
-    found = {event.key: event.self_cpu_time_total / 1e6 for event in profiler.key_averages()
-             if event.key.startswith("aten::")}
+    found = {
+        event.key: event.self_cpu_time_total / 1e6
+        for event in profiler.key_averages()
+        if event.key.startswith("aten::")
+    }
     spent = {kind: sum(found.pop(name, 0.0) for name in names) for kind, names in KINDS.items()}
     spent["other operators"] = sum(found.values())
     return {**spent, "outside operators": total - sum(spent.values())}
@@ -99,9 +114,14 @@ def main() -> None:
         print(", ".join(f"{key} {value}" for key, value in row.items()))
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_csv(arguments.folder / "bench_breakdown.csv", rows)
-    write_json(arguments.folder / "bench_breakdown.json", {
-        "command": "python benchmarks/breakdown.py", "arguments": {**vars(arguments), "folder": arguments.folder.name},
-        "provenance": made_with})
+    write_json(
+        arguments.folder / "bench_breakdown.json",
+        {
+            "command": "python benchmarks/breakdown.py",
+            "arguments": {**vars(arguments), "folder": arguments.folder.name},
+            "provenance": made_with,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -40,20 +40,33 @@ def mlp(width: int) -> nn.Module:
 
 
 def conv1d(width: int) -> nn.Module:
-    return nn.Sequential(nn.Unflatten(1, (1, 40)), nn.Conv1d(1, width, 5, 2, 1), nn.SiLU(),
-                         nn.Conv1d(width, width, 3, 2, 1), nn.SiLU(), nn.Conv1d(width, width, 3, 2, 1), nn.SiLU(),
-                         nn.Flatten(), nn.Linear(5 * width, CLASSES))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 40)),
+        nn.Conv1d(1, width, 5, 2, 1),
+        nn.SiLU(),
+        nn.Conv1d(width, width, 3, 2, 1),
+        nn.SiLU(),
+        nn.Conv1d(width, width, 3, 2, 1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(5 * width, CLASSES),
+    )
 
 
 def conv2d(width: int) -> nn.Module:
-    blocks = [(nn.Conv2d(1 if block == 0 else width, width, 3, padding=1), nn.GroupNorm(4, width), nn.SiLU(),
-               nn.MaxPool2d(2)) for block in range(3)]
+    blocks = [
+        (nn.Conv2d(1 if block == 0 else width, width, 3, padding=1), nn.GroupNorm(4, width), nn.SiLU(), nn.MaxPool2d(2))
+        for block in range(3)
+    ]
     return nn.Sequential(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(9 * width, CLASSES))
 
 
 NETWORKS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
-    "mlp": (mlp, (40,), (16, 64, 256, 1024)), "conv1d": (conv1d, (40,), (16, 32, 64, 128)),
-    "conv2d": (conv2d, (1, 28, 28), (8, 32)), "attention": (Attention, (40,), (16, 64))}
+    "mlp": (mlp, (40,), (16, 64, 256, 1024)),
+    "conv1d": (conv1d, (40,), (16, 32, 64, 128)),
+    "conv2d": (conv2d, (1, 28, 28), (8, 32)),
+    "attention": (Attention, (40,), (16, 64)),
+}
 
 
 def measured(setting: tuple[str, int, int, int], repeats: int) -> Row:
@@ -75,11 +88,18 @@ def measured(setting: tuple[str, int, int, int], repeats: int) -> Row:
         for engine, call in calls.items():
             times[engine].append(seconds(call))
     medians = {engine: statistics.median(spent[1:]) for engine, spent in times.items()}  # the first warms up
-    return {"network": name, "width": width, "rows": rows, "examples": examples,
-            "flops_a_row": counter.get_total_flops(), "autograd_seconds": round(medians["autograd"], 6),
-            "loop_seconds": round(medians["loop"], 6),
-            "loop_over_autograd": round(medians["loop"] / medians["autograd"], 3), "auto": chosen,
-            "auto_over_best": round(medians[chosen] / min(medians.values()), 3)}
+    return {
+        "network": name,
+        "width": width,
+        "rows": rows,
+        "examples": examples,
+        "flops_a_row": counter.get_total_flops(),
+        "autograd_seconds": round(medians["autograd"], 6),
+        "loop_seconds": round(medians["loop"], 6),
+        "loop_over_autograd": round(medians["loop"] / medians["autograd"], 3),
+        "auto": chosen,
+        "auto_over_best": round(medians[chosen] / min(medians.values()), 3),
+    }
 
 
 def main() -> None:
@@ -87,13 +107,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=ROOT / "results")
     arguments = parser.parse_args()
-    plan = [(name, width, examples, rows) for name, (_, _, widths) in NETWORKS.items() for width in widths
-            for examples, rows in ((25, 8), (100, 32))]
+    plan = [
+        (name, width, examples, rows)
+        for name, (_, _, widths) in NETWORKS.items()
+        for width in widths
+        for examples, rows in ((25, 8), (100, 32))
+    ]
     rows = [measured(setting, arguments.repeats) for setting in tqdm(plan, unit="setting", disable=None)]
     write_csv(arguments.folder / "bench_engines.csv", rows)
-    write_json(arguments.folder / "bench_engines.json", {
-        "command": "python benchmarks/engines.py", "repeats": arguments.repeats, "loop_from_flops": LOOP_FROM,
-        "provenance": provenance()})
+    write_json(
+        arguments.folder / "bench_engines.json",
+        {
+            "command": "python benchmarks/engines.py",
+            "repeats": arguments.repeats,
+            "loop_from_flops": LOOP_FROM,
+            "provenance": provenance(),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,12 @@ from fobmaml.tasks import MNIST1D
 
 TASKS, MATRIX = 16, 8192
 ESTIMATORS: dict[str, Callable[[GradientDescent], Estimator]] = {
-    "symmetric": Symmetric, "maml": MAML, "maml_checkpoint": partial(MAML, checkpoint=True), "fomaml": FOMAML,
-    "imaml": IMAML}
+    "symmetric": Symmetric,
+    "maml": MAML,
+    "maml_checkpoint": partial(MAML, checkpoint=True),
+    "fomaml": FOMAML,
+    "imaml": IMAML,
+}
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -52,14 +56,23 @@ def measured(width: int, steps: int, repeats: int) -> list[dict[str, Any]]:
     tasks = source.sample("train", TASKS, torch.Generator().manual_seed(0)).to("cuda", torch.float32)
     torch.manual_seed(0)
     learner = Learner(CNN1d(source.input_shape, source.outputs, width).cuda(), source.loss_fn)
-    calls = {name: partial(estimate, make(GradientDescent(steps)), learner, learner.theta(), tasks, diagnose=False)
-             for name, make in ESTIMATORS.items()}
+    calls = {
+        name: partial(estimate, make(GradientDescent(steps)), learner, learner.theta(), tasks, diagnose=False)
+        for name, make in ESTIMATORS.items()
+    }
     rows: list[dict[str, Any]] = []
     for name, call in calls.items():
         with FlopCounterMode(display=False) as counter:  # warms up, too
             call()
-        rows.append({"estimator": name, "width": width, "inner_steps": steps, "tasks": TASKS,
-                     "multiply_adds": round(counter.get_total_flops() / 2)})
+        rows.append(
+            {
+                "estimator": name,
+                "width": width,
+                "inner_steps": steps,
+                "tasks": TASKS,
+                "multiply_adds": round(counter.get_total_flops() / 2),
+            }
+        )
     rounds = [[seconds(call) for call in calls.values()] for _ in range(repeats)]
     limit = rate()
     for row, times, call in zip(rows, zip(*rounds, strict=True), calls.values(), strict=True):
@@ -80,12 +93,15 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     folder = arguments.pop("folder")
     settings = [(width, steps) for width in arguments["widths"] for steps in arguments["inner_steps"]]
-    rows = [row for width, steps in tqdm(settings, unit="setting")
-            for row in measured(width, steps, arguments["repeats"])]
+    rows = [
+        row for width, steps in tqdm(settings, unit="setting") for row in measured(width, steps, arguments["repeats"])
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "bench_gpu.csv", rows)
-    write_json(folder / "bench_gpu.json",
-               {"command": "python benchmarks/gpu.py", "arguments": arguments, "provenance": provenance("cuda")})
+    write_json(
+        folder / "bench_gpu.json",
+        {"command": "python benchmarks/gpu.py", "arguments": arguments, "provenance": provenance("cuda")},
+    )
 
 
 if __name__ == "__main__":

@@ -61,9 +61,15 @@ TOLERANCE = 1e-4
 """Of the relative distance between another library's MAML and ours."""
 QUICK = {"widths": [25, 64], "inner_steps": [10], "repeats": 1, "repeats_long": 1, "loop_steps": 30}
 ESTIMATORS: dict[str, Callable[[GradientDescent], Estimator]] = {
-    "forward": estimators.Forward, "symmetric": estimators.Symmetric, "central4": estimators.Central,
-    "maml": estimators.MAML, "maml_checkpoint": partial(estimators.MAML, checkpoint=True),
-    "fomaml": estimators.FOMAML, "reptile": estimators.Reptile, "imaml": estimators.IMAML}
+    "forward": estimators.Forward,
+    "symmetric": estimators.Symmetric,
+    "central4": estimators.Central,
+    "maml": estimators.MAML,
+    "maml_checkpoint": partial(estimators.MAML, checkpoint=True),
+    "fomaml": estimators.FOMAML,
+    "reptile": estimators.Reptile,
+    "imaml": estimators.IMAML,
+}
 
 Row = dict[str, Any]
 
@@ -97,8 +103,9 @@ class Setting:
         estimator = ESTIMATORS[name](GradientDescent(self.steps, self.lr))
         learner = Learner(self.model, self.loss_fn, engine)
         at_once, theta = chunk or chunk_size(learner, self.tasks, estimator), learner.theta()
-        return Candidate(lambda part: estimate(estimator, learner, theta, part, at_once, diagnose=False).gradient,
-                         at_once, learner)
+        return Candidate(
+            lambda part: estimate(estimator, learner, theta, part, at_once, diagnose=False).gradient, at_once, learner
+        )
 
     def peer(self, name: str) -> Candidate:
         network = plain_network(self.model)
@@ -120,8 +127,9 @@ def gradient_error(name: str, width: int, steps: int) -> float:
     return error
 
 
-def take_turns(calls: Mapping[str, Sequence[Callable[[], object]]], repeats: int,
-               patience: float = float("inf")) -> dict[str, list[tuple[float, float]]]:
+def take_turns(
+    calls: Mapping[str, Sequence[Callable[[], object]]], repeats: int, patience: float = float("inf")
+) -> dict[str, list[tuple[float, float]]]:
     """Seconds of all of somebody's calls, and the rate (operations a second) of a matrix product meanwhile, by round.
 
     The rate is that before and after a call, averaged over the time of the calls. The first round warms up; whose calls
@@ -135,7 +143,8 @@ def take_turns(calls: Mapping[str, Sequence[Callable[[], object]]], repeats: int
     first = {name: sum(map(seconds, theirs)) for name, theirs in calls.items()}
     rate()
     measured: dict[str, list[tuple[float, float]]] = {
-        name: [] for name, spent in first.items() if spent <= patience * min(first.values())}
+        name: [] for name, spent in first.items() if spent <= patience * min(first.values())
+    }
     for _ in range(repeats):
         before = rate()
         for name, rounds in measured.items():
@@ -165,15 +174,17 @@ def by_estimator(width: int, steps: int, repeats: int) -> list[Row]:
     setting = Setting(width, steps)
     if steps > SHORT:
         setting.tasks = setting.tasks[:FEW]
-    candidates = {**{name: setting.ours(name) for name in ESTIMATORS},
-                  "symmetric_operators": setting.ours("symmetric", engine="stacked"),
-                  **{name: setting.peer(name) for name in PEERS}}
-    parts = {name: setting.tasks[:TASKS if steps <= SHORT else c.at_once] for name, c in candidates.items()}
+    candidates = {
+        **{name: setting.ours(name) for name in ESTIMATORS},
+        "symmetric_operators": setting.ours("symmetric", engine="stacked"),
+        **{name: setting.peer(name) for name in PEERS},
+    }
+    parts = {name: setting.tasks[: TASKS if steps <= SHORT else c.at_once] for name, c in candidates.items()}
     errors = {name: gradient_error(name, width, steps) for name in PEERS}
     measured = take_turns({name: c.calls(parts[name]) for name, c in candidates.items()}, repeats)
     rows = []
     for name, candidate in candidates.items():
-        tasks, chunk = len(parts[name]), setting.tasks[:candidate.at_once]
+        tasks, chunk = len(parts[name]), setting.tasks[: candidate.at_once]
         # The counter sees torch's operators only, so the same computation is counted there.
         counted = setting.ours(name, engine="stacked") if name in ESTIMATORS else candidate
         with FlopCounterMode(display=False) as counter:
@@ -181,14 +192,23 @@ def by_estimator(width: int, steps: int, repeats: int) -> list[Row]:
         multiply_adds = round(counter.get_total_flops() / 2 * tasks / len(chunk))
         times, rates = zip(*measured[name], strict=True)
         timing = spread(times)
-        rows.append({
-            "estimator": name, "engine": candidate.learner.used if candidate.learner else "autograd",
-            "width": width, "inner_steps": steps, "tasks": tasks, "tasks_at_once": len(chunk),
-            **timing, f"seconds_{TASKS}_tasks": round(timing["seconds_median"] * TASKS / tasks, 5),
-            "multiply_adds": multiply_adds, "matrix_product_gflops": round(statistics.median(rates) / 1e9, 1),
-            "fraction_of_limit": round(statistics.median(2 * multiply_adds / t / r for t, r in measured[name]), 4),
-            "peak_bytes": peak_bytes(partial(candidate.gradient, chunk)),
-            "gradient_error": float(f"{errors[name]:.2e}") if name in errors else None})
+        rows.append(
+            {
+                "estimator": name,
+                "engine": candidate.learner.used if candidate.learner else "autograd",
+                "width": width,
+                "inner_steps": steps,
+                "tasks": tasks,
+                "tasks_at_once": len(chunk),
+                **timing,
+                f"seconds_{TASKS}_tasks": round(timing["seconds_median"] * TASKS / tasks, 5),
+                "multiply_adds": multiply_adds,
+                "matrix_product_gflops": round(statistics.median(rates) / 1e9, 1),
+                "fraction_of_limit": round(statistics.median(2 * multiply_adds / t / r for t, r in measured[name]), 4),
+                "peak_bytes": peak_bytes(partial(candidate.gradient, chunk)),
+                "gradient_error": float(f"{errors[name]:.2e}") if name in errors else None,
+            }
+        )
     return rows
 
 
@@ -197,12 +217,23 @@ def by_chunk(width: int, name: str, repeats: int) -> list[Row]:
     setting = Setting(width, SHORT)
     candidates = {"auto": setting.ours(name), **{str(chunk): setting.ours(name, chunk) for chunk in CHUNKS}}
     calls = {chunk: c.calls(setting.tasks) for chunk, c in candidates.items()}
-    timings = {chunk: spread([spent for spent, _ in rounds])
-               for chunk, rounds in take_turns(calls, repeats, PATIENCE).items()}
+    timings = {
+        chunk: spread([spent for spent, _ in rounds]) for chunk, rounds in take_turns(calls, repeats, PATIENCE).items()
+    }
     best = min(timing["seconds_median"] for chunk, timing in timings.items() if chunk != "auto")
-    return [{"estimator": name, "width": width, "inner_steps": SHORT, "tasks": TASKS,
-             "task_chunk": candidates[chunk].at_once, "auto": str(chunk == "auto").lower(), **timing,
-             "ratio_to_best_fixed": round(timing["seconds_median"] / best, 3)} for chunk, timing in timings.items()]
+    return [
+        {
+            "estimator": name,
+            "width": width,
+            "inner_steps": SHORT,
+            "tasks": TASKS,
+            "task_chunk": candidates[chunk].at_once,
+            "auto": str(chunk == "auto").lower(),
+            **timing,
+            "ratio_to_best_fixed": round(timing["seconds_median"] / best, 3),
+        }
+        for chunk, timing in timings.items()
+    ]
 
 
 def by_part(steps: int) -> list[Row]:
@@ -217,6 +248,7 @@ def by_part(steps: int) -> list[Row]:
             result = function(*args, **options)
             spent[part] += time.perf_counter() - started
             return result
+
         return call
 
     def clocked_loop(training: MetaTraining, *arguments: Any) -> Iterator[Any]:
@@ -225,17 +257,34 @@ def by_part(steps: int) -> list[Row]:
         loop.update({part: spent[part] - before[part] for part in spent}, all=time.perf_counter() - started)
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = (f"steps={steps}", "device=cpu", f"eval.every={steps}", "eval.tasks=2", "bias.every=0",
-                    "wandb.mode=offline", f"hydra.run.dir={folder}")
-        with (contextlib.redirect_stdout(io.StringIO()), patch.object(sys, "argv", ["train.py", *settings]),
-              patch.object(fobmaml.training, "estimate", clocked("gradient", estimate)),
-              patch.object(Validation, "__call__", clocked("validation", Validation.__call__)),
-              patch.object(MetaTraining, "train", clocked_loop)):
+        settings = (
+            f"steps={steps}",
+            "device=cpu",
+            f"eval.every={steps}",
+            "eval.tasks=2",
+            "bias.every=0",
+            "wandb.mode=offline",
+            f"hydra.run.dir={folder}",
+        )
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            patch.object(sys, "argv", ["train.py", *settings]),
+            patch.object(fobmaml.training, "estimate", clocked("gradient", estimate)),
+            patch.object(Validation, "__call__", clocked("validation", Validation.__call__)),
+            patch.object(MetaTraining, "train", clocked_loop),
+        ):
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     counted = loop["all"] - loop["validation"]
     parts = {"gradient": loop["gradient"], "rest": counted - loop["gradient"], "validation": loop["validation"]}
-    return [{"part": part, "steps": steps, "seconds": round(value, 4),
-             "share": None if part == "validation" else round(value / counted, 4)} for part, value in parts.items()]
+    return [
+        {
+            "part": part,
+            "steps": steps,
+            "seconds": round(value, 4),
+            "share": None if part == "validation" else round(value / counted, 4),
+        }
+        for part, value in parts.items()
+    ]
 
 
 def main() -> None:
@@ -251,8 +300,12 @@ def main() -> None:
     results = ROOT / ("outputs/bench-quick" if arguments["quick"] else "results")
     done = results / "groups" if arguments["quick"] else ROOT / "outputs" / "bench"
     done.mkdir(parents=True, exist_ok=True)
-    made_with = {"command": "make bench", "arguments": arguments, "provenance": provenance(),
-                 "peers": {peer: version(peer) for peer in PEERS}}
+    made_with = {
+        "command": "make bench",
+        "arguments": arguments,
+        "provenance": provenance(),
+        "peers": {peer: version(peer) for peer in PEERS},
+    }
 
     tables: dict[str, list[Row]] = {}
     with tqdm(groups(arguments), unit="group") as bar:
@@ -268,11 +321,17 @@ def main() -> None:
 def groups(arguments: Row) -> list[tuple[str, str, Callable[[], list[Row]]]]:
     """What is measured together: (table, name, what returns its rows)."""
     short, long, widths = arguments["repeats"], arguments["repeats_long"], arguments["widths"]
-    return [*(("bench", f"{width}-{steps}", partial(by_estimator, width, steps, short if steps <= SHORT else long))
-              for width, steps in product(widths, arguments["inner_steps"])),
-            *(("bench_chunks", f"chunks-{width}-{name}", partial(by_chunk, width, name, long))
-              for width, name in product(widths[:1] if arguments["quick"] else widths, ("symmetric", "maml"))),
-            ("bench_loop", "loop", partial(by_part, arguments["loop_steps"]))]
+    return [
+        *(
+            ("bench", f"{width}-{steps}", partial(by_estimator, width, steps, short if steps <= SHORT else long))
+            for width, steps in product(widths, arguments["inner_steps"])
+        ),
+        *(
+            ("bench_chunks", f"chunks-{width}-{name}", partial(by_chunk, width, name, long))
+            for width, name in product(widths[:1] if arguments["quick"] else widths, ("symmetric", "maml"))
+        ),
+        ("bench_loop", "loop", partial(by_part, arguments["loop_steps"])),
+    ]
 
 
 def measured_once(path: Path, measure: Callable[[], list[Row]], made_with: Row) -> list[Row]:

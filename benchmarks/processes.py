@@ -21,9 +21,22 @@ RUN = ("steps=40", "log_every=1000", "eval.tasks=0", "eval.validation_tasks=0", 
 def seconds(processes: int, width: int) -> float:
     """The median meta-step of one run."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                        str(ROOT / "train.py"), *RUN, f"width={width}", f"hydra.run.dir={folder}/run"],
-                       check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={processes}",
+                str(ROOT / "train.py"),
+                *RUN,
+                f"width={width}",
+                f"hydra.run.dir={folder}/run",
+            ],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         return json.loads((Path(folder) / "run" / "summary.json").read_text())["time/meta_step_s"]
 
 
@@ -39,13 +52,27 @@ def main() -> None:
         found.setdefault((width, count), []).append(seconds(count, width))
     for (width, count), times in sorted(found.items()):
         median = statistics.median(times)
-        rows.append({"width": width, "processes": count, "seconds": median, "least": min(times), "most": max(times),
-                     "speedup": statistics.median(found[width, 1]) / median})
+        rows.append(
+            {
+                "width": width,
+                "processes": count,
+                "seconds": median,
+                "least": min(times),
+                "most": max(times),
+                "speedup": statistics.median(found[width, 1]) / median,
+            }
+        )
     write_csv(arguments.folder / "bench_processes.csv", rows)
-    write_json(arguments.folder / "bench_processes.json", {
-        "command": "make bench", "repeats": arguments.repeats, "run": " ".join(RUN),
-        "what": "seconds of a meta-step of 16 tasks by processes of one thread each; speedup over one process",
-        "provenance": provenance()})
+    write_json(
+        arguments.folder / "bench_processes.json",
+        {
+            "command": "make bench",
+            "repeats": arguments.repeats,
+            "run": " ".join(RUN),
+            "what": "seconds of a meta-step of 16 tasks by processes of one thread each; speedup over one process",
+            "provenance": provenance(),
+        },
+    )
 
 
 if __name__ == "__main__":

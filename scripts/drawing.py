@@ -92,8 +92,15 @@ def groups(rows: Sequence[Row], *keys: str) -> dict[Any, list[Row]]:
 
 def style(name: str, **changes: Any) -> Row:
     look = method(name)
-    return {"color": look.colour, "marker": look.marker, "label": look.label, "linewidth": 1.0, "markersize": 4.0,
-            "linestyle": look.linestyle, "markerfacecolor": "none" if look.linestyle != "-" else look.colour} | changes
+    return {
+        "color": look.colour,
+        "marker": look.marker,
+        "label": look.label,
+        "linewidth": 1.0,
+        "markersize": 4.0,
+        "linestyle": look.linestyle,
+        "markerfacecolor": "none" if look.linestyle != "-" else look.colour,
+    } | changes
 
 
 def logarithmic(ax: Axes, x: Sequence[float] | None = None, y: bool = False) -> None:
@@ -117,6 +124,7 @@ def logarithmic(ax: Axes, x: Sequence[float] | None = None, y: bool = False) -> 
 
 def legend_below(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
     """One legend for all axes, each label once."""
-    found: Mapping[str, Any] = {label: handle for ax in axes
-                                for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    found: Mapping[str, Any] = {
+        label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)

@@ -32,11 +32,13 @@ def build(path: Path, folder: Path, nodes: int = NODES, nus: Sequence[float] = F
     data = {"methods": methods(), "compare": compare(nodes), "tradeoff": tradeoff(nus), "measured": measured(folder)}
     page = (PARTS / "page.html").read_text(encoding="utf-8")
     commit = provenance()["commit"]
-    for place, part in (("<!--commit-->", f"commit {commit[:10]}" if commit else "outside a checkout"),
-                        ("/*page.css*/", (PARTS / "page.css").read_text(encoding="utf-8")),
-                        ("/*data*/", json.dumps(data).replace("</", "<\\/")),
-                        ("/*vega.js*/", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
-                        ("/*page.js*/", (PARTS / "page.js").read_text(encoding="utf-8"))):
+    for place, part in (
+        ("<!--commit-->", f"commit {commit[:10]}" if commit else "outside a checkout"),
+        ("/*page.css*/", (PARTS / "page.css").read_text(encoding="utf-8")),
+        ("/*data*/", json.dumps(data).replace("</", "<\\/")),
+        ("/*vega.js*/", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
+        ("/*page.js*/", (PARTS / "page.js").read_text(encoding="utf-8")),
+    ):
         page = page.replace(place, part, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(page.encode()))
@@ -82,13 +84,26 @@ def look(page: Path, folder: Path) -> None:
                     slider.press("ArrowLeft" if move % 2 else "ArrowRight")
                     tab.wait_for_selector(f"#{name}[data-state=drawn]")
                     times.append(float(tab.locator(f"#{name}").get_attribute("data-redraw-ms") or "nan"))
-                rows.append({"panel": name, "slider": slider.get_attribute("id"), "moves": MOVES,
-                             "milliseconds": statistics.median(times), "most": max(times)})
+                rows.append(
+                    {
+                        "panel": name,
+                        "slider": slider.get_attribute("id"),
+                        "moves": MOVES,
+                        "milliseconds": statistics.median(times),
+                        "most": max(times),
+                    }
+                )
         version = started.version
     write_csv(folder / "explorer.csv", rows)
-    write_json(folder / "explorer.json", {
-        "command": "make explorer", "what": "milliseconds from a slider's move to its drawing: median and most",
-        "chromium": version, "provenance": provenance()})
+    write_json(
+        folder / "explorer.json",
+        {
+            "command": "make explorer",
+            "what": "milliseconds from a slider's move to its drawing: median and most",
+            "chromium": version,
+            "provenance": provenance(),
+        },
+    )
     print(f"a slider's move is drawn within {max(row['milliseconds'] for row in rows):.0f} ms (median of the slowest)")
 
 

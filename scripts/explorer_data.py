@@ -62,9 +62,15 @@ def tasks() -> TaskBatch:
 def estimators(lam: float, steps: int, nu: float) -> dict[str, Estimator]:
     """Those of the page, all with the same inner problem; ``exact`` takes neither steps nor ν."""
     gd = GradientDescent(steps, INNER_LR)
-    return {"maml": MAML(gd, lam), "fomaml": FOMAML(gd, lam), "reptile": Reptile(gd, lam), "imaml": IMAML(gd, lam),
-            "forward": Forward(gd, lam, nu), "symmetric": Symmetric(gd, lam, nu),
-            "exact": Exact(NewtonCG(tol=TOL), lam, TOL)}
+    return {
+        "maml": MAML(gd, lam),
+        "fomaml": FOMAML(gd, lam),
+        "reptile": Reptile(gd, lam),
+        "imaml": IMAML(gd, lam),
+        "forward": Forward(gd, lam, nu),
+        "symmetric": Symmetric(gd, lam, nu),
+        "exact": Exact(NewtonCG(tol=TOL), lam, TOL),
+    }
 
 
 def axes(nodes: int = NODES, margin: int = 0) -> Tensor:
@@ -87,8 +93,12 @@ def mean_over_tasks(call: Callable[[Tensor, TaskBatch], Tensor], thetas: Tensor)
     """
     both = tasks()
     rows = thetas.repeat_interleave(len(both), 0)
-    many = TaskBatch(*(part.repeat(len(thetas), *[1] * (part.dim() - 1)) for part in
-                       (both.support_x, both.support_y, both.query_x, both.query_y)))
+    many = TaskBatch(
+        *(
+            part.repeat(len(thetas), *[1] * (part.dim() - 1))
+            for part in (both.support_x, both.support_y, both.query_x, both.query_y)
+        )
+    )
     found = call(rows, many)
     return found.view(len(thetas), len(both), *found.shape[1:]).mean(1)
 
@@ -100,6 +110,7 @@ def meta_gradients(estimator: Estimator, thetas: Tensor) -> Tensor:
 
 def meta_loss(lam: float, thetas: Tensor) -> Tensor:
     """F(θ), the query loss at the solution of the inner problem, [N]."""
+
     def call(rows: Tensor, many: TaskBatch) -> Tensor:
         solution = NewtonCG(tol=TOL).solve(InnerProblem(learner(), rows, many, lam))
         return learner().query_loss(solution.phi, many)
@@ -123,9 +134,15 @@ def compare(nodes: int) -> dict[str, Any]:
                     perturbed = name in ("forward", "symmetric")
                     if (perturbed or nu == NUS[0]) and (name != "exact" or (steps, nu) == (STEPS[0], NUS[0])):
                         found[name].append(meta_gradients(estimator, thetas))
-    return {"lams": LAMS, "steps": STEPS, "nus": NUS, "axes": axes(nodes).tolist(), "inner_lr": INNER_LR,
-            "vectors": {name: packed(torch.stack(parts)) for name, parts in found.items()},
-            "loss": packed(torch.stack([meta_loss(lam, grid(nodes, margin=1)) for lam in LAMS]))}
+    return {
+        "lams": LAMS,
+        "steps": STEPS,
+        "nus": NUS,
+        "axes": axes(nodes).tolist(),
+        "inner_lr": INNER_LR,
+        "vectors": {name: packed(torch.stack(parts)) for name, parts in found.items()},
+        "loss": packed(torch.stack([meta_loss(lam, grid(nodes, margin=1)) for lam in LAMS])),
+    }
 
 
 def tradeoff(nus: Sequence[float]) -> dict[str, Any]:
@@ -142,13 +159,28 @@ def tradeoff(nus: Sequence[float]) -> dict[str, Any]:
             pair = Inexact(delta).solve(InnerProblem(model, theta, first, POINT_LAM, offsets)).phi  # symmetric's own
             middle = Inexact(delta, seed=1).solve(InnerProblem(model, theta, first, POINT_LAM)).phi[0]
             points.append({"plus": pair[0].tolist(), "zero": middle.tolist(), "minus": pair[1].tolist()})
-            stencils = {"forward": Forward(Inexact(delta), POINT_LAM, nu),
-                        "symmetric": Symmetric(Inexact(delta), POINT_LAM, nu),
-                        "central4": Central(Inexact(delta), POINT_LAM, nu, order=4)}
-            errors.append({name: float((stencil(model, theta, first).gradients[0] - exact).norm() / exact.norm())
-                           for name, stencil in stencils.items()})
-    return {"nus": nus, "deltas": DELTAS, "lam": POINT_LAM, "theta": POINT, "path": path.tolist(),
-            "centre": centre.tolist(), "tangent": (-exact / POINT_LAM).tolist(), "points": points, "errors": errors}
+            stencils = {
+                "forward": Forward(Inexact(delta), POINT_LAM, nu),
+                "symmetric": Symmetric(Inexact(delta), POINT_LAM, nu),
+                "central4": Central(Inexact(delta), POINT_LAM, nu, order=4),
+            }
+            errors.append(
+                {
+                    name: float((stencil(model, theta, first).gradients[0] - exact).norm() / exact.norm())
+                    for name, stencil in stencils.items()
+                }
+            )
+    return {
+        "nus": nus,
+        "deltas": DELTAS,
+        "lam": POINT_LAM,
+        "theta": POINT,
+        "path": path.tolist(),
+        "centre": centre.tolist(),
+        "tangent": (-exact / POINT_LAM).tolist(),
+        "points": points,
+        "errors": errors,
+    }
 
 
 def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -158,24 +190,38 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
         values = [100 * row["val/accuracy"] for row in rows if row["val/accuracy"] is not None]
         if values:
             mean, half = interval(values)
-            accuracy.append({"method": name, "x": step, "y": mean, "low": mean - half, "high": mean + half,
-                             "seeds": len(values)})
+            accuracy.append(
+                {"method": name, "x": step, "y": mean, "low": mean - half, "high": mean + half, "seeds": len(values)}
+            )
     charts = {"accuracy": accuracy}
-    for chart, table, x in (("width", "memory", "width"), ("steps", "memory_steps", "solver.steps"),
-                            ("depth", "memory_depth", "depth")):
+    for chart, table, x in (
+        ("width", "memory", "width"),
+        ("steps", "memory_steps", "solver.steps"),
+        ("depth", "memory_depth", "depth"),
+    ):
         rows = load(folder, table)
         longest = max((row["solver.steps"] for row in rows), default=None) if chart == "width" else None
-        charts[chart] = sorted(({"method": row["estimator"], "x": row[x], "y": row["memory/peak_bytes"] / 1e6}
-                                for row in rows if longest is None or row["solver.steps"] == longest),
-                               key=lambda row: (row["method"], row["x"]))
+        charts[chart] = sorted(
+            (
+                {"method": row["estimator"], "x": row[x], "y": row["memory/peak_bytes"] / 1e6}
+                for row in rows
+                if longest is None or row["solver.steps"] == longest
+            ),
+            key=lambda row: (row["method"], row["x"]),
+        )
     bias = {**best_nu(load(folder, "bias_delta")), **groups(load(folder, "bias_floor"), "estimator")}
-    charts["bias"] = [{"method": name, "x": row["solver.delta"], "y": row["bias/relative_error"],
-                       "nu": row.get("estimator.nu")}
-                      for name, rows in bias.items() for row in sorted(rows, key=lambda row: row["solver.delta"])]
+    charts["bias"] = [
+        {"method": name, "x": row["solver.delta"], "y": row["bias/relative_error"], "nu": row.get("estimator.nu")}
+        for name, rows in bias.items()
+        for row in sorted(rows, key=lambda row: row["solver.delta"])
+    ]
     return charts
 
 
 def methods() -> dict[str, dict[str, str]]:
     """As in every figure."""
-    return {name: {"label": look.label, "colour": look.colour, "marker": look.marker, "line": look.linestyle}
-            for name, look in METHODS.items() if name not in ("higher", "torchopt")}
+    return {
+        name: {"label": look.label, "colour": look.colour, "marker": look.marker, "line": look.linestyle}
+        for name, look in METHODS.items()
+        if name not in ("higher", "torchopt")
+    }

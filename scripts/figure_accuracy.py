@@ -9,8 +9,11 @@ from fobmaml.run.plotting import new_figure
 
 
 def draw(folder: Path) -> None:
-    rows = [row for row in load(folder, "accuracy_curves", columns=("seed", "time/train_s"))
-            if row["val/accuracy"] is not None]
+    rows = [
+        row
+        for row in load(folder, "accuracy_curves", columns=("seed", "time/train_s"))
+        if row["val/accuracy"] is not None
+    ]
     figure, axes = new_figure(columns=2, width_in=7.0, height_in=3.1)
     seeds = sorted({len({row["seed"] for row in found}) for found in groups(rows, "estimator").values()})
     seeds = seeds if len(seeds) == 1 else [seeds[0], seeds[-1]]

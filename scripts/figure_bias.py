@@ -14,9 +14,13 @@ THEORY = {"forward": "1/2", "symmetric": "2/3", "central4": "4/5"}
 
 def best_nu(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Of each method and δ the row with the least bias."""
-    return {name: [min(at, key=lambda row: row["bias/relative_error"])
-                   for _, at in sorted(groups(found, "solver.delta").items())]
-            for name, found in groups(rows, "estimator").items()}
+    return {
+        name: [
+            min(at, key=lambda row: row["bias/relative_error"])
+            for _, at in sorted(groups(found, "solver.delta").items())
+        ]
+        for name, found in groups(rows, "estimator").items()
+    }
 
 
 def draw(folder: Path) -> None:
@@ -26,13 +30,20 @@ def draw(folder: Path) -> None:
     for name, rows in best.items():
         delta, error = ([row[key] for row in rows] for key in ("solver.delta", "bias/relative_error"))
         rate, half, intercept = slope(delta, error)
-        fitted.append({"estimator": name, "slope": rate, "slope_ci95": half, "theory": THEORY[name],
-                       "deltas": len(delta)})
+        fitted.append(
+            {"estimator": name, "slope": rate, "slope_ci95": half, "theory": THEORY[name], "deltas": len(delta)}
+        )
         left.plot(delta, error, **style(name, linestyle="none"))
         left.plot(delta, [10**intercept * d**rate for d in delta], color=style(name)["color"], linewidth=1.0)
-        left.text(0.97, 0.02 + 0.07 * len(best) - 0.07 * len(fitted),
-                  f"power {rate:.2f} ± {half:.2f} (theory {THEORY[name]})", color=style(name)["color"], fontsize=8,
-                  transform=left.transAxes, ha="right")
+        left.text(
+            0.97,
+            0.02 + 0.07 * len(best) - 0.07 * len(fitted),
+            f"power {rate:.2f} ± {half:.2f} (theory {THEORY[name]})",
+            color=style(name)["color"],
+            fontsize=8,
+            transform=left.transAxes,
+            ha="right",
+        )
     for name, rows in groups(floor, "estimator").items():
         rows = sorted(rows, key=lambda row: row["solver.delta"])
         left.plot([row["solver.delta"] for row in rows], [row["bias/relative_error"] for row in rows], **style(name))

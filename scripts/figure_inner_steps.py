@@ -9,14 +9,16 @@ from fobmaml.run.plotting import new_figure
 
 
 def draw(folder: Path) -> None:
-    rows = [row for row in load(folder, "inner_steps", columns=("seed", "solver.steps"))
-            if row["test/accuracy"] is not None]
+    rows = [
+        row for row in load(folder, "inner_steps", columns=("seed", "solver.steps")) if row["test/accuracy"] is not None
+    ]
     figure, (ax,) = new_figure(height_in=2.6)
     for name, found in groups(rows, "estimator").items():
         by_steps = dict(sorted(groups(found, "solver.steps").items()))
         bands = [interval([100 * row["test/accuracy"] for row in at]) for at in by_steps.values()]
-        ax.errorbar(list(by_steps), [mean for mean, _ in bands], yerr=[half for _, half in bands], capsize=2,
-                    **style(name))
+        ax.errorbar(
+            list(by_steps), [mean for mean, _ in bands], yerr=[half for _, half in bands], capsize=2, **style(name)
+        )
     logarithmic(ax, [row["solver.steps"] for row in rows])
     ax.set_xlabel("inner steps K")
     ax.set_ylabel("meta-test accuracy (%)")

@@ -29,12 +29,20 @@ def draw(folder: Path) -> None:
     left.set_title(f"(a) logistic tasks, δ = 10$^{{{exponent}}}$, float64\n(dashed: optimum of a/ν + bνᵖ)", fontsize=8)
     left.set_ylabel("bias, ‖g − ∇F‖ / ‖∇F‖")
     for (name, dtype), rows in groups(network, "estimator", "dtype").items():
-        rows = sorted((row for row in rows if row["bias/relative_error"] is not None),
-                      key=lambda row: row["estimator.nu"])
+        rows = sorted(
+            (row for row in rows if row["bias/relative_error"] is not None), key=lambda row: row["estimator.nu"]
+        )
         single = dtype == "float32"
-        right.plot([row["estimator.nu"] for row in rows], [row["bias/relative_error"] for row in rows],
-                   **style(name, linestyle=":" if single else "-", label=None if single else method(name).label,
-                           markerfacecolor="none" if single else method(name).colour))
+        right.plot(
+            [row["estimator.nu"] for row in rows],
+            [row["bias/relative_error"] for row in rows],
+            **style(
+                name,
+                linestyle=":" if single else "-",
+                label=None if single else method(name).label,
+                markerfacecolor="none" if single else method(name).colour,
+            ),
+        )
     right.set_title("(b) MNIST-1D, CNN, λ = 2, 200 inner steps\n(dotted: float32, solid: float64)", fontsize=8)
     for ax in (left, right):
         ax.set_xscale("log")

@@ -7,8 +7,12 @@ from drawing import Row, draw_alone, groups, legend_below, load, logarithmic, sa
 
 from fobmaml.run.plotting import new_figure
 
-LOOKS = {"sgd": ("SGD", "#E69F00", "^"), "clipped_sgd": ("clipped SGD", "#009E73", "D"),
-         "sngdm": ("SNGDM", "#0072B2", "o"), "adam": ("Adam", "#000000", "s")}
+LOOKS = {
+    "sgd": ("SGD", "#E69F00", "^"),
+    "clipped_sgd": ("clipped SGD", "#009E73", "D"),
+    "sngdm": ("SNGDM", "#0072B2", "o"),
+    "adam": ("Adam", "#000000", "s"),
+}
 
 
 def draw(folder: Path) -> None:
@@ -23,10 +27,18 @@ def draw(folder: Path) -> None:
         drawn = {rate: sorted(losses) for rate, losses in ended.items() if losses}
         middle = [losses[len(losses) // 2] for losses in drawn.values()]
         left.plot(list(drawn), middle, **look)
-        left.fill_between(list(drawn), [losses[0] for losses in drawn.values()],
-                          [losses[-1] for losses in drawn.values()], color=colour, alpha=0.15, linewidth=0)
-        failed = [100 * sum(row["status"] != "completed" or row["val/loss"] > 1.01 * chance for row in at) / len(at)
-                  for at in by_rate.values()]
+        left.fill_between(
+            list(drawn),
+            [losses[0] for losses in drawn.values()],
+            [losses[-1] for losses in drawn.values()],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
+        failed = [
+            100 * sum(row["status"] != "completed" or row["val/loss"] > 1.01 * chance for row in at) / len(at)
+            for at in by_rate.values()
+        ]
         right.plot(list(by_rate), failed, **look)
     left.axhline(chance, color="#777777", linewidth=0.8, linestyle="--", label="guessing")
     left.set_ylabel("final validation loss (nats)")

@@ -27,12 +27,32 @@ def draw(folder: Path) -> None:
         error = float(np.linalg.norm(gradient - G) / np.linalg.norm(gradient))
         across = gradient[0] * G[1] - gradient[1] * G[0]
         angle = float(np.degrees(np.arctan2(abs(across), gradient @ G)))
-        table.append({"a": a, "b": b, "c": c, "gradient_1": gradient[0], "gradient_2": gradient[1],
-                      "first_order_1": G[0], "first_order_2": G[1], "relative_error": error, "angle_degrees": angle})
+        table.append(
+            {
+                "a": a,
+                "b": b,
+                "c": c,
+                "gradient_1": gradient[0],
+                "gradient_2": gradient[1],
+                "first_order_1": G[0],
+                "first_order_2": G[1],
+                "relative_error": error,
+                "angle_degrees": angle,
+            }
+        )
         ax.contour(grid, grid, values, 12, colors="#999999", linewidths=0.6, linestyles="solid")
         for vector, name, label, width in ((gradient, "maml", "∇f(x)", 0.022), (G, "fomaml", "∇f with C = 0", 0.011)):
-            ax.quiver(*X, *vector, angles="xy", scale_units="xy", scale=0.8, width=width, color=method(name).colour,
-                      label=label, zorder=3)
+            ax.quiver(
+                *X,
+                *vector,
+                angles="xy",
+                scale_units="xy",
+                scale=0.8,
+                width=width,
+                color=method(name).colour,
+                label=label,
+                zorder=3,
+            )
         ax.set_title(f"C = [[{a:g}, {b:g}], [{b:g}, {c:g}]]\nerror {100 * error:.0f} %, {angle:.0f}°", fontsize=8)
         ax.set_aspect("equal")
         ax.set_xlabel("$x_1$")

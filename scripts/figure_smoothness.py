@@ -11,12 +11,17 @@ from fobmaml.run.plotting import method, new_figure
 
 
 def draw(folder: Path) -> None:
-    tables = [("(a) MNIST-1D, CNN, MAML's objective", load(folder, "smoothness_curves"), "maml"),
-              ("(b) logistic tasks, proximal objective", load(folder, "smoothness_logistic_curves"), "exact")]
+    tables = [
+        ("(a) MNIST-1D, CNN, MAML's objective", load(folder, "smoothness_curves"), "maml"),
+        ("(b) logistic tasks, proximal objective", load(folder, "smoothness_logistic_curves"), "exact"),
+    ]
     figure, axes = new_figure(columns=2, width_in=7.0, height_in=2.8)
     for ax, (title, rows, name) in zip(axes, tables, strict=True):
-        points = [(row["smoothness/gradient_norm"], row["smoothness/local"]) for row in rows
-                  if row["smoothness/local"] is not None]
+        points = [
+            (row["smoothness/gradient_norm"], row["smoothness/local"])
+            for row in rows
+            if row["smoothness/local"] is not None
+        ]
         norms, local = zip(*points, strict=True)
         power, half, intercept = slope(norms, local)
         ax.scatter(norms, local, s=6, color=method(name).colour, alpha=0.5, linewidth=0, label="along training")

@@ -8,8 +8,17 @@ from matplotlib.axes import Axes
 
 from fobmaml.run.plotting import method, new_figure
 
-COLUMNS = ("width", "inner_steps", "seconds_median", "seconds_q25", "seconds_q75", "seconds_16_tasks", "multiply_adds",
-           "matrix_product_gflops", "fraction_of_limit")
+COLUMNS = (
+    "width",
+    "inner_steps",
+    "seconds_median",
+    "seconds_q25",
+    "seconds_q75",
+    "seconds_16_tasks",
+    "multiply_adds",
+    "matrix_product_gflops",
+    "fraction_of_limit",
+)
 IN_THE_MIDDLE = ("symmetric", "symmetric_operators", "maml", "higher", "torchopt")
 
 
@@ -22,21 +31,32 @@ def draw(folder: Path) -> None:
     for name, found in by_width.items():
         draw_seconds(left, found, "width")
         if name in IN_THE_MIDDLE:
-            middle.plot([row["width"] for row in found], [100 * row["fraction_of_limit"] for row in found],
-                        **style(name))
-    limit = [row["seconds_16_tasks"] / row["seconds_median"] * 2e-9 * row["multiply_adds"]
-             / row["matrix_product_gflops"] for row in by_width["symmetric"]]
-    left.plot([row["width"] for row in by_width["symmetric"]], limit, color=method("symmetric").colour, linestyle="--",
-              linewidth=1.0, label="arithmetic limit of symmetric")
+            middle.plot(
+                [row["width"] for row in found], [100 * row["fraction_of_limit"] for row in found], **style(name)
+            )
+    limit = [
+        row["seconds_16_tasks"] / row["seconds_median"] * 2e-9 * row["multiply_adds"] / row["matrix_product_gflops"]
+        for row in by_width["symmetric"]
+    ]
+    left.plot(
+        [row["width"] for row in by_width["symmetric"]],
+        limit,
+        color=method("symmetric").colour,
+        linestyle="--",
+        linewidth=1.0,
+        label="arithmetic limit of symmetric",
+    )
     for found in by_steps.values():
         draw_seconds(right, found, "inner_steps")
     left.set_ylabel("seconds, 16 tasks")
     middle.set_ylabel("% of the arithmetic limit")
     middle.set_ylim(0, 100)
     right.set_ylabel("seconds, 16 tasks")
-    for ax, key, title in ((left, "width", f"(a) {steps:.0f} inner steps"),
-                           (middle, "width", f"(b) {steps:.0f} inner steps"),
-                           (right, "inner_steps", f"(c) {width:.0f} channels")):
+    for ax, key, title in (
+        (left, "width", f"(a) {steps:.0f} inner steps"),
+        (middle, "width", f"(b) {steps:.0f} inner steps"),
+        (right, "inner_steps", f"(c) {width:.0f} channels"),
+    ):
         ax.set_title(title, fontsize=8)
         ax.set_xlabel("channels" if key == "width" else "inner steps")
         logarithmic(ax, [row[key] for row in rows], y=ax is not middle)
@@ -47,10 +67,18 @@ def draw(folder: Path) -> None:
 def draw_seconds(ax: Axes, rows: Sequence[Row], key: str) -> None:
     """Medians, with bars from quartile to quartile, for all tasks."""
     scales = [row["seconds_16_tasks"] / row["seconds_median"] for row in rows]
-    bars = [[scale * abs(row[end] - row["seconds_median"]) for row, scale in zip(rows, scales, strict=True)]
-            for end in ("seconds_q25", "seconds_q75")]
-    ax.errorbar([row[key] for row in rows], [row["seconds_16_tasks"] for row in rows], yerr=bars, capsize=1.5,
-                elinewidth=0.8, **style(rows[0]["estimator"]))
+    bars = [
+        [scale * abs(row[end] - row["seconds_median"]) for row, scale in zip(rows, scales, strict=True)]
+        for end in ("seconds_q25", "seconds_q75")
+    ]
+    ax.errorbar(
+        [row[key] for row in rows],
+        [row["seconds_16_tasks"] for row in rows],
+        yerr=bars,
+        capsize=1.5,
+        elinewidth=0.8,
+        **style(rows[0]["estimator"]),
+    )
 
 
 if __name__ == "__main__":

@@ -18,31 +18,52 @@ from typing import Any
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 POSSIBLE = sys.platform == "linux"  # elsewhere a process that has loaded PyTorch may not fork, or no process may
-IMPORTED = ("torch._dynamo", "torch.optim", "hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher",
-            "matplotlib.backends.backend_agg", "matplotlib.figure", "mnist1d", "wandb", "wandb.sdk.wandb_run")
+IMPORTED = (
+    "torch._dynamo",
+    "torch.optim",
+    "hydra._internal.hydra",
+    "hydra._internal.core_plugins.basic_launcher",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "mnist1d",
+    "wandb",
+    "wandb.sdk.wandb_run",
+)
 
 
 class Forks:
     """A context, in which one run at a time is started."""
 
     def __enter__(self) -> "Forks":
-        self.server = subprocess.Popen([sys.executable, __file__], bufsize=0, stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE)
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         if self.server.stdin is None or self.server.stdout is None:
             raise RuntimeError("there are no pipes")
         self.calls, self.answers = self.server.stdin, self.server.stdout
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.server.communicate()
 
-    def start(self, overrides: tuple[str, ...], folder: Path, out: str = os.devnull, err: str = os.devnull,
-              environment: Mapping[str, str] = os.environ) -> int:
+    def start(
+        self,
+        overrides: tuple[str, ...],
+        folder: Path,
+        out: str = os.devnull,
+        err: str = os.devnull,
+        environment: Mapping[str, str] = os.environ,
+    ) -> int:
         """Starts ``train.py OVERRIDES`` in ``folder``, with its output into the files ``out`` and ``err``; its process
         number."""
-        call = {"argv": [str(TRAIN), *overrides], "folder": str(folder), "files": [os.devnull, out, err],
-                "environment": dict(environment)}
+        call = {
+            "argv": [str(TRAIN), *overrides],
+            "folder": str(folder),
+            "files": [os.devnull, out, err],
+            "environment": dict(environment),
+        }
         self.calls.write(json.dumps(call).encode() + b"\n")
         return int(self.answers.readline())
 

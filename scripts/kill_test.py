@@ -22,8 +22,16 @@ from tqdm import tqdm
 
 from fobmaml.run.events import read_events
 
-RUN = ("width=4", "steps=60", "log_every=1", "checkpoint_every=1", "eval.every=20", "bias.every=0", "eval.tasks=10",
-       "eval.validation_tasks=10")
+RUN = (
+    "width=4",
+    "steps=60",
+    "log_every=1",
+    "checkpoint_every=1",
+    "eval.every=20",
+    "bias.every=0",
+    "eval.tasks=10",
+    "eval.validation_tasks=10",
+)
 KILLS_A_RUN = 10
 
 
@@ -33,8 +41,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     moments = random.Random(arguments.seed)
-    with (tempfile.TemporaryDirectory() as holder, tqdm(total=arguments.kills, unit="kill", disable=None) as bar,
-          Forks() as forks):
+    with (
+        tempfile.TemporaryDirectory() as holder,
+        tqdm(total=arguments.kills, unit="kill", disable=None) as bar,
+        Forks() as forks,
+    ):
         folder = Path(holder)
         started = time.monotonic()
         to_its_end(forks, folder / "whole")
@@ -103,11 +114,19 @@ def result(folder: Path) -> tuple[Any, ...]:
     """What has to be the same: all but times."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     summary = json.loads((folder / "summary.json").read_text())
-    events = [{key: value for key, value in event.items() if not key.startswith("time/")}
-              for event in read_events(folder / "metrics.jsonl")]
-    return ({name: parameter.numpy().tobytes() for name, parameter in state["model"].items()}, events,
-            {key: value for key, value in summary.items()
-             if ("/" in key and not key.startswith("time/")) or key in ("status", "step")})
+    events = [
+        {key: value for key, value in event.items() if not key.startswith("time/")}
+        for event in read_events(folder / "metrics.jsonl")
+    ]
+    return (
+        {name: parameter.numpy().tobytes() for name, parameter in state["model"].items()},
+        events,
+        {
+            key: value
+            for key, value in summary.items()
+            if ("/" in key and not key.startswith("time/")) or key in ("status", "step")
+        },
+    )
 
 
 if __name__ == "__main__":

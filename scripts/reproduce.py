@@ -129,10 +129,19 @@ def sweep(overrides: Mapping[str, list[str]], outputs: Path, at_once: int) -> di
                 (outputs / name).mkdir(parents=True, exist_ok=True)
                 with (outputs / name / "sweep.log").open("wb") as log:
                     running[name] = subprocess.Popen(
-                        [sys.executable, str(ROOT / "train.py"), "-m", f"experiment={name}", *overrides[name],
-                         f"hydra.sweep.dir={outputs / name}"],
-                        stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                        start_new_session=True)
+                        [
+                            sys.executable,
+                            str(ROOT / "train.py"),
+                            "-m",
+                            f"experiment={name}",
+                            *overrides[name],
+                            f"hydra.sweep.dir={outputs / name}",
+                        ],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, "OMP_NUM_THREADS": "1"},
+                        start_new_session=True,
+                    )
             time.sleep(0.5)
             bar.n = sum(len(list((outputs / name).glob("*/summary.json"))) for name in overrides if name not in waiting)
             bar.set_description(", ".join(running))
@@ -179,34 +188,64 @@ def collect(name: str, folder: Path, results: Path) -> None:
     settings = {run: summary["choices"] | dict(flat(summary["config"])) for run, summary in runs.items()}
     known = dict.fromkeys(key for found in settings.values() for key in found)
     swept = {part.split("=")[0] for run in runs for part in run.split(",")} - {"estimator"}
-    varied = [key for key in known if key in swept
-              or len({json.dumps(found.get(key)) for found in settings.values()}) > 1]
-    measured = [key for key in dict.fromkeys(key for summary in runs.values() for key in summary)
-                if "/" in key and not key.startswith(NOT_IN_TABLES)
-                and any(summary.get(key) is not None for summary in runs.values())]
-    write_csv(results / f"{name}.csv", [
-        {"run": run, "estimator": summary["choices"]["estimator"], **{key: settings[run].get(key) for key in varied},
-         "status": summary["status"], "step": summary["step"], "seconds": summary["seconds"],
-         **{key: summary.get(key) if summary["status"] == "completed" else None for key in measured},
-         "reason": (summary.get("reason") or "").split(":")[0]} for run, summary in runs.items()])
-    curves = [{"run": run, "estimator": summary["choices"]["estimator"],
-               **{key: settings[run].get(key) for key in varied}, **event}
-              for run, summary in runs.items() for event in read_events(folder / run / "metrics.jsonl")
-              if any(map(of_a_curve, event))]
+    varied = [
+        key for key in known if key in swept or len({json.dumps(found.get(key)) for found in settings.values()}) > 1
+    ]
+    measured = [
+        key
+        for key in dict.fromkeys(key for summary in runs.values() for key in summary)
+        if "/" in key
+        and not key.startswith(NOT_IN_TABLES)
+        and any(summary.get(key) is not None for summary in runs.values())
+    ]
+    write_csv(
+        results / f"{name}.csv",
+        [
+            {
+                "run": run,
+                "estimator": summary["choices"]["estimator"],
+                **{key: settings[run].get(key) for key in varied},
+                "status": summary["status"],
+                "step": summary["step"],
+                "seconds": summary["seconds"],
+                **{key: summary.get(key) if summary["status"] == "completed" else None for key in measured},
+                "reason": (summary.get("reason") or "").split(":")[0],
+            }
+            for run, summary in runs.items()
+        ],
+    )
+    curves = [
+        {
+            "run": run,
+            "estimator": summary["choices"]["estimator"],
+            **{key: settings[run].get(key) for key in varied},
+            **event,
+        }
+        for run, summary in runs.items()
+        for event in read_events(folder / run / "metrics.jsonl")
+        if any(map(of_a_curve, event))
+    ]
     if any(row["step"] for row in curves):
-        columns = dict.fromkeys(key for row in curves for key in row
-                                if key in ("run", "estimator", "step", *varied) or of_a_curve(key))
+        columns = dict.fromkeys(
+            key for row in curves for key in row if key in ("run", "estimator", "step", *varied) or of_a_curve(key)
+        )
         write_csv(results / f"{name}_curves.csv", [{key: row.get(key) for key in columns} for row in curves])
     first = settings[next(iter(settings))]
     made_with: list[Any] = []
     for summary in runs.values():
         if summary["provenance"] not in made_with:
             made_with.append(summary["provenance"])
-    write_json(results / f"{name}.json", {
-        "command": f"make reproduce ARGS={name}", "jobs": len(runs),
-        "seconds": round(sum(summary["seconds"] for summary in runs.values())), "provenance": made_with,
-        "settings": {key: value for key, value in first.items() if key not in varied},
-        "varied": {key: list(dict.fromkeys(found.get(key) for found in settings.values())) for key in varied}})
+    write_json(
+        results / f"{name}.json",
+        {
+            "command": f"make reproduce ARGS={name}",
+            "jobs": len(runs),
+            "seconds": round(sum(summary["seconds"] for summary in runs.values())),
+            "provenance": made_with,
+            "settings": {key: value for key, value in first.items() if key not in varied},
+            "varied": {key: list(dict.fromkeys(found.get(key) for found in settings.values())) for key in varied},
+        },
+    )
     failed = sum(summary["status"] == "failed" for summary in runs.values())
     print(f"{results.name}/{name}.csv: {len(runs)} jobs" + f", {failed} of them failed" * bool(failed))
 
@@ -217,8 +256,11 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
         if key in ("_target_", "wandb", "resume"):
             continue
         if isinstance(value, Mapping):
-            yield from ((name, inner) for name, inner in flat(value, f"{prefix}{key}.")
-                        if config.get(name.split(".")[-1]) != inner)  # model.width is width
+            yield from (
+                (name, inner)
+                for name, inner in flat(value, f"{prefix}{key}.")
+                if config.get(name.split(".")[-1]) != inner
+            )  # model.width is width
         else:
             yield f"{prefix}{key}", value
 

@@ -65,8 +65,11 @@ class Description:
         for r, into in enumerate(self.into.double()):
             start = self.start[r if len(self.start) > 1 else 0].double()
             for _ in range(self.times):
-                moved = into if self.displacement is self.into else (
-                    0.0 if self.displacement is None else self.displacement[r].double())
+                moved = (
+                    into
+                    if self.displacement is self.into
+                    else (0.0 if self.displacement is None else self.displacement[r].double())
+                )
                 into = self.scale * into + self.step * self._gradient(r, start + moved)
             rows.append(into)
         return torch.stack(rows) if rows else self.into.double()
@@ -123,14 +126,24 @@ class Random(random.Random):
         displacement = self.choice([None, into, 0.3 * self.parameters(shapes, rows)])
         start = self.parameters(shapes, self.choice([1, rows]) if rows else 1)
         return Description(
-            layers, shapes, self.laid_out(inputs), self.laid_out(targets), self.laid_out(weights),
-            self.laid_out(start), displacement, into, scale=self.choice([0.0, 1.0, 0.9]),
-            step=-0.1 if displacement is into else self.choice([1.0, -0.1]), times=self.choice([1, 1, 2, 3]))
+            layers,
+            shapes,
+            self.laid_out(inputs),
+            self.laid_out(targets),
+            self.laid_out(weights),
+            self.laid_out(start),
+            displacement,
+            into,
+            scale=self.choice([0.0, 1.0, 0.9]),
+            step=-0.1 if displacement is into else self.choice([1.0, -0.1]),
+            times=self.choice([1, 1, 2, 3]),
+        )
 
     def parameters(self, shapes: dict[str, torch.Size], rows: int) -> Tensor:
         """Weights so large that signals neither grow nor vanish."""
-        return torch.cat([torch.randn(rows, *shape).flatten(1) / math.prod(shape[1:]) ** 0.5
-                          for shape in shapes.values()], 1)
+        return torch.cat(
+            [torch.randn(rows, *shape).flatten(1) / math.prod(shape[1:]) ** 0.5 for shape in shapes.values()], 1
+        )
 
     def laid_out(self, t: Tensor) -> Tensor:
         """The same numbers, differently in memory."""
@@ -160,9 +173,17 @@ class Random(random.Random):
         if t is None:
             return None
         ways: list[Callable[[], object]] = [
-            t.double, t.half, t.long, lambda: t.to("meta"), t.to_sparse, t.tolist, t.flatten, lambda: t[None, None],
+            t.double,
+            t.half,
+            t.long,
+            lambda: t.to("meta"),
+            t.to_sparse,
+            t.tolist,
+            t.flatten,
+            lambda: t[None, None],
             lambda: t.new_zeros(*t.shape[:-1], t.shape[-1] + self.choice([1, 7])),
-            lambda: t.new_zeros(t.shape[0] + 7, *t.shape[1:])]
+            lambda: t.new_zeros(t.shape[0] + 7, *t.shape[1:]),
+        ]
         if t.shape[-1]:
             ways.append(lambda: t[..., :-1].contiguous())
         if t.numel():
@@ -181,10 +202,16 @@ class Random(random.Random):
         i = self.randrange(len(d.layers))
         layer, *others = d.layers[i:] + d.layers[:i]
         named = [name for other in others for name in (other.weight, other.bias)] + ["none"]
-        ways = [[], others, d.layers * 2, d.layers * 600, self._with(d, i, replace(layer, weight=self.choice(named))),
-                self._with(d, i, replace(layer, activation=ACTIVATIONS["tanh"])),
-                self._with(d, -1, replace(d.layers[-1], activation=SILU)),
-                self._with(d, -1, Convolution(d.layers[-1].weight, d.layers[-1].bias, 1, None))]
+        ways = [
+            [],
+            others,
+            d.layers * 2,
+            d.layers * 600,
+            self._with(d, i, replace(layer, weight=self.choice(named))),
+            self._with(d, i, replace(layer, activation=ACTIVATIONS["tanh"])),
+            self._with(d, -1, replace(d.layers[-1], activation=SILU)),
+            self._with(d, -1, Convolution(d.layers[-1].weight, d.layers[-1].bias, 1, None)),
+        ]
         d.layers = self.choice(ways)
         return "model"
 
@@ -206,8 +233,8 @@ class Random(random.Random):
         if name == "into" or t is None or t.numel() <= 3 or not size:
             return None
         memory = torch.zeros(max(t.numel(), size) + 3)
-        d.into = memory[3:size + 3].view(d.into.shape)
-        setattr(d, name, memory[:t.numel()].view(t.shape))
+        d.into = memory[3 : size + 3].view(d.into.shape)
+        setattr(d, name, memory[: t.numel()].view(t.shape))
         return "into"
 
     def _number(self, d: Description, _: str) -> str:
@@ -290,16 +317,27 @@ def _wide_stride(gradient: fused.FusedGradient) -> None:
 
 
 BEHIND_THE_CHECKS: dict[str, Callable[[fused.FusedGradient], None]] = {
-    "inputs": _shorter("inputs"), "targets": _shorter("targets"), "weights": _shorter("weights"),
-    "parameters": _fewer_parameters, "block": _larger_blocks, "length": _another_length, "stride": _wide_stride}
+    "inputs": _shorter("inputs"),
+    "targets": _shorter("targets"),
+    "weights": _shorter("weights"),
+    "parameters": _fewer_parameters,
+    "block": _larger_blocks,
+    "length": _another_length,
+    "stride": _wide_stride,
+}
 
 
 def _is_caught(name: str) -> bool:
     """Whether the sanitizers end a process that makes this mistake. Raises RuntimeError if not."""
     torch.set_num_threads(1)
     shapes = {"w0": torch.Size((9, 3, 1)), "b0": torch.Size((9,)), "w1": torch.Size((5, 10, 9)), "b1": torch.Size((5,))}
-    gradient = fused.FusedGradient([Convolution("w0", "b0", 2, SILU), Dense("w1", "b1", None)], shapes,
-                                   torch.randn(2, 20, 20, 1), torch.full((2, 20, 5), 0.2), torch.rand(2, 20))
+    gradient = fused.FusedGradient(
+        [Convolution("w0", "b0", 2, SILU), Dense("w1", "b1", None)],
+        shapes,
+        torch.randn(2, 20, 20, 1),
+        torch.full((2, 20, 5), 0.2),
+        torch.rand(2, 20),
+    )
     with tempfile.TemporaryFile() as report:
         process = os.fork()
         if process == 0:
@@ -326,8 +364,10 @@ def runtime() -> list[str]:
     """The libraries that a process has to start with; none where there is no gcc, or not all of it."""
     if shutil.which("gcc") is None:
         return []
-    found = [subprocess.run(["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
-             for name in ("libasan.so", "libstdc++.so.6")]  # the second: exceptions have to be known to the first
+    found = [
+        subprocess.run(["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]  # the second: exceptions have to be known to the first
     paths = [str(Path(path.strip()).resolve()) for path in found if Path(path.strip()).is_absolute()]
     return paths if len(paths) == len(found) else []
 
@@ -341,8 +381,11 @@ def build(folder: Path) -> dict[str, Path]:
         if name in instruction_sets():
             libraries[name] = folder / f"{name}.so"
             flags = [flag for flag in module["extra-compile-args"] if not flag.startswith("-O")]
-            compilers.append(subprocess.Popen(["gcc", *FLAGS, *flags, *(ROOT / s for s in module["sources"]), "-lm",
-                                               "-o", libraries[name]]))
+            compilers.append(
+                subprocess.Popen(
+                    ["gcc", *FLAGS, *flags, *(ROOT / s for s in module["sources"]), "-lm", "-o", libraries[name]]
+                )
+            )
     if sum(compiler.wait() for compiler in compilers):
         raise RuntimeError("gcc cannot compile the kernel with sanitizers")
     return libraries
@@ -364,14 +407,29 @@ def main() -> None:
     total: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, library in build(Path(folder)).items():
-            done = subprocess.run([sys.executable, __file__, "--library", library, "--count", str(arguments.count),
-                                   "--seed", str(arguments.seed)], env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    __file__,
+                    "--library",
+                    library,
+                    "--count",
+                    str(arguments.count),
+                    "--seed",
+                    str(arguments.seed),
+                ],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 sys.exit(f"{done.stdout}{done.stderr}\nerror: the kernel for {name} failed")
             for key, value in json.loads(done.stdout.splitlines()[-1]).items():
                 total[key] = total.get(key, 0) + value
-    print(f"sanitized kernel ({' and '.join(sets)}): {total['valid']} valid descriptions give autograd's gradient, "
-          f"{total['invalid']} invalid ones are refused, {total['caught']} mistakes behind the checks are caught")
+    print(
+        f"sanitized kernel ({' and '.join(sets)}): {total['valid']} valid descriptions give autograd's gradient, "
+        f"{total['invalid']} invalid ones are refused, {total['caught']} mistakes behind the checks are caught"
+    )
 
 
 if __name__ == "__main__":

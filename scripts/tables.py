@@ -17,16 +17,23 @@ README = Path(__file__).parents[1] / "README.md"
 def accuracy(folder: Path) -> str:
     rows = load(folder, "accuracy")
     common = settings(folder, "accuracy")
-    lines = [f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {common['width']}, {common['steps']} meta-steps of "
-             f"{common['meta_batch']} tasks, {common['solver.steps']} inner steps, {common['eval.tasks']} "
-             f"meta-test tasks; mean and 95 % interval over seeds; settings chosen by the same trials for each method "
-             "on validation tasks.", "",
-             "| method | seeds | meta-test accuracy | outer steps |",
-             "|---|---|---|---|"]
+    lines = [
+        f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {common['width']}, {common['steps']} meta-steps of "
+        f"{common['meta_batch']} tasks, {common['solver.steps']} inner steps, {common['eval.tasks']} "
+        f"meta-test tasks; mean and 95 % interval over seeds; settings chosen by the same trials for each method "
+        "on validation tasks.",
+        "",
+        "| method | seeds | meta-test accuracy | outer steps |",
+        "|---|---|---|---|",
+    ]
     for name, found in groups(rows, "estimator").items():
-        cells = [method(name).label, str(len(found)), percent(found),
-                 f"{found[0]['optimizer']}, lr {found[0]['optimizer.lr']:g}; inner lr "
-                 f"{found[0].get('solver.lr', common.get('solver.lr')):g}"]
+        cells = [
+            method(name).label,
+            str(len(found)),
+            percent(found),
+            f"{found[0]['optimizer']}, lr {found[0]['optimizer.lr']:g}; inner lr "
+            f"{found[0].get('solver.lr', common.get('solver.lr')):g}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -56,12 +63,22 @@ def speed(folder: Path) -> str:
         row = cells[name, widths[-1], count]
         return f"{float(row['peak_bytes']) / float(row['tasks_at_once']) / 1e6:.0f}"
 
-    header = [f"one meta-gradient of 16 tasks, {steps[0]} inner steps", *(f"{width} channels" for width in widths),
-              f"MB a task alive, {widths[-1]} channels, {' / '.join(map(str, long))} inner steps"]
+    header = [
+        f"one meta-gradient of 16 tasks, {steps[0]} inner steps",
+        *(f"{width} channels" for width in widths),
+        f"MB a task alive, {widths[-1]} channels, {' / '.join(map(str, long))} inner steps",
+    ]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name in dict.fromkeys(row["estimator"] for row in rows):
-        lines.append(" | ".join([f"| {method(name).label}", *(seconds(name, width) for width in widths),
-                                 " / ".join(megabytes(name, count) for count in long) + " |"]))
+        lines.append(
+            " | ".join(
+                [
+                    f"| {method(name).label}",
+                    *(seconds(name, width) for width in widths),
+                    " / ".join(megabytes(name, count) for count in long) + " |",
+                ]
+            )
+        )
     return "\n".join(lines)
 
 
@@ -70,12 +87,17 @@ def gpu(folder: Path) -> str:
     device = json.loads((folder / "bench_gpu.json").read_text())["provenance"]["device"]
     widths, steps = ([*dict.fromkeys(row[key] for row in rows)] for key in ("width", "inner_steps"))
     cells = {(row["estimator"], row["width"], row["inner_steps"]): row for row in rows}
-    header = [f"the same on one {device}", *(f"{width:g} channels" for width in widths),
-              f"GB, {widths[-1]:g} channels, {' / '.join(f'{count:g}' for count in steps)} inner steps"]
+    header = [
+        f"the same on one {device}",
+        *(f"{width:g} channels" for width in widths),
+        f"GB, {widths[-1]:g} channels, {' / '.join(f'{count:g}' for count in steps)} inner steps",
+    ]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name in dict.fromkeys(row["estimator"] for row in rows):
-        times = [f"{1e3 * row['seconds_median']:.1f} ms, {100 * row['fraction_of_limit']:.0f} %"
-                 for row in (cells[name, width, steps[0]] for width in widths)]
+        times = [
+            f"{1e3 * row['seconds_median']:.1f} ms, {100 * row['fraction_of_limit']:.0f} %"
+            for row in (cells[name, width, steps[0]] for width in widths)
+        ]
         memory = " / ".join(f"{cells[name, widths[-1], count]['peak_bytes'] / 1e9:.2f}" for count in steps)
         lines.append(" | ".join([f"| {method(name).label}", *times, memory + " |"]))
     return "\n".join(lines)

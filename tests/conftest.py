@@ -49,8 +49,9 @@ def run_train(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., s
     def call(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "train.py"), *overrides]
         if env is not None or not POSSIBLE:
-            return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=1500,
-                                  env={**os.environ, **(env or {})})
+            return subprocess.run(
+                command, cwd=tmp_path, text=True, capture_output=True, timeout=1500, env={**os.environ, **(env or {})}
+            )
         forks = request.getfixturevalue("forks")
         with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
             forks.start(overrides, tmp_path, out.name, err.name)
@@ -61,8 +62,12 @@ def run_train(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., s
 
 def start_train(folder: Path, *overrides: str, by: tuple[str, ...] = (), **options: object) -> subprocess.Popen[str]:
     """The command line in ``folder``, not waited for; ``by``: a module that starts it, and its arguments."""
-    return subprocess.Popen([sys.executable, *by, str(ROOT / "train.py"), *overrides], cwd=folder, text=True,
-                            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+    return subprocess.Popen(
+        [sys.executable, *by, str(ROOT / "train.py"), *overrides],
+        cwd=folder,
+        text=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )
 
 
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -111,8 +116,10 @@ def plain_losses(learner: Learner, tasks: TaskBatch, task: int) -> tuple[Callabl
         parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
         return learner.loss_fn(torch.func.functional_call(learner.model, parameters, (x,)), y)
 
-    return (lambda flat: loss(flat, tasks.support_x[task], tasks.support_y[task]),
-            lambda flat: loss(flat, tasks.query_x[task], tasks.query_y[task]))
+    return (
+        lambda flat: loss(flat, tasks.support_x[task], tasks.support_y[task]),
+        lambda flat: loss(flat, tasks.query_x[task], tasks.query_y[task]),
+    )
 
 
 def newton(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 50) -> Tensor:
@@ -131,8 +138,11 @@ def dense_meta_gradient(learner: Learner, tasks: TaskBatch, lam: float, at: Tens
     theta, rows = learner.theta(), []
     for task in range(len(tasks)):
         support, query = plain_losses(learner, tasks, task)
-        phi = at[task] if at is not None else newton(
-            lambda p, support=support: support(p) + 0.5 * lam * (p - theta).square().sum(), theta)
+        phi = (
+            at[task]
+            if at is not None
+            else newton(lambda p, support=support: support(p) + 0.5 * lam * (p - theta).square().sum(), theta)
+        )
         hessian = torch.func.hessian(support)(phi)
         eye = torch.eye(len(theta), dtype=theta.dtype)
         rows.append(lam * torch.linalg.solve(hessian + lam * eye, torch.func.grad(query)(phi)))

@@ -45,13 +45,17 @@ def on_signals(*layers: nn.Module) -> nn.Module:
 
 def on_images(*layers: nn.Module) -> nn.Module:
     """[N, 6] made an image of 2 x 5 x 4."""
-    return nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Unflatten(1, (2, 5, 4)), *layers, nn.Flatten(),
-                         nn.LazyLinear(3))
+    return nn.Sequential(
+        nn.Linear(6, 40), nn.Tanh(), nn.Unflatten(1, (2, 5, 4)), *layers, nn.Flatten(), nn.LazyLinear(3)
+    )
 
 
 def recurrent(kind: type[nn.RNNBase], **options: object) -> nn.Module:
-    return Of(lambda m, x: m.head(m.cells(x.unflatten(1, (3, 2)))[0][:, -1]),
-              cells=kind(2, 3, batch_first=True, **options), head=nn.LazyLinear(3))
+    return Of(
+        lambda m, x: m.head(m.cells(x.unflatten(1, (3, 2)))[0][:, -1]),
+        cells=kind(2, 3, batch_first=True, **options),
+        head=nn.LazyLinear(3),
+    )
 
 
 def cells(kind: type[nn.RNNCellBase]) -> nn.Module:
@@ -65,14 +69,21 @@ def cells(kind: type[nn.RNNCellBase]) -> nn.Module:
 
 
 def attention() -> nn.Module:
-    return Of(lambda m, x: m.head(m.attention(*[x.unflatten(1, (3, 2))] * 3)[0].mean(1)),
-              attention=nn.MultiheadAttention(2, 1, batch_first=True), head=nn.Linear(2, 3))
+    return Of(
+        lambda m, x: m.head(m.attention(*[x.unflatten(1, (3, 2))] * 3)[0].mean(1)),
+        attention=nn.MultiheadAttention(2, 1, batch_first=True),
+        head=nn.Linear(2, 3),
+    )
 
 
 def transformer(layers: int = 0, **options: object) -> nn.Module:
     layer = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True, **options)
-    return Of(lambda m, x: m.head(m.body(m.into(x.unflatten(1, (3, 2)))).mean(1)), into=nn.Linear(2, 4),
-              body=nn.TransformerEncoder(layer, layers) if layers else layer, head=nn.Linear(4, 3))
+    return Of(
+        lambda m, x: m.head(m.body(m.into(x.unflatten(1, (3, 2)))).mean(1)),
+        into=nn.Linear(2, 4),
+        body=nn.TransformerEncoder(layer, layers) if layers else layer,
+        head=nn.Linear(4, 3),
+    )
 
 
 def into_zeros(m: Of, x: Tensor) -> Tensor:
@@ -145,14 +156,16 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "our mlp, hooked": lambda: hooked(MLP((6,), 3, 4, 1)),
     "our cnn, hooked": lambda: hooked(CNN1d((6,), 3, 3, 1)),
     "our mlp, a layer hooked": lambda: _with(MLP((6,), 3, 4, 1), lambda m: hooked(m.layers[0])),
-    "our mlp, another forward": lambda: _with(MLP((6,), 3, 4, 1), lambda m: setattr(
-        m, "forward", MethodType(lambda m, x: 2.0 * MLP.forward(m, x), m))),
+    "our mlp, another forward": lambda: _with(
+        MLP((6,), 3, 4, 1), lambda m: setattr(m, "forward", MethodType(lambda m, x: 2.0 * MLP.forward(m, x), m))
+    ),
     "our mlp, another layer": lambda: _with(MLP((6,), 3, 4, 1), lambda m: m.layers.__setitem__(0, Doubled(6, 4))),
     "our mlp, parametrized": lambda: _with(MLP((6,), 3, 4, 1), lambda m: parametrizations.weight_norm(m.layers[0])),
     "bilinear": lambda: Of(lambda m, x: m.a(x[:, :2], x[:, 2:]), a=nn.Bilinear(2, 4, 3)),
     "conv1d": lambda: on_signals(nn.Conv1d(2, 3, 3)),
-    "conv1d, padded and strided": lambda: on_signals(nn.Conv1d(2, 4, 3, 2, 1, groups=2), nn.SiLU(), nn.Flatten(),
-                                                      nn.Linear(8, 3)),
+    "conv1d, padded and strided": lambda: on_signals(
+        nn.Conv1d(2, 4, 3, 2, 1, groups=2), nn.SiLU(), nn.Flatten(), nn.Linear(8, 3)
+    ),
     "transposed conv1d": lambda: on_signals(nn.ConvTranspose1d(2, 2, 2), nn.Flatten(), nn.Linear(8, 3)),
     "conv2d": lambda: on_images(nn.Conv2d(2, 2, 3, padding=1, dilation=1), nn.SiLU()),
     "conv2d, dilated": lambda: on_images(nn.Conv2d(2, 2, 2, dilation=2), nn.GELU()),
@@ -166,21 +179,29 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "instance norm": lambda: on_signals(nn.InstanceNorm1d(2, affine=True), nn.Flatten(), nn.Linear(6, 3)),
     "local response norm": lambda: on_images(nn.LocalResponseNorm(2)),
     "batch norm, evaluating": lambda: on_vectors(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).eval(),
-    "batch norm, of the set": lambda: on_vectors(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False),
-                                                 nn.Tanh(), nn.Linear(4, 3)),
+    "batch norm, of the set": lambda: on_vectors(
+        nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Tanh(), nn.Linear(4, 3)
+    ),
     "examples minus their mean": lambda: Of(lambda m, x: m.a(x - x.mean(0)).tanh(), a=nn.Linear(6, 3)),
-    "attention among examples": lambda: Of(lambda m, x: (m.a(x) @ m.b(x).T).softmax(1) @ m.b(x), a=nn.Linear(6, 3),
-                                           b=nn.Linear(6, 3)),
-    "lstm": lambda: recurrent(nn.LSTM), "gru": lambda: recurrent(nn.GRU), "rnn": lambda: recurrent(nn.RNN),
+    "attention among examples": lambda: Of(
+        lambda m, x: (m.a(x) @ m.b(x).T).softmax(1) @ m.b(x), a=nn.Linear(6, 3), b=nn.Linear(6, 3)
+    ),
+    "lstm": lambda: recurrent(nn.LSTM),
+    "gru": lambda: recurrent(nn.GRU),
+    "rnn": lambda: recurrent(nn.RNN),
     "lstm, two layers, both ways": lambda: recurrent(nn.LSTM, num_layers=2, bidirectional=True),
-    "lstm cell": lambda: cells(nn.LSTMCell), "gru cell": lambda: cells(nn.GRUCell),
+    "lstm cell": lambda: cells(nn.LSTMCell),
+    "gru cell": lambda: cells(nn.GRUCell),
     "rnn cell": lambda: cells(nn.RNNCell),
     "multihead attention": attention,
     "transformer layer": transformer,
     "transformer layer, norm first": lambda: transformer(norm_first=True),
     "transformer, evaluating": lambda: transformer(2).eval(),
-    "scaled dot product attention": lambda: Of(lambda m, x: F.scaled_dot_product_attention(
-        *m.a(x).view(-1, 3, 3, 1, 2).unbind(1)).flatten(1)[:, :3] + m.b(x), a=nn.Linear(6, 18), b=nn.Linear(6, 3)),
+    "scaled dot product attention": lambda: Of(
+        lambda m, x: F.scaled_dot_product_attention(*m.a(x).view(-1, 3, 3, 1, 2).unbind(1)).flatten(1)[:, :3] + m.b(x),
+        a=nn.Linear(6, 18),
+        b=nn.Linear(6, 3),
+    ),
     "prelu": lambda: on_vectors(nn.Linear(6, 4), nn.PReLU(4), nn.Linear(4, 3)),
     "glu": lambda: on_vectors(nn.Linear(6, 6), nn.GLU()),
     "dropout of nothing": lambda: on_vectors(nn.Linear(6, 4), nn.Dropout(0.0), nn.Tanh(), nn.Linear(4, 3)),
@@ -193,10 +214,15 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "writes into zeros": lambda: Of(into_zeros, a=nn.Linear(6, 2), b=nn.Linear(6, 1)),
     "boolean mask": lambda: _two(by_mask),
     "branches on data": lambda: _two(branching),
-    "item": lambda: Of(lambda m, x: m.a(x) * (2.0 if x.shape[0] else 1.0) + m.scale.detach().abs().item() * m.b(x),
-                       a=nn.Linear(6, 3), b=nn.Linear(6, 3), scale=nn.Parameter(torch.tensor(1.5))),
-    "a scalar parameter": lambda: Of(lambda m, x: m.scale * m.a(x).tanh() + m.scale.exp(), a=nn.Linear(6, 3),
-                                     scale=nn.Parameter(torch.tensor(0.7))),
+    "item": lambda: Of(
+        lambda m, x: m.a(x) * (2.0 if x.shape[0] else 1.0) + m.scale.detach().abs().item() * m.b(x),
+        a=nn.Linear(6, 3),
+        b=nn.Linear(6, 3),
+        scale=nn.Parameter(torch.tensor(1.5)),
+    ),
+    "a scalar parameter": lambda: Of(
+        lambda m, x: m.scale * m.a(x).tanh() + m.scale.exp(), a=nn.Linear(6, 3), scale=nn.Parameter(torch.tensor(0.7))
+    ),
     "tied weights": tied,
     "traced by fx": lambda: torch.fx.symbolic_trace(on_vectors(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))),
     "a frozen layer": lambda: frozen(on_vectors(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), "0.weight", "0.bias"),
@@ -206,12 +232,17 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "forward hook": lambda: hooked(nn.Linear(6, 3)),
     "backward hook": lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), backward_hooked(nn.Linear(4, 3))),
     "residual": lambda: Of(lambda m, x: m.b(x + m.a(x).tanh()), a=nn.Linear(6, 6), b=nn.Linear(6, 3)),
-    "fourier": lambda: Of(lambda m, x: m.a(torch.fft.rfft(x).abs().square()) + m.b(x), a=nn.Linear(4, 3),
-                          b=nn.Linear(6, 3)),
-    "einsum and cumsum": lambda: Of(lambda m, x: torch.einsum("ni,ij->nj", x.cumsum(1), m.w).tanh(),
-                                    w=nn.Parameter(torch.randn(6, 3))),
-    "a dictionary of layers": lambda: Of(lambda m, x: m.d["a"](x) + m.l[0] * m.d["b"](x), d=nn.ModuleDict(
-        {"a": nn.Linear(6, 3), "b": nn.Linear(6, 3)}), l=nn.ParameterList([torch.randn(3)])),
+    "fourier": lambda: Of(
+        lambda m, x: m.a(torch.fft.rfft(x).abs().square()) + m.b(x), a=nn.Linear(4, 3), b=nn.Linear(6, 3)
+    ),
+    "einsum and cumsum": lambda: Of(
+        lambda m, x: torch.einsum("ni,ij->nj", x.cumsum(1), m.w).tanh(), w=nn.Parameter(torch.randn(6, 3))
+    ),
+    "a dictionary of layers": lambda: Of(
+        lambda m, x: m.d["a"](x) + m.l[0] * m.d["b"](x),
+        d=nn.ModuleDict({"a": nn.Linear(6, 3), "b": nn.Linear(6, 3)}),
+        l=nn.ParameterList([torch.randn(3)]),
+    ),
 }
 TOKENS: dict[str, Callable[[], nn.Module]] = {
     "embedding": lambda: on_tokens(nn.Embedding(11, 2)),
@@ -220,8 +251,12 @@ TOKENS: dict[str, Callable[[], nn.Module]] = {
     "embedding, scaled by frequency": lambda: on_tokens(nn.Embedding(11, 2, scale_grad_by_freq=True)),
     "embedding bag": lambda: on_tokens(nn.EmbeddingBag(11, 4)),  # torch: a first derivative only
     "embedding bag with padding": lambda: on_tokens(nn.EmbeddingBag(11, 4, mode="sum", padding_idx=0)),
-    "tokens through a gru": lambda: Of(lambda m, x: m.head(m.cells(m.table(x))[0][:, -1]), table=nn.Embedding(11, 2),
-                                       cells=nn.GRU(2, 3, batch_first=True), head=nn.Linear(3, 3)),
+    "tokens through a gru": lambda: Of(
+        lambda m, x: m.head(m.cells(m.table(x))[0][:, -1]),
+        table=nn.Embedding(11, 2),
+        cells=nn.GRU(2, 3, batch_first=True),
+        head=nn.Linear(3, 3),
+    ),
 }
 
 
@@ -231,8 +266,11 @@ def weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
 
 
 FIRST_DERIVATIVES_ONLY = {
-    "embedding bag": "torch has none", "embedding bag with padding": "torch has none",
-    "multi_margin_loss": "torch has none", "embedding, scaled by frequency": "is not symmetric"}
+    "embedding bag": "torch has none",
+    "embedding bag with padding": "torch has none",
+    "multi_margin_loss": "torch has none",
+    "embedding, scaled by frequency": "is not symmetric",
+}
 """Cases whose second derivatives are refused, with what is said."""
 
 
@@ -287,15 +325,19 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[..., Tensor
     "l1_loss": (F.l1_loss, lambda *s: _numbers(*s, 3)),
     "huber_loss": (F.huber_loss, lambda *s: _numbers(*s, 3)),
     "SmoothL1Loss": (nn.SmoothL1Loss(), lambda *s: _numbers(*s, 3)),
-    "binary_cross_entropy_with_logits": (F.binary_cross_entropy_with_logits,
-                                         lambda *s: torch.randint(2, (*s, 3)).double()),
+    "binary_cross_entropy_with_logits": (
+        F.binary_cross_entropy_with_logits,
+        lambda *s: torch.randint(2, (*s, 3)).double(),
+    ),
     "gaussian_nll_loss": (lambda o, y: F.gaussian_nll_loss(o[:, 0], y, o[:, 1].exp()), _numbers),
     "poisson_nll_loss": (F.poisson_nll_loss, lambda *s: torch.randint(4, (*s, 3)).double()),
     "kl_div": (lambda o, y: F.kl_div(o.log_softmax(-1), y, reduction="batchmean"), lambda *s: _shares(*s, 3)),
     "mse_loss of one output": (lambda o, y: (o[:, :1] - y).square().mean(0), lambda *s: _numbers(*s, 1)),
     "weighted by item": (_weighted_by_item, lambda *s: _numbers(*s, 3)),
-    "contrastive": (lambda o, y: F.cross_entropy(o @ o.T / 3, torch.arange(len(o))) + F.mse_loss(o, y),
-                    lambda *s: _numbers(*s, 3)),
+    "contrastive": (
+        lambda o, y: F.cross_entropy(o @ o.T / 3, torch.arange(len(o))) + F.mse_loss(o, y),
+        lambda *s: _numbers(*s, 3),
+    ),
 }
 
 
@@ -307,8 +349,9 @@ def tokens(*shape: int) -> Tensor:
     return torch.randint(11, (*shape, 5))
 
 
-def tasks(x: Callable[..., Tensor], y: Callable[..., Tensor], count: int = 3, support: int = 4,
-          query: int = 5) -> TaskBatch:
+def tasks(
+    x: Callable[..., Tensor], y: Callable[..., Tensor], count: int = 3, support: int = 4, query: int = 5
+) -> TaskBatch:
     return TaskBatch(x(count, support), y(count, support), x(count, query), y(count, query))
 
 
@@ -322,9 +365,15 @@ def made(make: Callable[[], nn.Module], x: Tensor) -> nn.Module:
 
 SOLVER = GradientDescent(STEPS, LR)
 ESTIMATORS: dict[str, Estimator] = {
-    "forward": Forward(SOLVER, LAM, NU), "symmetric": Symmetric(SOLVER, LAM, NU), "central4": Central(SOLVER, LAM, NU),
-    "maml": MAML(SOLVER), "maml, checkpointed": MAML(SOLVER, LAM, checkpoint=True), "fomaml": FOMAML(SOLVER, LAM),
-    "reptile": Reptile(SOLVER, LAM), "imaml": IMAML(SOLVER, IMAML_LAM, cg_steps=400, cg_tol=1e-13)}
+    "forward": Forward(SOLVER, LAM, NU),
+    "symmetric": Symmetric(SOLVER, LAM, NU),
+    "central4": Central(SOLVER, LAM, NU),
+    "maml": MAML(SOLVER),
+    "maml, checkpointed": MAML(SOLVER, LAM, checkpoint=True),
+    "fomaml": FOMAML(SOLVER, LAM),
+    "reptile": Reptile(SOLVER, LAM),
+    "imaml": IMAML(SOLVER, IMAML_LAM, cg_steps=400, cg_tol=1e-13),
+}
 
 
 class Plain:
@@ -344,9 +393,11 @@ class Plain:
         buffers = {name: b.clone() for name, b in self.state.items()}
         given = dict(zip(self.names, phi, strict=True))
         before = [(m, dict(m._parameters)) for m in self.model.modules()]
-        with (torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-              mock.patch.object(torch, "_weight_norm", weight_norm),
-              mock.patch.object(sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", weight_norm)):
+        with (
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            mock.patch.object(torch, "_weight_norm", weight_norm),
+            mock.patch.object(sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", weight_norm),
+        ):
             outputs = torch.func.functional_call(self.model, {**buffers, **given}, (x,))
         for module, parameters in before:  # of a layer that stands in two places, it forgets one
             module._parameters.update(parameters)
@@ -376,8 +427,11 @@ class Plain:
 
     def estimate(self, name: str, task: int) -> Tensor:
         theta = self.flat(self.theta())
-        stencil = {"forward": {1: 1.0, 0: -1.0}, "symmetric": {1: 0.5, -1: -0.5},
-                   "central4": {1: 2 / 3, -1: -2 / 3, 2: -1 / 12, -2: 1 / 12}}
+        stencil = {
+            "forward": {1: 1.0, 0: -1.0},
+            "symmetric": {1: 0.5, -1: -0.5},
+            "central4": {1: 2 / 3, -1: -2 / 3, 2: -1 / 12, -2: 1 / 12},
+        }
         if name in stencil:
             return -LAM / NU * sum(w * self.flat(self.adapt(task, LAM, o * NU)) for o, w in stencil[name].items())
         if name.startswith("maml"):

@@ -24,22 +24,30 @@ def _simulated(generator, length=None, ignored=0.0, layout="behind", tasks=TASKS
     targets = torch.randint(CLASSES, shape, generator=generator)
     chance = 0.5 + 0.4 * torch.rand((tasks,) + (1,) * (len(shape) - 1), generator=generator)
     right = torch.rand(shape, generator=generator) < chance
-    outputs = F.one_hot((targets + (~right).long()) % CLASSES, CLASSES) + 0.5 * torch.rand(*shape, CLASSES,
-                                                                                         generator=generator)
+    outputs = F.one_hot((targets + (~right).long()) % CLASSES, CLASSES) + 0.5 * torch.rand(
+        *shape, CLASSES, generator=generator
+    )
     if layout == "behind":
         outputs = outputs.movedim(-1, 2)
     targets[torch.rand(shape, generator=generator) < ignored] = -100
     return outputs, targets
 
 
-@pytest.mark.parametrize(("length", "layout", "ignored", "loss"), [
-    (None, "behind", 0.0, F.cross_entropy), (None, "behind", 0.3, nn.CrossEntropyLoss()),
-    (9, "behind", 0.0, F.cross_entropy), (9, "behind", 0.5, F.cross_entropy), (9, "last", 0.3, _last_loss),
-    (CLASSES, "behind", 0.3, F.cross_entropy), (CLASSES, "last", 0.3, _last_loss)])
+@pytest.mark.parametrize(
+    ("length", "layout", "ignored", "loss"),
+    [
+        (None, "behind", 0.0, F.cross_entropy),
+        (None, "behind", 0.3, nn.CrossEntropyLoss()),
+        (9, "behind", 0.0, F.cross_entropy),
+        (9, "behind", 0.5, F.cross_entropy),
+        (9, "last", 0.3, _last_loss),
+        (CLASSES, "behind", 0.3, F.cross_entropy),
+        (CLASSES, "last", 0.3, _last_loss),
+    ],
+)
 def test_the_interval_covers_the_mean_in_95_of_100_cases(length, layout, ignored, loss):
     generator, sets = torch.Generator().manual_seed(0), 1000
-    found = [mean_accuracy(task_accuracies(*_simulated(generator, length, ignored, layout), loss))
-             for _ in range(sets)]
+    found = [mean_accuracy(task_accuracies(*_simulated(generator, length, ignored, layout), loss)) for _ in range(sets)]
     covered = sum(abs(mean - 0.7) <= half for mean, half in found) / sets
     assert abs(covered - 0.95) < 0.025  # three standard errors, and Student's t is a little wider
     mean = sum(mean for mean, _ in found) / sets
@@ -60,8 +68,14 @@ def test_ignored_labels_do_not_count():
     assert mean_accuracy(found[2:]) == (0.5, None)
 
 
-@pytest.mark.parametrize("loss", [partial(F.cross_entropy, ignore_index=0), nn.CrossEntropyLoss(ignore_index=0),
-                                  partial(nn.CrossEntropyLoss(ignore_index=0))])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        partial(F.cross_entropy, ignore_index=0),
+        nn.CrossEntropyLoss(ignore_index=0),
+        partial(nn.CrossEntropyLoss(ignore_index=0)),
+    ],
+)
 def test_the_loss_says_which_label_it_ignores(loss):
     outputs, targets = torch.eye(3)[torch.tensor([[0, 1, 1]])], torch.tensor([[0, 1, 2]])
     assert ignored_label(loss) == 0
@@ -75,10 +89,17 @@ def test_probabilities_as_targets():
     assert torch.equal(task_accuracies(outputs, targets, F.cross_entropy), wanted)
 
 
-@pytest.mark.parametrize(("outputs", "targets"), [
-    ((2, 5, 1), torch.zeros(2, 5).long()), ((2, 5, 1), torch.zeros(2, 5, 1)), ((2, 5), torch.zeros(2, 5).long()),
-    ((2, 5, 3), torch.zeros(2, 5, 3).long()), ((2, 5, 3, 4), torch.zeros(2, 5).long()),
-    ((2, 5, 3), torch.zeros(2, 4).long())])
+@pytest.mark.parametrize(
+    ("outputs", "targets"),
+    [
+        ((2, 5, 1), torch.zeros(2, 5).long()),
+        ((2, 5, 1), torch.zeros(2, 5, 1)),
+        ((2, 5), torch.zeros(2, 5).long()),
+        ((2, 5, 3), torch.zeros(2, 5, 3).long()),
+        ((2, 5, 3, 4), torch.zeros(2, 5).long()),
+        ((2, 5, 3), torch.zeros(2, 4).long()),
+    ],
+)
 def test_what_is_no_class_has_no_accuracy(outputs, targets):
     with pytest.raises(ValueError, match=r"^outputs \[2, 5.*\]: takes classes, two or more"):
         task_accuracies(torch.randn(outputs), targets, F.cross_entropy)

@@ -40,11 +40,18 @@ def _seeded():
 
 # losses
 
+
 @pytest.mark.parametrize("model", [nn.Linear(6, 1), MLP((6,), 1, 4, 1)], ids=["plain", "listed"])
-@pytest.mark.parametrize("loss_fn", [
-    lambda o, y: F.mse_loss(o, y, reduction="none"), lambda o, y: (o - y).square().sum(1),
-    lambda o, y: float((o - y)[0]),
-    nn.MSELoss(reduction="none"), lambda o, y: (o - y).square().mean(0).expand(2)])
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda o, y: F.mse_loss(o, y, reduction="none"),
+        lambda o, y: (o - y).square().sum(1),
+        lambda o, y: float((o - y)[0]),
+        nn.MSELoss(reduction="none"),
+        lambda o, y: (o - y).square().mean(0).expand(2),
+    ],
+)
 @pytest.mark.parametrize("estimator", [SYMMETRIC, FO, MAML(GD)])
 def test_a_loss_that_is_not_one_number_is_refused(model, loss_fn, estimator):
     batch = tasks(vectors, lambda *s: torch.randn(*s, 1, dtype=torch.float64))
@@ -76,43 +83,52 @@ def test_labels_of_any_integer(dtype, loss_fn, network):
     batch = tasks(vectors, _labels)
     model = made(VECTORS[network], batch.support_x[0])
     wanted = fobmaml.meta_gradient(SYMMETRIC, model, loss_fn, batch)
-    found = fobmaml.meta_gradient(SYMMETRIC, model, loss_fn, TaskBatch(
-        batch.support_x, batch.support_y.to(dtype), batch.query_x, batch.query_y.to(dtype)))
+    found = fobmaml.meta_gradient(
+        SYMMETRIC,
+        model,
+        loss_fn,
+        TaskBatch(batch.support_x, batch.support_y.to(dtype), batch.query_x, batch.query_y.to(dtype)),
+    )
     assert torch.equal(_flat(found), _flat(wanted))
 
 
 def test_a_cross_entropy_module_takes_the_fast_path():
     model, batch = CNN1d((40,), 5, 8), fobmaml.tasks.MNIST1D().sample("train", 3, torch.Generator().manual_seed(0))
-    function, module = (fobmaml.meta_gradient(SYMMETRIC, model, loss, batch)
-                        for loss in (F.cross_entropy, nn.CrossEntropyLoss()))
+    function, module = (
+        fobmaml.meta_gradient(SYMMETRIC, model, loss, batch) for loss in (F.cross_entropy, nn.CrossEntropyLoss())
+    )
     assert function.engine == module.engine
     assert torch.equal(_flat(function), _flat(module))
 
 
 # networks
 
-@pytest.mark.parametrize(("make", "says"), [
-    (lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), r"BatchNorm1d '1' updates batch"),
-    (lambda: nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.1), nn.Linear(4, 3)), r"Dropout '1' is random"),
-    (lambda: nn.LSTM(6, 3, num_layers=2, dropout=0.5), r"LSTM '' is random"),
-    (lambda: _dropping(attention()), r"MultiheadAttention 'attention' is random"),
-    (lambda: _Functional(), r"_Functional '' returns something else for the same inputs"),
-    (lambda: nn.Sequential(nn.Linear(6, 4), nn.RReLU(), nn.Linear(4, 3)), r"RReLU '1' returns something else"),
-    (lambda: nn.Sequential(nn.Linear(6, 4), nn.Flatten(0)), r"outputs of shape \(\d+,\)"),
-    (lambda: nn.Sequential(nn.Linear(7, 4)), r"Linear '0' fails on inputs"),
-    (lambda: nn.LSTM(6, 3), "outputs of tuple"),
-    (lambda: _around_by_hook(), r"parameter 'b.(weight|bias)' is read around the call"),
-    (lambda: _around_by_forward(), r"parameter '.*' is read around the call"),
-    (lambda: _gradient_hooked(), r"parameter 'weight' has a gradient hook"),
-    (lambda: nn.Identity(), "takes a module with trainable parameters"),
-    (lambda: nn.Sequential(nn.LazyLinear(3)), "has no shape yet"),
-    (lambda: _mixed(), "takes parameters of one real dtype"),
-    (lambda: nn.Linear(6, 3, dtype=torch.complex64), "takes parameters of one real dtype"),
-    (lambda: nn.Linear(6, 3, device="meta"), "one real device"),
-    (lambda: torch.jit.trace(nn.Linear(6, 3), torch.randn(2, 6)), "is TorchScript"),
-    (lambda: torch.compile(nn.Linear(6, 3)), "takes the module given to torch.compile"),
-    (lambda: nn.DataParallel(nn.Linear(6, 3)), "takes the module inside"),
-])
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), r"BatchNorm1d '1' updates batch"),
+        (lambda: nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.1), nn.Linear(4, 3)), r"Dropout '1' is random"),
+        (lambda: nn.LSTM(6, 3, num_layers=2, dropout=0.5), r"LSTM '' is random"),
+        (lambda: _dropping(attention()), r"MultiheadAttention 'attention' is random"),
+        (lambda: _Functional(), r"_Functional '' returns something else for the same inputs"),
+        (lambda: nn.Sequential(nn.Linear(6, 4), nn.RReLU(), nn.Linear(4, 3)), r"RReLU '1' returns something else"),
+        (lambda: nn.Sequential(nn.Linear(6, 4), nn.Flatten(0)), r"outputs of shape \(\d+,\)"),
+        (lambda: nn.Sequential(nn.Linear(7, 4)), r"Linear '0' fails on inputs"),
+        (lambda: nn.LSTM(6, 3), "outputs of tuple"),
+        (lambda: _around_by_hook(), r"parameter 'b.(weight|bias)' is read around the call"),
+        (lambda: _around_by_forward(), r"parameter '.*' is read around the call"),
+        (lambda: _gradient_hooked(), r"parameter 'weight' has a gradient hook"),
+        (lambda: nn.Identity(), "takes a module with trainable parameters"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "has no shape yet"),
+        (lambda: _mixed(), "takes parameters of one real dtype"),
+        (lambda: nn.Linear(6, 3, dtype=torch.complex64), "takes parameters of one real dtype"),
+        (lambda: nn.Linear(6, 3, device="meta"), "one real device"),
+        (lambda: torch.jit.trace(nn.Linear(6, 3), torch.randn(2, 6)), "is TorchScript"),
+        (lambda: torch.compile(nn.Linear(6, 3)), "takes the module given to torch.compile"),
+        (lambda: nn.DataParallel(nn.Linear(6, 3)), "takes the module inside"),
+    ],
+)
 @pytest.mark.parametrize("estimator", [SYMMETRIC, FO, MAML(GD)])
 def test_networks_that_cannot_work_are_named(make, says, estimator):
     with pytest.raises(ValueError, match=f"^model(:|=).*{says}"):
@@ -236,11 +252,17 @@ def test_a_listing_that_is_not_the_network_is_not_taken():
 
 # arguments
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"estimator": "symmetric"}, "estimator=str: takes"), ({"tasks": (1, 2)}, "tasks=tuple: takes"),
-    ({"model": F.relu}, "model=function: takes a torch.nn.Module"), ({"task_chunk": 0}, "task_chunk=0: takes"),
-    ({"engine": "quick"}, "engine=quick: takes one of auto"),
-])
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"estimator": "symmetric"}, "estimator=str: takes"),
+        ({"tasks": (1, 2)}, "tasks=tuple: takes"),
+        ({"model": F.relu}, "model=function: takes a torch.nn.Module"),
+        ({"task_chunk": 0}, "task_chunk=0: takes"),
+        ({"engine": "quick"}, "engine=quick: takes one of auto"),
+    ],
+)
 def test_bad_arguments(change, says):
     given = {"estimator": FO, "model": nn.Linear(6, 3), "loss_fn": F.cross_entropy, "tasks": tasks(vectors, _labels)}
     with pytest.raises(ValueError, match=f"^{says}"):
@@ -259,15 +281,18 @@ def test_inputs_of_another_length_are_refused_by_every_engine(length, model, eng
 
 def test_refusals_do_not_hang_on_assertions():
     """Under python -O."""
-    code = ("import torch, fobmaml; from torch.nn import functional as F; m = fobmaml.models.CNN1d((40,), 5, width=8)\n"
-            "x = torch.randn(3, 4, 60); y = torch.zeros(3, 4, dtype=torch.long)\n"
-            "try: fobmaml.meta_gradient(fobmaml.estimators.FOMAML(fobmaml.solvers.GradientDescent(2, 0.1)), m, "
-            "F.cross_entropy, fobmaml.TaskBatch(x, y, x, y))\nexcept ValueError as e: print('refused', e)")
+    code = (
+        "import torch, fobmaml; from torch.nn import functional as F; m = fobmaml.models.CNN1d((40,), 5, width=8)\n"
+        "x = torch.randn(3, 4, 60); y = torch.zeros(3, 4, dtype=torch.long)\n"
+        "try: fobmaml.meta_gradient(fobmaml.estimators.FOMAML(fobmaml.solvers.GradientDescent(2, 0.1)), m, "
+        "F.cross_entropy, fobmaml.TaskBatch(x, y, x, y))\nexcept ValueError as e: print('refused', e)"
+    )
     done = subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert done.stdout.startswith("refused "), done.stderr
 
 
 # solvers
+
 
 class _Frozen(Solver):
     """Moves the last layer only."""
@@ -286,8 +311,11 @@ class _Frozen(Solver):
 def test_a_solver_that_leaves_parameters_is_refused(network, kind):
     batch = tasks(vectors, _labels)
     estimator, model = kind(_Frozen(15), 0.5), made(VECTORS[network], batch.support_x[0])
-    with pytest.raises(ValueError, match=r"^solver=_Frozen: takes one that moves every parameter, and this one leaves "
-                                         r".*weight.* where it was"):
+    with pytest.raises(
+        ValueError,
+        match=r"^solver=_Frozen: takes one that moves every parameter, and this one leaves "
+        r".*weight.* where it was",
+    ):
         fobmaml.meta_gradient(estimator, model, F.cross_entropy, batch)
 
 
@@ -354,13 +382,16 @@ def test_a_linear_solve_says_what_it_met():
 
 # what the caller owns
 
+
 def _snapshot(model: nn.Module) -> dict:
-    return {"state": {name: t.clone() for name, t in model.state_dict().items()},
-            "grad": {name: p.requires_grad for name, p in model.named_parameters()},
-            "ids": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
-            "training": [m.training for m in model.modules()],
-            "attributes": [sorted(vars(m)) for m in model.modules()],
-            "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]}
+    return {
+        "state": {name: t.clone() for name, t in model.state_dict().items()},
+        "grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "ids": {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)},
+        "training": [m.training for m in model.modules()],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+    }
 
 
 def _assert_same(before: dict, after: dict) -> None:
@@ -435,8 +466,12 @@ def test_settings_of_torch_come_back_whatever_the_threads():
             fobmaml.meta_gradient(ESTIMATORS[name], model, F.cross_entropy, batch)
 
     def flags() -> tuple[bool, ...]:
-        return (torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled(),
-                torch.backends.cuda.math_sdp_enabled(), torch.backends.cudnn.enabled)
+        return (
+            torch.backends.mha.get_fastpath_enabled(),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cudnn.enabled,
+        )
 
     before = flags()
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -448,6 +483,7 @@ def test_settings_of_torch_come_back_whatever_the_threads():
 
 
 # results do not depend on how they are computed
+
 
 @pytest.mark.parametrize("network", ["our mlp", "our cnn", "mlp", "conv2d", "transformer layer", "a scalar parameter"])
 def test_engines_agree(network):

@@ -17,9 +17,20 @@ from conftest import QUIET, ROOT, processes_in, start_train, wait_until
 from kill_test import result
 from wandb_records import read_run
 
-SUMMARY_KEYS = {"status", "step", "test/accuracy", "test/accuracy_ci95", "test/loss", "memory/peak_bytes",
-                "bias/relative_error", "bias/cosine", "time/meta_step_s", "inner/residual", "meta_gradient/norm",
-                "model/parameters"}
+SUMMARY_KEYS = {
+    "status",
+    "step",
+    "test/accuracy",
+    "test/accuracy_ci95",
+    "test/loss",
+    "memory/peak_bytes",
+    "bias/relative_error",
+    "bias/cosine",
+    "time/meta_step_s",
+    "inner/residual",
+    "meta_gradient/norm",
+    "model/parameters",
+}
 QUICK = ("width=8", "steps=3", "eval.tasks=20", "eval.validation_tasks=10", "bias.tasks=2")
 
 
@@ -43,8 +54,15 @@ def _complete(folder: Path) -> dict:
 
 def test_every_estimator_makes_a_complete_run(run_train, tmp_path):
     names = ["forward", "symmetric", "central4", "maml", "fomaml", "reptile", "imaml", "exact"]
-    done = run_train("-m", f"estimator={','.join(names)}", "width=16", "steps=3", "eval.tasks=20",
-                     "eval.validation_tasks=10", "hydra.sweep.dir=sweep")
+    done = run_train(
+        "-m",
+        f"estimator={','.join(names)}",
+        "width=16",
+        "steps=3",
+        "eval.tasks=20",
+        "eval.validation_tasks=10",
+        "hydra.sweep.dir=sweep",
+    )
     assert done.returncode == 0, done.stderr
     for name in names:
         (folder,) = (tmp_path / "sweep").glob(f"*estimator={name},*")
@@ -58,8 +76,16 @@ def test_every_estimator_makes_a_complete_run(run_train, tmp_path):
 
 
 def test_multirun_makes_one_wandb_run_a_job(run_train, tmp_path):
-    done = run_train("-m", "estimator=forward,symmetric", "width=16,32", "steps=3", "eval.tasks=20",
-                     "eval.validation_tasks=10", "bias.every=0", "hydra.sweep.dir=sweep")
+    done = run_train(
+        "-m",
+        "estimator=forward,symmetric",
+        "width=16,32",
+        "steps=3",
+        "eval.tasks=20",
+        "eval.validation_tasks=10",
+        "bias.every=0",
+        "hydra.sweep.dir=sweep",
+    )
     assert done.returncode == 0, done.stderr
     folders = list((tmp_path / "sweep").glob("*/"))
     found = {(s["choices"]["estimator"], s["config"]["width"]) for s in map(_complete, folders)}
@@ -85,10 +111,19 @@ def test_the_default_run_learns(run_train, tmp_path):
     assert summary["bias/cosine"] > 0.5
 
 
-@pytest.mark.parametrize("overrides", [("dataset=sinusoid",), ("dataset=logistic",), ("model=mlp", "depth=2"),
-                                       ("solver=bb", "estimator.lam=2", "solver.tol=1e-3"),
-                                       ("solver=newton_cg", "estimator.lam=2", "dtype=float64"), ("optimizer=adam",),
-                                       ("optimizer=clipped_sgd", "dtype=float64"), ("optimizer=sgd", "depth=5")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("dataset=sinusoid",),
+        ("dataset=logistic",),
+        ("model=mlp", "depth=2"),
+        ("solver=bb", "estimator.lam=2", "solver.tol=1e-3"),
+        ("solver=newton_cg", "estimator.lam=2", "dtype=float64"),
+        ("optimizer=adam",),
+        ("optimizer=clipped_sgd", "dtype=float64"),
+        ("optimizer=sgd", "depth=5"),
+    ],
+)
 def test_the_other_choices_work(run_train, tmp_path, overrides):
     done = run_train(*QUICK, *overrides, "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
@@ -109,43 +144,63 @@ def test_the_table_is_printed(run_train, tmp_path):
     assert not (tmp_path / "run" / "wandb").exists()
 
 
-@pytest.mark.parametrize(("overrides", "line"), [
-    (["estimator=foo"],
-     "estimator=foo: takes one of central4, exact, fomaml, forward, imaml, maml, maml_checkpoint, reptile, "
-     "symmetric"),
-    (["dataset=foo"], "dataset=foo: takes one of logistic, mnist1d, sinusoid"),
-    (["width=0"], "width=0: takes a whole number of at least 1"),
-    (["width=abc"], "width=abc: takes a whole number of at least 1"),
-    (["estimator.nu=0"], "estimator.nu=0: takes a finite number above 0"),
-    (["estimator.lam=-1"], "estimator.lam=-1: takes a finite number above 0"),
-    (["solver.steps=0"], "solver.steps=0: takes a whole number of at least 1"),
-    (["dataset.ways=11"], "dataset.ways=11: takes a whole number of at least 2 and at most 10"),
-    (["dataset.shots=100000"], "dataset.shots=100000: takes at most 80 with shots and queries together.*"),
-    (["device=cuda:99"], "device=cuda:99: takes a GPU that is there, and PyTorch finds .*"),
-    (["resume=missing.pt"], "resume=missing.pt: takes a checkpoint file, and there is none"),
-    (["optimizer.lr=-1"], "optimizer.lr=-1: takes a finite number above 0"),
-    (["eval.every=0"], "eval.every=0: takes a whole number of at least 1"),
-    (["eval.tasks=1"], "eval.tasks=1: takes a whole number of at least 2, or 0 for none"),
-    (["dataset.loss=l1"], "dataset.loss=l1: takes one of cross_entropy, mse"),
-    (["curvature.every=1", "solver=bb"], "curvature.every=1: takes solver=gd without momentum, or 0 for never"),
-    (["depht=3"], "depht: there is no such setting.*"),
-    (["dataset=sinusoid", "model=cnn"], r"model=cnn: input_shape=\(1,\): takes one sequence of at least 3 values.*"),
-    (["estimator=maml", "solver=bb"], "estimator=maml: solver=BarzilaiBorwein: takes a solver with differentiable.*"),
-    (["seed=18446744073709551616"], "seed=18446744073709551616: takes a whole number of at least 0 and at most 1844.*"),
-    (["-cn", "nope"], "Cannot find primary config 'nope'.*; looked in .*/configs"),
-    (["--config-dir", "nope"], "Additional config directory '.*/nope' not found"),
-    (["width=[1"], r"width=\[1; no viable alternative at input '\[1'"),
-    (["hydra.mode=MULTI"], "Error merging override hydra.mode=MULTI; Invalid value 'MULTI', expected one of .*"),
-    (["hydra.run.dir=${oc.env:NOT_SET}"], ".*Environment variable 'NOT_SET' not found.*hydra.run.dir"),
-    (["-m", "hydra.sweep.dir=${oc.env:NOT_SET}"], ".*Environment variable 'NOT_SET' not found.*hydra.sweep.dir"),
-    (["seed=${oc.env:NOT_SET}"], ".*Environment variable 'NOT_SET' not found.*seed"),
-    (["model._target_=mine.Net"], "Error locating target 'mine.Net'; full_key: model; No module named 'mine'"),
-    (["optimizer._target_=builtins.dict"], "optimizer._target_=builtins.dict: takes one that makes a torch.optim.*"),
-    (["dataset._target_=builtins.dict"], "dataset: dict has no sample: takes .*"),
-    (["+wandb.colour=red"], "wandb.colour=red: takes an argument of wandb.init: .*job_type.*"),
-    (["+wandb.resume=perhaps"], "wandb.resume=perhaps: takes what wandb does .*'allow', 'must', 'never' or 'auto'.*"),
-    (["wandb.mode=on"], "wandb.mode=.*: takes one of offline, online, disabled"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["estimator=foo"],
+            "estimator=foo: takes one of central4, exact, fomaml, forward, imaml, maml, maml_checkpoint, reptile, "
+            "symmetric",
+        ),
+        (["dataset=foo"], "dataset=foo: takes one of logistic, mnist1d, sinusoid"),
+        (["width=0"], "width=0: takes a whole number of at least 1"),
+        (["width=abc"], "width=abc: takes a whole number of at least 1"),
+        (["estimator.nu=0"], "estimator.nu=0: takes a finite number above 0"),
+        (["estimator.lam=-1"], "estimator.lam=-1: takes a finite number above 0"),
+        (["solver.steps=0"], "solver.steps=0: takes a whole number of at least 1"),
+        (["dataset.ways=11"], "dataset.ways=11: takes a whole number of at least 2 and at most 10"),
+        (["dataset.shots=100000"], "dataset.shots=100000: takes at most 80 with shots and queries together.*"),
+        (["device=cuda:99"], "device=cuda:99: takes a GPU that is there, and PyTorch finds .*"),
+        (["resume=missing.pt"], "resume=missing.pt: takes a checkpoint file, and there is none"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1: takes a finite number above 0"),
+        (["eval.every=0"], "eval.every=0: takes a whole number of at least 1"),
+        (["eval.tasks=1"], "eval.tasks=1: takes a whole number of at least 2, or 0 for none"),
+        (["dataset.loss=l1"], "dataset.loss=l1: takes one of cross_entropy, mse"),
+        (["curvature.every=1", "solver=bb"], "curvature.every=1: takes solver=gd without momentum, or 0 for never"),
+        (["depht=3"], "depht: there is no such setting.*"),
+        (
+            ["dataset=sinusoid", "model=cnn"],
+            r"model=cnn: input_shape=\(1,\): takes one sequence of at least 3 values.*",
+        ),
+        (
+            ["estimator=maml", "solver=bb"],
+            "estimator=maml: solver=BarzilaiBorwein: takes a solver with differentiable.*",
+        ),
+        (
+            ["seed=18446744073709551616"],
+            "seed=18446744073709551616: takes a whole number of at least 0 and at most 1844.*",
+        ),
+        (["-cn", "nope"], "Cannot find primary config 'nope'.*; looked in .*/configs"),
+        (["--config-dir", "nope"], "Additional config directory '.*/nope' not found"),
+        (["width=[1"], r"width=\[1; no viable alternative at input '\[1'"),
+        (["hydra.mode=MULTI"], "Error merging override hydra.mode=MULTI; Invalid value 'MULTI', expected one of .*"),
+        (["hydra.run.dir=${oc.env:NOT_SET}"], ".*Environment variable 'NOT_SET' not found.*hydra.run.dir"),
+        (["-m", "hydra.sweep.dir=${oc.env:NOT_SET}"], ".*Environment variable 'NOT_SET' not found.*hydra.sweep.dir"),
+        (["seed=${oc.env:NOT_SET}"], ".*Environment variable 'NOT_SET' not found.*seed"),
+        (["model._target_=mine.Net"], "Error locating target 'mine.Net'; full_key: model; No module named 'mine'"),
+        (
+            ["optimizer._target_=builtins.dict"],
+            "optimizer._target_=builtins.dict: takes one that makes a torch.optim.*",
+        ),
+        (["dataset._target_=builtins.dict"], "dataset: dict has no sample: takes .*"),
+        (["+wandb.colour=red"], "wandb.colour=red: takes an argument of wandb.init: .*job_type.*"),
+        (
+            ["+wandb.resume=perhaps"],
+            "wandb.resume=perhaps: takes what wandb does .*'allow', 'must', 'never' or 'auto'.*",
+        ),
+        (["wandb.mode=on"], "wandb.mode=.*: takes one of offline, online, disabled"),
+    ],
+)
 def test_bad_input_is_one_line_and_leaves_nothing(run_train, tmp_path, overrides, line):
     done = run_train(*overrides, env={"HYDRA_FULL_ERROR": "0"})  # off, as in Hydra
     assert done.returncode != 0
@@ -162,17 +217,34 @@ def _content(folder: Path) -> dict[str, bytes | None]:
 
 def _plant(folder: Path) -> None:
     """A user's files, and what a run of this program has left."""
-    for name, text in (("mine", "a"), ("below/mine.txt", "b"), ("train.log", "a line"), ("empty/none", None),
-                       (".hydra/config.yaml", OWN), (".hydra/overrides.yaml", "[]"), (".hydra/hydra.yaml", "{}")):
+    for name, text in (
+        ("mine", "a"),
+        ("below/mine.txt", "b"),
+        ("train.log", "a line"),
+        ("empty/none", None),
+        (".hydra/config.yaml", OWN),
+        (".hydra/overrides.yaml", "[]"),
+        (".hydra/hydra.yaml", "{}"),
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if text is not None:
             (folder / name).write_text(text)
 
 
 OWN = "meta_batch: 1\ncheckpoint_every: 2\nwandb: {}\n"
-WRONG = [("width=0",), ("resume=missing.pt",), ("resume=mine",), ("depht=3",), ("estimator=foo",), ("-cn", "nope"),
-         ("device=cuda:99",), ("model._target_=mine.Net",), ("seed=18446744073709551616",), ("+wandb.colour=red",),
-         ("estimator=maml", "solver=bb")]
+WRONG = [
+    ("width=0",),
+    ("resume=missing.pt",),
+    ("resume=mine",),
+    ("depht=3",),
+    ("estimator=foo",),
+    ("-cn", "nope"),
+    ("device=cuda:99",),
+    ("model._target_=mine.Net",),
+    ("seed=18446744073709551616",),
+    ("+wandb.colour=red",),
+    ("estimator=maml", "solver=bb"),
+]
 
 
 @pytest.mark.parametrize("place", ["keep", "."])
@@ -186,9 +258,17 @@ def test_what_is_there_survives_bad_input(run_train, tmp_path, wrong, place):
     assert _content(tmp_path) == before
 
 
-@pytest.mark.parametrize("wrong", [("width=0,1", "optimizer.lr=-1"), ("resume=missing.pt,mine",),
-                                   ("width=0", "depht=3,4"), ("model._target_=mine.Net,our.Net",),
-                                   ("estimator=foo,bar",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("width=0,1", "optimizer.lr=-1"),
+        ("resume=missing.pt,mine",),
+        ("width=0", "depht=3,4"),
+        ("model._target_=mine.Net,our.Net",),
+        ("estimator=foo,bar",),
+    ],
+    ids=" ".join,
+)
 def test_what_is_there_survives_bad_sweeps(run_train, tmp_path, wrong):
     _plant(tmp_path / "keep")
     jobs = [f"{wrong[0].split('=')[0]}={value}" for value in wrong[0].split("=")[1].split(",")]
@@ -203,8 +283,9 @@ def test_what_is_there_survives_bad_sweeps(run_train, tmp_path, wrong):
     assert after.keys() - before.keys() <= {"keep/multirun.yaml", "keep/failed.jsonl"}
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "checkpoint.pt", "learning_curve.png",
-                                  ".hydra/config.yaml"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "summary.json", "checkpoint.pt", "learning_curve.png", ".hydra/config.yaml"]
+)
 def test_files_of_another_program_are_not_overwritten(run_train, tmp_path, name):
     (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / name).write_text('{"step": 7, "status": "completed"}\n')
@@ -222,8 +303,9 @@ def test_files_of_another_sweep_are_not_overwritten(run_train, tmp_path, name):
     before = _content(tmp_path)
     done = run_train("-m", *QUICK, "hydra.sweep.dir=sweep")
     assert done.returncode == 1
-    assert re.fullmatch(f"error: hydra.sweep.dir=.*: takes a folder without {name} of another program, and there is "
-                        "one\n", done.stderr), done.stderr
+    assert re.fullmatch(
+        f"error: hydra.sweep.dir=.*: takes a folder without {name} of another program, and there is one\n", done.stderr
+    ), done.stderr
     assert _content(tmp_path) == before
 
 
@@ -268,14 +350,39 @@ def test_output_in_any_encoding(run_train, encoding):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize(("redirected", "status"), [
-    ("| true", 0), ("| head -1", 0), ("2>&-", 0), (">&-", 0), ("<&- >&- 2>&-", 0), ("> /dev/full", 0),
-    ("2>&1 width=0 | true", 1), ("optimizer.lr=1e30 optimizer=sgd steps=50 2>&1 | true", 1)])
+@pytest.mark.parametrize(
+    ("redirected", "status"),
+    [
+        ("| true", 0),
+        ("| head -1", 0),
+        ("2>&-", 0),
+        (">&-", 0),
+        ("<&- >&- 2>&-", 0),
+        ("> /dev/full", 0),
+        ("2>&1 width=0 | true", 1),
+        ("optimizer.lr=1e30 optimizer=sgd steps=50 2>&1 | true", 1),
+    ],
+)
 def test_the_run_outlives_who_reads_its_output(tmp_path, redirected, status, unbuffered):
-    command = " ".join([sys.executable, str(ROOT / "train.py"), *QUICK, "bias.every=0", "wandb.mode=disabled",
-                        "hydra.run.dir=run", redirected])
-    done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=300, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    command = " ".join(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *QUICK,
+            "bias.every=0",
+            "wandb.mode=disabled",
+            "hydra.run.dir=run",
+            redirected,
+        ]
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
     assert done.returncode == status
     assert done.stderr == ""
     if "width=0" not in redirected:
@@ -288,15 +395,31 @@ def test_full_tracebacks_are_asked_for(run_train):
 
 def test_numbers_in_text_are_numbers(run_train, tmp_path):
     run = ("steps=2", "eval.validation_tasks=10", "wandb.mode=disabled", "hydra.run.dir=run")
-    text = ("seed=${oc.env:ID}", "width='4'", "eval.tasks=${oc.env:TASKS}", "bias.every='0'",
-            "estimator.nu=${oc.env:NU}", "optimizer.lr='1e-2'", "fixed_tasks=${oc.env:FIXED}", "task_chunk='2'")
+    text = (
+        "seed=${oc.env:ID}",
+        "width='4'",
+        "eval.tasks=${oc.env:TASKS}",
+        "bias.every='0'",
+        "estimator.nu=${oc.env:NU}",
+        "optimizer.lr='1e-2'",
+        "fixed_tasks=${oc.env:FIXED}",
+        "task_chunk='2'",
+    )
     done = run_train(*run, *text, env={"ID": "3", "TASKS": "20", "NU": "0.25", "FIXED": "true"})
     assert done.returncode == 0, done.stderr
     config = _summary(tmp_path / "run")["config"]
     assert [config[key] for key in ("seed", "width", "fixed_tasks", "task_chunk")] == [3, 4, True, 2]
     assert (config["estimator"]["nu"], config["optimizer"]["lr"], config["model"]["width"]) == (0.25, 0.01, 4)
-    numbers = ("seed=3", "width=4", "eval.tasks=20", "bias.every=0", "estimator.nu=0.25", "optimizer.lr=0.01",
-               "fixed_tasks=true", "task_chunk=2")
+    numbers = (
+        "seed=3",
+        "width=4",
+        "eval.tasks=20",
+        "bias.every=0",
+        "estimator.nu=0.25",
+        "optimizer.lr=0.01",
+        "fixed_tasks=true",
+        "task_chunk=2",
+    )
     done = run_train(*run, *numbers)  # the same run
     assert "is complete" in done.stdout, done.stderr
     done = run_train(*run, *text, env={"ID": "three", "TASKS": "20", "NU": "0.25", "FIXED": "true"})
@@ -310,10 +433,18 @@ def test_text_stays_text(run_train, tmp_path):
         "class Net(CNN1d):\n"
         "    def __init__(self, input_shape, outputs, width: int, depth: int, label: str, tag, size, **more):\n"
         "        super().__init__(input_shape, outputs, width, depth, **more)\n"
-        "        print('got', [label, tag, size])\n")
-    done = run_train(*QUICK, "bias.every=0", "wandb.mode=disabled", "model._target_=mine.Net",
-                     "+model.label=${oc.env:N}", "+model.tag='7'",
-                     "+model.size=${oc.env:N}", env={"N": "7", "PYTHONPATH": str(tmp_path)})
+        "        print('got', [label, tag, size])\n"
+    )
+    done = run_train(
+        *QUICK,
+        "bias.every=0",
+        "wandb.mode=disabled",
+        "model._target_=mine.Net",
+        "+model.label=${oc.env:N}",
+        "+model.tag='7'",
+        "+model.size=${oc.env:N}",
+        env={"N": "7", "PYTHONPATH": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     assert "got ['7', '7', 7]" in done.stdout
 
@@ -347,11 +478,23 @@ def test_truncated_checkpoint(run_train, tmp_path):
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(run_train, tmp_path):
-    done = run_train("hydra.run.dir=run", "width=8", "steps=50", "optimizer=sgd", "optimizer.lr=1e30",
-                     "checkpoint_every=1", "eval.every=100", "bias.every=0", "eval.validation_tasks=4")
+    done = run_train(
+        "hydra.run.dir=run",
+        "width=8",
+        "steps=50",
+        "optimizer=sgd",
+        "optimizer.lr=1e30",
+        "checkpoint_every=1",
+        "eval.every=100",
+        "bias.every=0",
+        "eval.validation_tasks=4",
+    )
     assert done.returncode != 0
-    found = re.fullmatch(r"error: the meta-gradient at step (\d+) is not finite: try a smaller solver.lr or "
-                         r"optimizer.lr, or a larger estimator.lam; the last good checkpoint is (\S+)\n", done.stderr)
+    found = re.fullmatch(
+        r"error: the meta-gradient at step (\d+) is not finite: try a smaller solver.lr or "
+        r"optimizer.lr, or a larger estimator.lam; the last good checkpoint is (\S+)\n",
+        done.stderr,
+    )
     assert found, done.stderr
     state = torch.load(found[2], weights_only=True)
     assert state["step"] == int(found[1]) - 1
@@ -362,8 +505,18 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(run_train, 
     assert read_run(tmp_path / "run")["exit_code"] == 1
 
 
-LONG = ("width=8", "steps=30", "log_every=1", "eval.every=7", "checkpoint_every=4", "bias.every=30", "bias.tasks=2",
-        "eval.tasks=20", "eval.validation_tasks=10", "wandb.mode=disabled")
+LONG = (
+    "width=8",
+    "steps=30",
+    "log_every=1",
+    "eval.every=7",
+    "checkpoint_every=4",
+    "bias.every=30",
+    "bias.tasks=2",
+    "eval.tasks=20",
+    "eval.validation_tasks=10",
+    "wandb.mode=disabled",
+)
 
 
 def _start_and_stop(folder: Path, stop: signal.Signals, after_step: int) -> subprocess.Popen:
@@ -399,15 +552,19 @@ def test_stopped_and_continued_is_uninterrupted_bit_for_bit(run_train, tmp_path)
     assert "is complete" in again.stdout
     assert (tmp_path / "whole" / "summary.json").stat().st_mtime_ns == before
     other = run_train(*LONG, "hydra.run.dir=whole", "width=9")
-    assert re.fullmatch(r"error: checkpoint \S+: takes a checkpoint of the same configuration, and here .*width=9 "
-                        r"\(there 8\).*\n", other.stderr)
+    assert re.fullmatch(
+        r"error: checkpoint \S+: takes a checkpoint of the same configuration, and here .*width=9 "
+        r"\(there 8\).*\n",
+        other.stderr,
+    )
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments():
     """A few of the hundred kills that the script makes by default."""
-    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "8"], text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "8"], text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("8 kills of ")
 
@@ -434,28 +591,74 @@ def test_training_goes_on_when_wandbs_service_is_killed(run_train, tmp_path):
 
 
 def test_without_a_network_an_online_run_is_kept_offline(run_train, tmp_path):
-    done = run_train(*QUICK, "bias.every=0", "hydra.run.dir=run", "wandb.mode=online",
-                     env={"WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"})
+    done = run_train(
+        *QUICK,
+        "bias.every=0",
+        "hydra.run.dir=run",
+        "wandb.mode=online",
+        env={"WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"},
+    )
     assert done.returncode == 0, done.stderr
     assert "wandb init (online) failed" in done.stdout
     _complete(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("variables", "settings", "offline", "said"), [
-    ({}, (), True, {"project": "fobmaml", "name": "{folder}-run"}),
-    ({"WANDB_MODE": "disabled"}, (), False, {}),
-    ({"WANDB_DISABLED": "true"}, (), False, {}),
-    ({"WANDB_DISABLED": "false"}, (), True, {}),
-    ({"WANDB_MODE": "disabled"}, ("wandb.mode=offline",), True, {}),
-    ({"WANDB_DISABLED": "true"}, ("wandb.mode=offline",), True, {}),
-    ({"WANDB_PROJECT": "theirs", "WANDB_ENTITY": "us", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g", "WANDB_TAGS": "a,b",
-      "WANDB_NOTES": "hm", "WANDB_RUN_ID": "abc"}, (), True,
-     {"project": "theirs", "entity": "us", "name": "n", "group": "g", "tags": ["a", "b"], "notes": "hm", "id": "abc"}),
-    ({"WANDB_PROJECT": "theirs", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g"},
-     ("wandb.project=ours", "+wandb.name=2024", "wandb.group=h", "wandb.tags=[c]", "+wandb.notes=why",
-      "+wandb.job_type=try", "+wandb.id=xyz", "+wandb.resume=allow"), True,
-     {"project": "ours", "name": "2024", "group": "h", "tags": ["c"], "notes": "why", "job_type": "try", "id": "xyz"}),
-])
+@pytest.mark.parametrize(
+    ("variables", "settings", "offline", "said"),
+    [
+        ({}, (), True, {"project": "fobmaml", "name": "{folder}-run"}),
+        ({"WANDB_MODE": "disabled"}, (), False, {}),
+        ({"WANDB_DISABLED": "true"}, (), False, {}),
+        ({"WANDB_DISABLED": "false"}, (), True, {}),
+        ({"WANDB_MODE": "disabled"}, ("wandb.mode=offline",), True, {}),
+        ({"WANDB_DISABLED": "true"}, ("wandb.mode=offline",), True, {}),
+        (
+            {
+                "WANDB_PROJECT": "theirs",
+                "WANDB_ENTITY": "us",
+                "WANDB_NAME": "n",
+                "WANDB_RUN_GROUP": "g",
+                "WANDB_TAGS": "a,b",
+                "WANDB_NOTES": "hm",
+                "WANDB_RUN_ID": "abc",
+            },
+            (),
+            True,
+            {
+                "project": "theirs",
+                "entity": "us",
+                "name": "n",
+                "group": "g",
+                "tags": ["a", "b"],
+                "notes": "hm",
+                "id": "abc",
+            },
+        ),
+        (
+            {"WANDB_PROJECT": "theirs", "WANDB_NAME": "n", "WANDB_RUN_GROUP": "g"},
+            (
+                "wandb.project=ours",
+                "+wandb.name=2024",
+                "wandb.group=h",
+                "wandb.tags=[c]",
+                "+wandb.notes=why",
+                "+wandb.job_type=try",
+                "+wandb.id=xyz",
+                "+wandb.resume=allow",
+            ),
+            True,
+            {
+                "project": "ours",
+                "name": "2024",
+                "group": "h",
+                "tags": ["c"],
+                "notes": "why",
+                "job_type": "try",
+                "id": "xyz",
+            },
+        ),
+    ],
+)
 def test_wandbs_own_variables_hold_where_nothing_is_set(run_train, tmp_path, variables, settings, offline, said):
     done = run_train(*QUICK, "bias.every=0", "hydra.run.dir=run", *settings, env=variables)
     assert done.returncode == 0, done.stderr
@@ -464,12 +667,17 @@ def test_wandbs_own_variables_hold_where_nothing_is_set(run_train, tmp_path, var
     if offline:
         run = read_run(tmp_path / "run")
         assert {key: run[key] for key in said} == {
-            key: value.format(folder=tmp_path.name) if isinstance(value, str) else value for key, value in said.items()}
+            key: value.format(folder=tmp_path.name) if isinstance(value, str) else value for key, value in said.items()
+        }
 
 
 def test_wandbs_variable_asks_for_online(run_train, tmp_path):
-    done = run_train(*QUICK, "bias.every=0", "hydra.run.dir=run",
-                     env={"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"})
+    done = run_train(
+        *QUICK,
+        "bias.every=0",
+        "hydra.run.dir=run",
+        env={"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"},
+    )
     assert done.returncode == 0, done.stderr
     assert "wandb init (online) failed" in done.stdout
     _complete(tmp_path / "run")
@@ -480,11 +688,20 @@ def test_without_a_home(tmp_path):
     """A user that the machine has no entry for: neither the data set's cache nor wandb has a place."""
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME", "USER")}
     other = ["setpriv", "--reuid=54321", "--clear-groups", "--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
-    homeless = subprocess.run([*other, sys.executable, "-c", "from pathlib import Path; Path.home()"], env=environment,
-                              text=True, capture_output=True)
+    homeless = subprocess.run(
+        [*other, sys.executable, "-c", "from pathlib import Path; Path.home()"],
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
     assert "Could not determine home" in homeless.stderr
-    done = subprocess.run([*other, sys.executable, str(ROOT / "train.py"), *QUICK, "bias.every=0", "hydra.run.dir=run"],
-                          cwd=tmp_path, env=environment, text=True, capture_output=True)
+    done = subprocess.run(
+        [*other, sys.executable, str(ROOT / "train.py"), *QUICK, "bias.every=0", "hydra.run.dir=run"],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     assert _summary(tmp_path / "run")["status"] == "completed"
 
@@ -492,9 +709,21 @@ def test_without_a_home(tmp_path):
 def test_without_fcntl(tmp_path):
     """As on Windows."""
     blocked = "import runpy, sys; sys.modules['fcntl'] = None; sys.argv = sys.argv[1:]; "
-    done = subprocess.run([sys.executable, "-c", blocked + "runpy.run_path(sys.argv[0], run_name='__main__')",
-                           str(ROOT / "train.py"), *QUICK, "bias.every=0", "wandb.mode=disabled", "hydra.run.dir=run"],
-                          cwd=tmp_path, text=True, capture_output=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            blocked + "runpy.run_path(sys.argv[0], run_name='__main__')",
+            str(ROOT / "train.py"),
+            *QUICK,
+            "bias.every=0",
+            "wandb.mode=disabled",
+            "hydra.run.dir=run",
+        ],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     assert _summary(tmp_path / "run")["status"] == "completed"
 
@@ -514,12 +743,22 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, t
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
-        run = (*QUICK, "steps=120", "log_every=1", "checkpoint_every=2", "bias.every=0", f"wandb.mode={wandb}",
-               f"hydra.run.dir={disk}/run")
+        run = (
+            *QUICK,
+            "steps=120",
+            "log_every=1",
+            "checkpoint_every=2",
+            "bias.every=0",
+            f"wandb.mode={wandb}",
+            f"hydra.run.dir={disk}/run",
+        )
         done = run_train(*run)
         assert done.returncode == 1
-        assert re.fullmatch(r"error: \S+: cannot be written \(No space left on device\); what was written before is "
-                            "whole\n", done.stderr), done.stderr
+        assert re.fullmatch(
+            r"error: \S+: cannot be written \(No space left on device\); what was written before is "
+            "whole\n",
+            done.stderr,
+        ), done.stderr
         state = torch.load(disk / "run" / "checkpoint.pt", weights_only=True)
         assert 0 < state["step"] < 120
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
@@ -537,9 +776,21 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, t
 @pytest.mark.slow
 def test_memory_does_not_grow(run_train, tmp_path):
     """Resident memory over 5000 meta-steps, from the first hundred on."""
-    process = start_train(tmp_path, "width=4", "steps=5000", "meta_batch=1", "solver.steps=2", "log_every=10",
-                          "eval.every=500", "eval.validation_tasks=10", "eval.tasks=0", "bias.every=0",
-                          "wandb.mode=disabled", "hydra.run.dir=run", **QUIET)
+    process = start_train(
+        tmp_path,
+        "width=4",
+        "steps=5000",
+        "meta_batch=1",
+        "solver.steps=2",
+        "log_every=10",
+        "eval.every=500",
+        "eval.validation_tasks=10",
+        "eval.tasks=0",
+        "bias.every=0",
+        "wandb.mode=disabled",
+        "hydra.run.dir=run",
+        **QUIET,
+    )
     resident, metrics = [], tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None:
         steps = re.findall(r'"step": (\d+)', metrics.read_text()) if metrics.exists() else []

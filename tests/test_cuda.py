@@ -28,8 +28,10 @@ from fobmaml.measure import peak_bytes
 from fobmaml.models import CNN1d
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-CASES = {**{name: (make, vectors) for name, make in VECTORS.items()},
-         **{name: (make, tokens) for name, make in TOKENS.items()}}
+CASES = {
+    **{name: (make, vectors) for name, make in VECTORS.items()},
+    **{name: (make, tokens) for name, make in TOKENS.items()},
+}
 
 
 def _flat(result: fobmaml.MetaGradient) -> Tensor:
@@ -62,8 +64,15 @@ def _signals(count: int = 4) -> fobmaml.TaskBatch:
 
 
 def _plain(width: int) -> nn.Module:
-    return nn.Sequential(nn.Unflatten(1, (1, 40)), nn.Conv1d(1, width, 5, 2, 1), nn.SiLU(),
-                         nn.Conv1d(width, width, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.LazyLinear(5))
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 40)),
+        nn.Conv1d(1, width, 5, 2, 1),
+        nn.SiLU(),
+        nn.Conv1d(width, width, 3, 2, 1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.LazyLinear(5),
+    )
 
 
 @pytest.mark.parametrize("network", ["ours", "plain"])
@@ -74,8 +83,9 @@ def test_float32_keeps_its_digits_whatever_the_process_has_set(network, tf32):
     model, batch = CNN1d((40,), 5, width=32) if network == "ours" else _plain(32), _signals()
     model(batch.support_x[0])
     estimator = estimators.Symmetric(solvers.GradientDescent(10, 0.1), 0.5, 0.01)
-    wanted = _flat(fobmaml.meta_gradient(estimator, copy.deepcopy(model).double(), F.cross_entropy,
-                                         batch.to(dtype=torch.float64)))
+    wanted = _flat(
+        fobmaml.meta_gradient(estimator, copy.deepcopy(model).double(), F.cross_entropy, batch.to(dtype=torch.float64))
+    )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     try:
         with torch.autocast("cuda", torch.bfloat16, enabled=tf32):
@@ -103,8 +113,15 @@ def test_memory_is_flat_in_inner_steps_and_grows_with_mamls():
 
 def test_command_line(tmp_path, run_train):
     """Trains there, goes on without the GPU, and measures there."""
-    shared = ("width=16", "steps=300", "checkpoint_every=5", "eval.tasks=20", "bias.every=0", "wandb.mode=disabled",
-              "hydra.run.dir=run")
+    shared = (
+        "width=16",
+        "steps=300",
+        "checkpoint_every=5",
+        "eval.tasks=20",
+        "bias.every=0",
+        "wandb.mode=disabled",
+        "hydra.run.dir=run",
+    )
     process = start_train(tmp_path, "device=cuda", *shared, **QUIET)
     wait_until((tmp_path / "run" / "checkpoint.pt").exists, process)
     process.send_signal(signal.SIGINT)

@@ -14,8 +14,11 @@ from fobmaml.run.settings import measurements_in
 from fobmaml.training import Settings
 
 CONFIGS = ROOT / "configs"
-OURS = {path.relative_to(CONFIGS).as_posix(): found for path in sorted(CONFIGS.rglob("*.yaml"))
-        if (found := yaml.safe_load(path.read_text()) or {}).get("_target_", "").startswith("fobmaml.")}
+OURS = {
+    path.relative_to(CONFIGS).as_posix(): found
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    if (found := yaml.safe_load(path.read_text()) or {}).get("_target_", "").startswith("fobmaml.")
+}
 PRESETS = {"model/linear.yaml": {"depth"}, "estimator/maml_checkpoint.yaml": {"checkpoint"}}
 """A choice that is another's with a setting of its own."""
 

@@ -14,13 +14,26 @@ import pytest
 import torch
 from conftest import processes_in, start_train, wait_until
 
-RUN = ("width=8", "steps=12", "meta_batch=7", "eval.every=5", "eval.tasks=20", "eval.validation_tasks=10",
-       "bias.every=0", "log_every=1", "wandb.mode=disabled")
+RUN = (
+    "width=8",
+    "steps=12",
+    "meta_batch=7",
+    "eval.every=5",
+    "eval.tasks=20",
+    "eval.validation_tasks=10",
+    "bias.every=0",
+    "log_every=1",
+    "wandb.mode=disabled",
+)
 
 
 def _torchrun(folder: Path, processes: int, *overrides: str) -> subprocess.Popen[str]:
-    return start_train(folder, *overrides, start_new_session=True,
-                       by=("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"))
+    return start_train(
+        folder,
+        *overrides,
+        start_new_session=True,
+        by=("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
+    )
 
 
 def _ended(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -37,16 +50,23 @@ def _assert_same_run(found: Path, wanted: Path, tolerance: float) -> None:
     assert ours["test/accuracy"] == plain["test/accuracy"]
     for key in ("test/loss", "val/loss", "train/loss", "inner/residual", "meta_gradient/norm"):
         assert ours[key] == pytest.approx(plain[key], rel=100 * tolerance)
-    events = [[(event["step"], sorted(event)) for event in map(json.loads, (folder / "metrics.jsonl").open())]
-              for folder in (found, wanted)]
+    events = [
+        [(event["step"], sorted(event)) for event in map(json.loads, (folder / "metrics.jsonl").open())]
+        for folder in (found, wanted)
+    ]
     assert events[0] == events[1]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance", "counts"), [
-    ("float64", 1e-10, [2]), pytest.param("float64", 1e-10, [3], marks=pytest.mark.slow),
-    pytest.param("float32", 1e-5, [2], marks=pytest.mark.slow),
-    pytest.param("float64", 1e-10, [1], marks=pytest.mark.nightly),
-    pytest.param("float32", 1e-5, [1, 3], marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "counts"),
+    [
+        ("float64", 1e-10, [2]),
+        pytest.param("float64", 1e-10, [3], marks=pytest.mark.slow),
+        pytest.param("float32", 1e-5, [2], marks=pytest.mark.slow),
+        pytest.param("float64", 1e-10, [1], marks=pytest.mark.nightly),
+        pytest.param("float32", 1e-5, [1, 3], marks=pytest.mark.nightly),
+    ],
+)
 def test_the_number_of_processes_does_not_change_a_run(run_train, tmp_path, dtype, tolerance, counts):
     run = (*RUN, f"dtype={dtype}")
     assert run_train(*run, "hydra.run.dir=plain").returncode == 0
@@ -58,11 +78,15 @@ def test_the_number_of_processes_does_not_change_a_run(run_train, tmp_path, dtyp
     assert {path.name for path in tmp_path.iterdir()} == {"plain", *map(str, counts)}  # and writes
 
 
-@pytest.mark.parametrize(("overrides", "line"), [
-    (("meta_batch=1",), "error: meta_batch=1: takes at least 2, a task for each process"),
-    (("nothing=2",), "error: nothing: there is no such setting .*"),
-    (("seed=${oc.env:NOT_SET}",), "error: .*Environment variable 'NOT_SET' not found.*seed"),
-    (("-m", "seed=0,1"), "error: --multirun: takes one process, .*")])
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("meta_batch=1",), "error: meta_batch=1: takes at least 2, a task for each process"),
+        (("nothing=2",), "error: nothing: there is no such setting .*"),
+        (("seed=${oc.env:NOT_SET}",), "error: .*Environment variable 'NOT_SET' not found.*seed"),
+        (("-m", "seed=0,1"), "error: --multirun: takes one process, .*"),
+    ],
+)
 def test_bad_input_is_said_once(tmp_path, overrides, line):
     code, out, err = _ended(_torchrun(tmp_path, 2, *overrides))
     assert code != 0
@@ -93,17 +117,21 @@ def test_killed_and_stopped_jobs_end_at_once_and_continue(run_train, tmp_path):
     said = re.search("error: another process of this run has ended|stopped by SIGTERM", err)  # unless it has seen it
     assert said, err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == (
-        "failed" if said[0].startswith("error") else "interrupted")
+        "failed" if said[0].startswith("error") else "interrupted"
+    )
 
-    for processes, steps, stop, signalled in ((3, 12, os.kill, signal.SIGTERM),  # torchrun hands it to all,
-                                              (2, 24, os.killpg, signal.SIGINT)):  # as a terminal does with Ctrl-C
+    for processes, steps, stop, signalled in (
+        (3, 12, os.kill, signal.SIGTERM),  # torchrun hands it to all,
+        (2, 24, os.killpg, signal.SIGINT),
+    ):  # as a terminal does with Ctrl-C
         job = _torchrun(tmp_path, processes, *run, "hydra.run.dir=run")
         wait_until(lambda steps=steps: _logged(metrics) > steps, job)
         stop(job.pid, signalled)
         code, _, err = _ended(job)
         assert code != 0
-        assert re.search(rf"stopped by {signalled.name} at step \d+; the same command with hydra.run.dir=\S+ continues",
-                         err), err
+        assert re.search(
+            rf"stopped by {signalled.name} at step \d+; the same command with hydra.run.dir=\S+ continues", err
+        ), err
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
     assert run_train(*run, "hydra.run.dir=run").returncode == 0
@@ -112,8 +140,9 @@ def test_killed_and_stopped_jobs_end_at_once_and_continue(run_train, tmp_path):
 
 def test_what_fails_in_one_process_is_said_and_ends_the_job(tmp_path):
     """The exact estimator in float32 misses its tolerance in every share; each process finds out by itself."""
-    code, _, err = _ended(_torchrun(tmp_path, 2, *RUN, "estimator=exact", "solver=newton_cg", "solver.steps=1",
-                                    "hydra.run.dir=run"))
+    code, _, err = _ended(
+        _torchrun(tmp_path, 2, *RUN, "estimator=exact", "solver=newton_cg", "solver.steps=1", "hydra.run.dir=run")
+    )
     assert code != 0
     assert re.search("error: .*the exact meta-gradient at step 1 is not available", err)
 
@@ -140,9 +169,16 @@ def test_an_error_is_not_hidden_by_a_process_that_is_gone(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    first, second = (subprocess.Popen([sys.executable, "-c", FIRST_ERROR], text=True, stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, env={**os.environ, **together, "RANK": str(rank)})
-                     for rank in range(2))
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_ERROR],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **together, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    )
     out, err = first.communicate(timeout=120)
     second.communicate(timeout=120)
     assert second.returncode == 3

@@ -117,8 +117,7 @@ def test_perturbed_problems_are_solved_with_the_query_loss():
 
 
 def test_central_weights():
-    assert Central(GradientDescent(), order=4).stencil == pytest.approx(
-        {1: 2 / 3, -1: -2 / 3, 2: -1 / 12, -2: 1 / 12})
+    assert Central(GradientDescent(), order=4).stencil == pytest.approx({1: 2 / 3, -1: -2 / 3, 2: -1 / 12, -2: 1 / 12})
     assert Symmetric(GradientDescent()).stencil == {1: 0.5, -1: -0.5}
     for order in (2, 4, 6, 8):  # exact on polynomials up to the order: Σ w o = 1, Σ w oᵏ = 0 for the others
         stencil = Central(GradientDescent(), order=order).stencil
@@ -135,10 +134,17 @@ def _slope(x, y) -> float:
 def test_error_falls_with_nu_at_the_estimators_order(kind, name):
     learner, tasks = tasks_of(kind)
     wanted = dense_meta_gradient(learner, tasks, LAM)
-    nus = {"forward": np.geomspace(1e-5, 1e-2, 6), "symmetric": np.geomspace(1e-3, 3e-2, 6),
-           "central4": np.geomspace(1e-2, 6e-2, 6)}[name]
-    errors = [relative_error(FINITE_DIFFERENCES[name](NewtonSolver(), LAM, nu)(learner, learner.theta(), tasks)
-                             .gradients, wanted) for nu in nus]
+    nus = {
+        "forward": np.geomspace(1e-5, 1e-2, 6),
+        "symmetric": np.geomspace(1e-3, 3e-2, 6),
+        "central4": np.geomspace(1e-2, 6e-2, 6),
+    }[name]
+    errors = [
+        relative_error(
+            FINITE_DIFFERENCES[name](NewtonSolver(), LAM, nu)(learner, learner.theta(), tasks).gradients, wanted
+        )
+        for nu in nus
+    ]
     assert _slope(nus, errors) == pytest.approx(ORDER[name], abs=0.1)
 
 
@@ -173,7 +179,8 @@ def test_symmetric_points_along_the_exact_gradient_on_mnist1d(mnist1d, trained):
         for step in range(60):
             batch = mnist1d.sample("train", 8, torch.Generator().manual_seed(step))
             theta = theta - 0.2 * torch.nn.functional.normalize(
-                estimate(FOMAML(GradientDescent(5, 0.1)), learner, theta, batch, diagnose=False).gradient, dim=0)
+                estimate(FOMAML(GradientDescent(5, 0.1)), learner, theta, batch, diagnose=False).gradient, dim=0
+            )
     exact = estimate(Exact(NewtonCG(), 2.0), learner, theta, tasks, diagnose=False).gradient
     solver = BarzilaiBorwein(steps=3000, tol=1e-9)
     found = estimate(Symmetric(solver, 2.0, 1e-2), learner, theta, tasks)
@@ -260,19 +267,22 @@ def test_exact_refuses_a_saddle_point():
         Exact(BarzilaiBorwein(), 0.1)(learner, learner.theta(), tasks)
 
 
-@pytest.mark.parametrize(("make", "text"), [
-    (lambda s: Symmetric(s, lam=0.0), "lam=0.0: takes a finite number above 0"),
-    (lambda s: Symmetric(s, lam=-1), "lam=-1: takes a finite number above 0"),
-    (lambda s: Symmetric(s, nu=0), "nu=0: takes a finite number above 0"),
-    (lambda s: Symmetric(s, nu=float("nan")), "nu=nan: takes a finite number above 0"),
-    (lambda s: Symmetric(s, nu="x"), "nu=x: takes a finite number above 0"),
-    (lambda s: Central(s, order=3), "order=3: takes an even number"),
-    (lambda s: FiniteDifference(s, 1.0, 0.1, (0, 1), (1.0, 1.0)), "weights="),
-    (lambda s: MAML(s, lam=-1), "lam=-1: takes a finite number of at least 0"),
-    (lambda s: IMAML(s, cg_steps=0), "cg_steps=0: takes a whole number of at least 1"),
-    (lambda s: MAML(BarzilaiBorwein()), "solver=BarzilaiBorwein: takes a solver with differentiable steps"),
-    (lambda s: FOMAML("gd"), "solver=str: takes"),
-])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda s: Symmetric(s, lam=0.0), "lam=0.0: takes a finite number above 0"),
+        (lambda s: Symmetric(s, lam=-1), "lam=-1: takes a finite number above 0"),
+        (lambda s: Symmetric(s, nu=0), "nu=0: takes a finite number above 0"),
+        (lambda s: Symmetric(s, nu=float("nan")), "nu=nan: takes a finite number above 0"),
+        (lambda s: Symmetric(s, nu="x"), "nu=x: takes a finite number above 0"),
+        (lambda s: Central(s, order=3), "order=3: takes an even number"),
+        (lambda s: FiniteDifference(s, 1.0, 0.1, (0, 1), (1.0, 1.0)), "weights="),
+        (lambda s: MAML(s, lam=-1), "lam=-1: takes a finite number of at least 0"),
+        (lambda s: IMAML(s, cg_steps=0), "cg_steps=0: takes a whole number of at least 1"),
+        (lambda s: MAML(BarzilaiBorwein()), "solver=BarzilaiBorwein: takes a solver with differentiable steps"),
+        (lambda s: FOMAML("gd"), "solver=str: takes"),
+    ],
+)
 def test_bad_arguments(make, text):
     with pytest.raises(ValueError, match=f"^{text}"):
         make(GradientDescent())

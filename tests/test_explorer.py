@@ -29,8 +29,13 @@ in_browser = pytest.mark.skipif(explorer.chromium() is None, reason="there is no
 FULL = (built.NODES, built.FINE_NUS)
 
 
-@pytest.fixture(scope="module", params=[pytest.param((11, built.FINE_NUS[3::4]), id="small"),
-                                        pytest.param(FULL, id="full", marks=pytest.mark.nightly)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((11, built.FINE_NUS[3::4]), id="small"),
+        pytest.param(FULL, id="full", marks=pytest.mark.nightly),
+    ],
+)
 def size(request) -> tuple[int, tuple[float, ...]]:
     """Nodes of the grid of θ, a side, and the ν of the panel on ν and δ."""
     return request.param
@@ -45,8 +50,11 @@ def page(tmp_path_factory, size) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             if size == FULL:
-                subprocess.run([sys.executable, str(ROOT / "scripts" / "explorer.py"), f"--page={path}",
-                                "--no-pictures"], check=True, capture_output=True)
+                subprocess.run(
+                    [sys.executable, str(ROOT / "scripts" / "explorer.py"), f"--page={path}", "--no-pictures"],
+                    check=True,
+                    capture_output=True,
+                )
             else:
                 explorer.build(path, ROOT / "results", *size)
     return path
@@ -102,7 +110,8 @@ class Tab:
 
     def contours(self, panel: str) -> str:
         return self.tab.locator(f"#{panel} .plot").evaluate(
-            "plot => [...plot.querySelectorAll('g.mark-path path')].map(path => path.getAttribute('d')).join()")
+            "plot => [...plot.querySelectorAll('g.mark-path path')].map(path => path.getAttribute('d')).join()"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +134,10 @@ def _estimates(theta: tuple[float, float], lam: float, steps: int, nu: float) ->
     model = built.OneUnit()
     with torch.no_grad():
         model.w.copy_(torch.tensor(theta, dtype=torch.float64))
-    return {name: fobmaml.meta_gradient(estimator, model, mse_loss, built.tasks()).gradient["w"]
-            for name, estimator in built.estimators(lam, steps, nu).items()}
+    return {
+        name: fobmaml.meta_gradient(estimator, model, mse_loss, built.tasks()).gradient["w"]
+        for name, estimator in built.estimators(lam, steps, nu).items()
+    }
 
 
 def test_the_grid_is_what_single_estimates_are():
@@ -147,8 +158,12 @@ def test_the_meta_loss_has_the_exact_gradient():
 
 
 def test_methods_look_as_in_the_figures():
-    assert built.methods()["symmetric"] == {"label": METHODS["symmetric"].label, "marker": METHODS["symmetric"].marker,
-                                            "colour": METHODS["symmetric"].colour, "line": "-"}
+    assert built.methods()["symmetric"] == {
+        "label": METHODS["symmetric"].label,
+        "marker": METHODS["symmetric"].marker,
+        "colour": METHODS["symmetric"].colour,
+        "line": "-",
+    }
 
 
 @pytest.mark.slow
@@ -199,8 +214,10 @@ class TestPage:
         nodes, _ = size
 
         def agrees() -> None:
-            place = {name: int(tab.tab.locator(f"#compare-{name}").input_value())
-                     for name in ("lam", "steps", "nu", "theta1", "theta2")}
+            place = {
+                name: int(tab.tab.locator(f"#compare-{name}").input_value())
+                for name in ("lam", "steps", "nu", "theta1", "theta2")
+            }
             first, second = built.axes(nodes).tolist()
             theta = (first[place["theta1"]], second[place["theta2"]])
             wanted = _estimates(theta, built.LAMS[place["lam"]], built.STEPS[place["steps"]], built.NUS[place["nu"]])
@@ -213,8 +230,15 @@ class TestPage:
                 assert math.radians(angle[0]) == pytest.approx(math.atan2(cross, float(gradient @ exact)), abs=1e-6)
 
         agrees()
-        for name, place in (("lam", 2), ("steps", 4), ("nu", 0), ("theta1", nodes // 4), ("theta2", 2 * nodes // 3),
-                            ("lam", 3), ("nu", 4)):
+        for name, place in (
+            ("lam", 2),
+            ("steps", 4),
+            ("nu", 0),
+            ("theta1", nodes // 4),
+            ("theta2", 2 * nodes // 3),
+            ("lam", 3),
+            ("nu", 4),
+        ):
             before, contours = tab.arrows("compare"), tab.contours("compare")
             tab.slide("compare", name, place)
             agrees()
@@ -243,14 +267,18 @@ class TestPage:
         exact = Exact(NewtonCG(tol=built.TOL), lam, built.TOL)(model, theta, first).gradients[0]
 
         def agrees(nu: float, delta: float) -> None:
-            stencils = {"forward": Forward(Inexact(delta), lam, nu), "symmetric": Symmetric(Inexact(delta), lam, nu),
-                        "central4": Central(Inexact(delta), lam, nu, order=4)}
+            stencils = {
+                "forward": Forward(Inexact(delta), lam, nu),
+                "symmetric": Symmetric(Inexact(delta), lam, nu),
+                "central4": Central(Inexact(delta), lam, nu, order=4),
+            }
             found = {name: stencil(model, theta, first).gradients[0] for name, stencil in stencils.items()}
             for name, gradient in found.items():
                 bias = float((gradient - exact).norm() / exact.norm())
                 assert tab.numbers("tradeoff", name) == [[pytest.approx(bias, rel=1e-6, abs=1e-9)]]
-            plus, minus = (torch.tensor(tab.numbers("tradeoff", name)[0], dtype=torch.float64)
-                           for name in ("plus", "minus"))
+            plus, minus = (
+                torch.tensor(tab.numbers("tradeoff", name)[0], dtype=torch.float64) for name in ("plus", "minus")
+            )
             secant = -lam * (plus - minus) / (2 * nu)
             torch.testing.assert_close(secant, found["symmetric"], rtol=0, atol=1e-6)
             for point, sign in ((plus, 1), (minus, -1)):
@@ -285,8 +313,11 @@ class TestPage:
 
         counts = [len({row["method"] for row in measured[chart]}) for chart in ("accuracy", "steps", "bias")]
         assert [lines(plot) for plot in range(3)] == counts
-        row = next(row for row in read_csv(ROOT / "results" / "memory_steps.csv")
-                   if row["estimator"] == "maml" and float(row["solver.steps"]) == 200)
+        row = next(
+            row
+            for row in read_csv(ROOT / "results" / "memory_steps.csv")
+            if row["estimator"] == "maml" and float(row["solver.steps"]) == 200
+        )
         said = hover(1, "[aria-label^='inner steps K: 200;'][aria-label$='method: MAML']")
         assert float(said["memory, one task (MB)"]) == pytest.approx(float(row["memory/peak_bytes"]) / 1e6, rel=1e-3)
         assert said["method"] == METHODS["maml"].label
@@ -307,16 +338,23 @@ class TestPage:
         controls = tab.tab.locator("input, select, button").evaluate_all("all => all.map(control => control.id)")
         assert len(controls) == len(set(controls)) > 20
         assert set(controls) <= reached
-        assert all(re.search(r"\w", label) for label in tab.tab.locator("input[type=range]").evaluate_all(
-            "all => all.map(control => control.getAttribute('aria-valuetext'))"))
+        assert all(
+            re.search(r"\w", label)
+            for label in tab.tab.locator("input[type=range]").evaluate_all(
+                "all => all.map(control => control.getAttribute('aria-valuetext'))"
+            )
+        )
 
     def test_pictures_and_times_are_taken(self, page, size, tmp_path):
         (tmp_path / "figures").mkdir()
-        call = (f"import pathlib, explorer; explorer.MOVES = {explorer.MOVES if size == FULL else 2}; "
-                f"explorer.look(pathlib.Path({str(page)!r}), pathlib.Path({str(tmp_path)!r}))")
+        call = (
+            f"import pathlib, explorer; explorer.MOVES = {explorer.MOVES if size == FULL else 2}; "
+            f"explorer.look(pathlib.Path({str(page)!r}), pathlib.Path({str(tmp_path)!r}))"
+        )
         subprocess.run([sys.executable, "-c", call], cwd=ROOT / "scripts", check=True, capture_output=True)
         assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-            f"explorer_{name}.png" for name in explorer.PANELS}
+            f"explorer_{name}.png" for name in explorer.PANELS
+        }
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
         rows = read_csv(tmp_path / "explorer.csv")
         assert {row["panel"] for row in rows} == {"curvature", "compare", "tradeoff"}

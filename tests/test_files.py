@@ -62,9 +62,16 @@ class Malice:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("write", [lambda p: torch.save(Malice(), p), lambda p: p.write_bytes(pickle.dumps(Malice())),
-                                   lambda p: p.write_text("hello"), lambda p: torch.save({"step": 1}, p),
-                                   lambda p: torch.save(torch.ones(2), p)])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: torch.save(Malice(), p),
+        lambda p: p.write_bytes(pickle.dumps(Malice())),
+        lambda p: p.write_text("hello"),
+        lambda p: torch.save({"step": 1}, p),
+        lambda p: torch.save(torch.ones(2), p),
+    ],
+)
 def test_foreign_files_are_refused_and_nothing_runs(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "c.pt")
@@ -96,8 +103,11 @@ def test_a_failed_write_leaves_the_last_good_file(checkpoint, monkeypatch):
 
 
 def test_a_folder_has_one_user(tmp_path):
-    with sole_user(tmp_path), pytest.raises(FolderInUse, match="takes a folder in which no other process works"), \
-            sole_user(tmp_path):
+    with (
+        sole_user(tmp_path),
+        pytest.raises(FolderInUse, match="takes a folder in which no other process works"),
+        sole_user(tmp_path),
+    ):
         pass
     with sole_user(tmp_path):
         pass
@@ -131,7 +141,7 @@ def test_event_log_continues_after_a_kill(tmp_path):
 
 def test_a_log_that_is_not_one_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for text in ('{"step": 1}\nnote\n{"step": 2}\n', '[1]\n', '{"stop": 1}\n', "a\nb\n"):
+    for text in ('{"step": 1}\nnote\n{"step": 2}\n', "[1]\n", '{"stop": 1}\n', "a\nb\n"):
         path.write_text(text)
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl: takes an event of this program's a line"):
             events_until(path, 5)
@@ -148,9 +158,19 @@ def test_a_damaged_cache_is_known_whatever_the_damage(tmp_path, cache):
     content, arrays = cache
     path, random = tmp_path / "mnist1d.npz", np.random.default_rng(0)
     middle = content.index(b"NUMPY")
-    damaged = [b"", b"x", b"PK\x03\x04", pickle.dumps(Malice()), content[: len(content) // 2], content[:-1],
-               content[1:], content.replace(b"descr", b"d(scr"), content.replace(b"'shape'", b"\x00\xff((((("),
-               content.replace(b"\x93NUMPY\x01", b"\x93NUMPY\x09"), content[:middle] + content[middle + 64 :]]
+    damaged = [
+        b"",
+        b"x",
+        b"PK\x03\x04",
+        pickle.dumps(Malice()),
+        content[: len(content) // 2],
+        content[:-1],
+        content[1:],
+        content.replace(b"descr", b"d(scr"),
+        content.replace(b"'shape'", b"\x00\xff((((("),
+        content.replace(b"\x93NUMPY\x01", b"\x93NUMPY\x09"),
+        content[:middle] + content[middle + 64 :],
+    ]
     for _ in range(100):  # where the formats are: the directory at the end, and the headers
         place = int(random.choice([random.integers(200), len(content) - 1 - random.integers(400)]))
         damaged.append(content[:place] + bytes([content[place] ^ 1 << int(random.integers(8))]) + content[place + 1 :])
@@ -166,9 +186,15 @@ def test_a_damaged_cache_is_known_whatever_the_damage(tmp_path, cache):
     assert mnist1d._stored(path) is None
 
 
-@pytest.mark.parametrize("make", [lambda p: p.write_bytes(b"PK damaged"), lambda p: p.mkdir(),
-                                  lambda p: p.parent.chmod(0o500),
-                                  lambda p: (p.parent.rmdir(), p.parent.write_text("in the way"))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: p.write_bytes(b"PK damaged"),
+        lambda p: p.mkdir(),
+        lambda p: p.parent.chmod(0o500),
+        lambda p: (p.parent.rmdir(), p.parent.write_text("in the way")),
+    ],
+)
 def test_a_cache_that_cannot_be_used_costs_only_time(tmp_path, cache, make):
     (tmp_path / "cache").mkdir()
     make(tmp_path / "cache" / "mnist1d.npz")

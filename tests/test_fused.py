@@ -58,8 +58,9 @@ def instructions(request, monkeypatch):
 def test_compiled_gradients_equal_autograd(instructions, seed):
     """Sizes on both sides of all that the kernel cuts into blocks; every other time with saturated units."""
     choose = np.random.default_rng(seed)
-    length, outputs, width, depth, rows, examples = (int(choose.integers(low, high)) for low, high in (
-        (3, 50), (2, 60), (1, 120), (1, 5), (1, 6), (1, 140)))
+    length, outputs, width, depth, rows, examples = (
+        int(choose.integers(low, high)) for low, high in ((3, 50), (2, 60), (1, 120), (1, 5), (1, 6), (1, 140))
+    )
     if seed == 11:
         width, depth, examples = 230, 3, 110  # in the blocks of large layers
     torch.manual_seed(seed)
@@ -186,11 +187,16 @@ def test_a_module_takes_what_its_docstring_says():
     assert model(x[0, :0]).shape == (0, 5)
 
 
-@pytest.mark.parametrize(("make", "says"), [
-    (lambda: CNN1d((40,), 0), "outputs=0"), (lambda: MLP((40,), 0), "outputs=0"),
-    (lambda: MLP((4, 0), 5), "input_shape=0"),
-    (lambda: Convolution("w", "b", 0, None), "stride=0"), (lambda: Convolution("w", "b", 1.5, None), "stride=1.5"),
-])
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: CNN1d((40,), 0), "outputs=0"),
+        (lambda: MLP((40,), 0), "outputs=0"),
+        (lambda: MLP((4, 0), 5), "input_shape=0"),
+        (lambda: Convolution("w", "b", 0, None), "stride=0"),
+        (lambda: Convolution("w", "b", 1.5, None), "stride=1.5"),
+    ],
+)
 def test_networks_of_no_size_are_refused(make, says):
     with pytest.raises(ValueError, match=f"^{says}: takes a whole number of at least 1"):
         make()
@@ -198,8 +204,12 @@ def test_networks_of_no_size_are_refused(make, says):
 
 def _layers(*kinds, **shapes) -> tuple[list, dict]:
     """C3/2: a convolution of kernel size three and stride two, D: a dense layer; shapes of w0, b0, w1, ..."""
-    layers = [Dense(f"w{i}", f"b{i}", SILU if i < len(kinds) - 1 else None) if kind == "D"
-              else Convolution(f"w{i}", f"b{i}", int(kind[1:]), SILU) for i, kind in enumerate(kinds)]
+    layers = [
+        Dense(f"w{i}", f"b{i}", SILU if i < len(kinds) - 1 else None)
+        if kind == "D"
+        else Convolution(f"w{i}", f"b{i}", int(kind[1:]), SILU)
+        for i, kind in enumerate(kinds)
+    ]
     return layers, {name: torch.Size(shape) for name, shape in shapes.items()}
 
 
@@ -215,18 +225,23 @@ def _without(name):
 
 
 WRONG_NETWORKS = {
-    "no layer": ([], {}), "a parameter twice": _tied(), "a parameter without shape": _without("b0"),
+    "no layer": ([], {}),
+    "a parameter twice": _tied(),
+    "a parameter without shape": _without("b0"),
     "a parameter of no layer": _layers("D", w0=(5, 4), b0=(5,), scale=(1,)),
     "a bias of another length": _layers("D", w0=(5, 4), b0=(4,)),
-    "a weight without inputs": _layers("D", w0=(5,), b0=(5,)), "no outputs": _layers("D", w0=(0, 4), b0=(0,)),
+    "a weight without inputs": _layers("D", w0=(5,), b0=(5,)),
+    "no outputs": _layers("D", w0=(0, 4), b0=(0,)),
     "more than memory": _layers("D", w0=(2**62, 16), b0=(2**62,)),
     "dense layers that do not follow": _layers("D", "D", w0=(3, 4), b0=(3,), w1=(5, 4), b1=(5,)),
     "channels that do not follow": _layers(
-        "C1", "C1", "D", w0=(3, 3, 1), b0=(3,), w1=(3, 3, 2), b1=(3,), w2=(5, 12), b2=(5,)),
+        "C1", "C1", "D", w0=(3, 3, 1), b0=(3,), w1=(3, 3, 2), b1=(3,), w2=(5, 12), b2=(5,)
+    ),
     "no whole number of places": _layers("C1", "D", w0=(3, 3, 1), b0=(3,), w1=(5, 10), b1=(5,)),
     "a convolution at the end": _layers("C1", w0=(3, 3, 1), b0=(3,)),
     "a convolution after a dense layer": _layers(
-        "D", "C1", "D", w0=(3, 4), b0=(3,), w1=(3, 3, 3), b1=(3,), w2=(5, 3), b2=(5,)),
+        "D", "C1", "D", w0=(3, 4), b0=(3,), w1=(3, 3, 3), b1=(3,), w2=(5, 3), b2=(5,)
+    ),
     "two-dimensional kernel": _layers("C1", "D", w0=(3, 3, 3, 1), b0=(3,), w1=(5, 12), b1=(5,)),
     "windows longer than any signal": _layers("C1", "D", w0=(3, 1, 1), b0=(3,), w1=(5, 3), b1=(5,)),
 }
@@ -236,8 +251,10 @@ WRONG_NETWORKS = {
 def test_layers_that_are_no_network_are_refused_with_the_kernel_and_without(case):
     layers, shapes = WRONG_NETWORKS[case]
     x, targets = torch.randn(2, 3, 4, 1), torch.full((2, 3, 5), 0.2)
-    for make in (lambda: StackedNetwork(layers, shapes, x),
-                 lambda: FusedGradient(layers, shapes, x, targets, torch.ones(2, 3))):
+    for make in (
+        lambda: StackedNetwork(layers, shapes, x),
+        lambda: FusedGradient(layers, shapes, x, targets, torch.ones(2, 3)),
+    ):
         with pytest.raises(ValueError, match=r"^(model|inputs)=.*: takes "):
             make()
 
@@ -249,32 +266,52 @@ def test_the_lengths_taken_are_those_that_convolutions_leave_alike():
             places = F.conv1d(torch.zeros(1, 1, length), kernel, stride=stride, padding=1).shape[2]
             layers, shapes = _layers(f"C{stride}", "D", w0=(3, kernel_size, 1), b0=(3,), w1=(5, 3 * places), b1=(5,))
             found = lengths_taken(layers, shapes)
-            wanted = [other for other in range(max(kernel_size - 2, 1), 60) if F.conv1d(
-                torch.zeros(1, 1, other), kernel, stride=stride, padding=1).shape[2] == places]
+            wanted = [
+                other
+                for other in range(max(kernel_size - 2, 1), 60)
+                if F.conv1d(torch.zeros(1, 1, other), kernel, stride=stride, padding=1).shape[2] == places
+            ]
             assert list(found) == wanted
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"inputs": torch.randn(2, 3, 4, 1, dtype=torch.float64)}, "inputs=torch.float64"),
-    ({"inputs": torch.ones(2, 3, 4, 1, dtype=torch.long)}, "inputs=torch.int64"),
-    ({"inputs": torch.randn(2, 3, 4, 1, device="meta")}, "inputs=torch.float32 (2, 3, 4, 1) on meta"),
-    ({"inputs": torch.randn(2, 3, 5, 1)}, "inputs="), ({"inputs": torch.randn(2, 3, 4)}, "inputs="),
-    ({"inputs": [[1.0]]}, "inputs=list"), ({"inputs": torch.randn(2, 3, 4, 1).to_sparse()}, "inputs="),
-    ({"targets": torch.zeros(2, 3, 2)}, "targets=torch.float32 (2, 3, 2)"),
-    ({"targets": torch.zeros(2, 3)}, "targets="),
-    ({"targets": torch.zeros(2, 4, 5)}, "targets="), ({"targets": torch.zeros(1, 3, 5)}, "targets="),
-    ({"targets": torch.zeros(2, 3, 5, dtype=torch.long)}, "targets=torch.int64"),
-    ({"weights": torch.ones(2, 4)}, "weights="), ({"weights": torch.ones(2, 3, 2)}, "weights="),
-    ({"weights": torch.ones(2, 3).double()}, "weights=torch.float64"),
-    ({"start": torch.zeros(2, 24)}, "start="), ({"start": torch.zeros(3, 25)}, "start="),
-    ({"start": torch.zeros(25)}, "start="), ({"start": torch.zeros(2, 25).double()}, "start=torch.float64"),
-    ({"into": torch.zeros(2, 26)}, "into="), ({"into": torch.zeros(1, 25)}, "into="), ({"into": None}, "into=NoneType"),
-    ({"into": torch.zeros(2, 25).double()}, "into="), ({"into": torch.zeros(25, 2).mT}, "into=strides (1, 2)"),
-    ({"into": torch.zeros(1, 25).expand(2, 25)}, "into=strides (0, 1)"),
-    ({"displacement": torch.zeros(2, 24)}, "displacement="), ({"displacement": torch.zeros(25, 2).mT}, "displacement="),
-    ({"times": 0}, "times=0"), ({"times": 2**64 + 1}, "times="), ({"times": 1.0}, "times=1.0"),
-    ({"scale": float("nan")}, "scale=nan"), ({"step": float("inf")}, "step=inf"), ({"step": 1e39}, "step=1e+39"),
-])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"inputs": torch.randn(2, 3, 4, 1, dtype=torch.float64)}, "inputs=torch.float64"),
+        ({"inputs": torch.ones(2, 3, 4, 1, dtype=torch.long)}, "inputs=torch.int64"),
+        ({"inputs": torch.randn(2, 3, 4, 1, device="meta")}, "inputs=torch.float32 (2, 3, 4, 1) on meta"),
+        ({"inputs": torch.randn(2, 3, 5, 1)}, "inputs="),
+        ({"inputs": torch.randn(2, 3, 4)}, "inputs="),
+        ({"inputs": [[1.0]]}, "inputs=list"),
+        ({"inputs": torch.randn(2, 3, 4, 1).to_sparse()}, "inputs="),
+        ({"targets": torch.zeros(2, 3, 2)}, "targets=torch.float32 (2, 3, 2)"),
+        ({"targets": torch.zeros(2, 3)}, "targets="),
+        ({"targets": torch.zeros(2, 4, 5)}, "targets="),
+        ({"targets": torch.zeros(1, 3, 5)}, "targets="),
+        ({"targets": torch.zeros(2, 3, 5, dtype=torch.long)}, "targets=torch.int64"),
+        ({"weights": torch.ones(2, 4)}, "weights="),
+        ({"weights": torch.ones(2, 3, 2)}, "weights="),
+        ({"weights": torch.ones(2, 3).double()}, "weights=torch.float64"),
+        ({"start": torch.zeros(2, 24)}, "start="),
+        ({"start": torch.zeros(3, 25)}, "start="),
+        ({"start": torch.zeros(25)}, "start="),
+        ({"start": torch.zeros(2, 25).double()}, "start=torch.float64"),
+        ({"into": torch.zeros(2, 26)}, "into="),
+        ({"into": torch.zeros(1, 25)}, "into="),
+        ({"into": None}, "into=NoneType"),
+        ({"into": torch.zeros(2, 25).double()}, "into="),
+        ({"into": torch.zeros(25, 2).mT}, "into=strides (1, 2)"),
+        ({"into": torch.zeros(1, 25).expand(2, 25)}, "into=strides (0, 1)"),
+        ({"displacement": torch.zeros(2, 24)}, "displacement="),
+        ({"displacement": torch.zeros(25, 2).mT}, "displacement="),
+        ({"times": 0}, "times=0"),
+        ({"times": 2**64 + 1}, "times="),
+        ({"times": 1.0}, "times=1.0"),
+        ({"scale": float("nan")}, "scale=nan"),
+        ({"step": float("inf")}, "step=inf"),
+        ({"step": 1e39}, "step=1e+39"),
+    ],
+)
 def test_what_the_kernel_cannot_take_is_refused_by_name(instructions, change, says):
     given = _given() | change
     with pytest.raises(ValueError, match=f"^{re.escape(says)}.*: takes "):
@@ -283,9 +320,19 @@ def test_what_the_kernel_cannot_take_is_refused_by_name(instructions, change, sa
 
 def _given() -> dict:
     layers, shapes = _layers("D", w0=(5, 4), b0=(5,))
-    return {"layers": layers, "shapes": shapes, "inputs": torch.randn(2, 3, 4, 1),
-            "targets": torch.eye(5)[torch.randint(5, (2, 3))], "weights": torch.rand(2, 3), "start": torch.randn(2, 25),
-            "displacement": None, "into": torch.zeros(2, 25), "scale": 1.0, "step": 1.0, "times": 1}
+    return {
+        "layers": layers,
+        "shapes": shapes,
+        "inputs": torch.randn(2, 3, 4, 1),
+        "targets": torch.eye(5)[torch.randint(5, (2, 3))],
+        "weights": torch.rand(2, 3),
+        "start": torch.randn(2, 25),
+        "displacement": None,
+        "into": torch.zeros(2, 25),
+        "scale": 1.0,
+        "step": 1.0,
+        "times": 1,
+    }
 
 
 def _add(given: dict) -> torch.Tensor:
@@ -300,7 +347,7 @@ def test_what_is_read_is_not_written(instructions, name):
     memory = torch.zeros(100)
     given["into"] = memory[3:53].view(2, 25)
     shape = (2, 25) if name == "displacement" else given[name].shape
-    given[name] = memory[:math.prod(shape)].view(shape)
+    given[name] = memory[: math.prod(shape)].view(shape)
     with pytest.raises(ValueError, match=f"^into=memory of {name}: takes memory of its own"):
         _add(given)
 
@@ -343,7 +390,8 @@ def _odd(t):
 
 LAYOUTS = {
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "every other": lambda t: torch.stack([t, t + 1], -1)[..., 0], "at an odd address": _odd,
+    "every other": lambda t: torch.stack([t, t + 1], -1)[..., 0],
+    "at an odd address": _odd,
     "negated when read": lambda t: torch.complex(t, -t).conj().imag,
     "with a gradient": lambda t: t.clone().requires_grad_(),
 }
@@ -372,8 +420,12 @@ def test_one_row_for_all_and_expanded_inputs(instructions):
 def test_no_rows_and_no_examples(instructions, rows, examples):
     into = torch.full((rows, 25), 2.0)
     given = _given() | {
-        "inputs": torch.zeros(rows, examples, 4, 1), "targets": torch.zeros(rows, examples, 5),
-        "weights": torch.zeros(rows, examples), "start": torch.zeros(1, 25), "into": into}
+        "inputs": torch.zeros(rows, examples, 4, 1),
+        "targets": torch.zeros(rows, examples, 5),
+        "weights": torch.zeros(rows, examples),
+        "start": torch.zeros(1, 25),
+        "into": into,
+    }
     assert torch.equal(_add(given | {"scale": 0.5, "times": 2}), torch.full((rows, 25), 0.5))
     into.fill_(torch.nan)
     assert torch.equal(_add(given | {"scale": 0.0}), torch.zeros(rows, 25))
@@ -437,6 +489,7 @@ print(refused, __debug__)
 
 # whether it is there
 
+
 def _compiler() -> str:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         pytest.skip("the kernel is for x86-64, and setting up is tried on Linux")
@@ -454,15 +507,26 @@ def test_where_there_is_a_compiler_there_is_the_kernel(name):
 
 def _setup_says(tmp_path, *, built: bool, **environment: str) -> str:
     """What ``make setup`` prints at its end, with the library as it is or without what was compiled."""
-    recipe = subprocess.run(["make", "-n", "-B", ".venv/complete", f"PYTHON={sys.executable}"], cwd=ROOT, text=True,
-                            capture_output=True, check=True).stdout
+    recipe = subprocess.run(
+        ["make", "-n", "-B", ".venv/complete", f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
     (line,) = (line for line in recipe.splitlines() if "missing" in line)
     line = line.replace(".venv/bin/python", sys.executable)
     source = ROOT / "src"
     if not built:
         source = shutil.copytree(source, tmp_path / "src", ignore=shutil.ignore_patterns("*.so"))
-    done = subprocess.run(["/bin/sh", "-c", line], cwd=tmp_path, text=True, capture_output=True, check=True,
-                          env=os.environ | {"PYTHONPATH": str(source)} | environment)
+    done = subprocess.run(
+        ["/bin/sh", "-c", line],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(source)} | environment,
+    )
     return done.stdout
 
 
@@ -485,18 +549,29 @@ def test_a_library_that_cannot_be_loaded_is_not_used(tmp_path, content):
     source = shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.so"))
     (source / f"fobmaml/engine/fused_{fused.instructions()}.so").write_bytes(content)
     code = "from fobmaml.engine import fused; print(fused.kernel(), fused.missing())"
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True,
-                          env=os.environ | {"PYTHONPATH": str(source)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        text=True,
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(source)},
+    )
     assert re.fullmatch(r"None .*\.so cannot be loaded\n", done.stdout)
 
 
 # sanitizers
 
+
 @pytest.mark.slow
 def test_descriptions_by_chance_under_sanitizers():
     _compiler()
-    done = subprocess.run([sys.executable, str(ROOT / "scripts/sanitize_kernel.py"), "--count", "150"], cwd=ROOT,
-                          text=True, capture_output=True, timeout=1200)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/sanitize_kernel.py"), "--count", "150"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=1200,
+    )
     if "takes gcc with libasan" in done.stderr:
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr[-3000:]

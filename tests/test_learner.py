@@ -24,9 +24,13 @@ def _batch(rows: int = 3, examples: int = 6, length: int = 40) -> TaskBatch:
 
 
 MODELS = [
-    (lambda: CNN1d((40,), 5, width=4), 40), (lambda: CNN1d((40,), 5, width=3, depth=1), 40),
-    (lambda: CNN1d((17,), 5, 4, depth=6), 17), (lambda: CNN1d((3,), 5, 4, depth=4, activation="tanh"), 3),
-    (lambda: MLP((40,), 5, width=6, depth=2), 40), (lambda: MLP((40,), 5, depth=0), 40), (PlainMLP, 40),
+    (lambda: CNN1d((40,), 5, width=4), 40),
+    (lambda: CNN1d((40,), 5, width=3, depth=1), 40),
+    (lambda: CNN1d((17,), 5, 4, depth=6), 17),
+    (lambda: CNN1d((3,), 5, 4, depth=4, activation="tanh"), 3),
+    (lambda: MLP((40,), 5, width=6, depth=2), 40),
+    (lambda: MLP((40,), 5, depth=0), 40),
+    (PlainMLP, 40),
 ]
 
 
@@ -61,8 +65,9 @@ def test_row_losses_are_the_loss_function(loss_fn):
     assert isinstance(loss, CrossEntropy) == (loss_fn is F.cross_entropy)
 
     def wanted(o):
-        return torch.stack([loss_fn(o[r, :2], targets[r, :2]) + factor[r] * loss_fn(o[r, 2:], targets[r, 2:])
-                            for r in range(3)])
+        return torch.stack(
+            [loss_fn(o[r, :2], targets[r, :2]) + factor[r] * loss_fn(o[r, 2:], targets[r, 2:]) for r in range(3)]
+        )
 
     torch.testing.assert_close(loss(outputs), wanted(outputs), rtol=1e-14, atol=1e-14)
     gradient = torch.func.grad(lambda o: wanted(o).sum())
@@ -76,8 +81,10 @@ def test_row_losses_are_the_loss_function(loss_fn):
 def test_ignored_targets_stay_ignored():
     targets = torch.tensor([[0, -100, 1]])
     outputs = torch.randn(1, 3, 2)
-    torch.testing.assert_close(Loss(F.cross_entropy).rows(targets, [Part(slice(None), 1.0)])(outputs),
-                               F.cross_entropy(outputs[0], targets[0]).unsqueeze(0))
+    torch.testing.assert_close(
+        Loss(F.cross_entropy).rows(targets, [Part(slice(None), 1.0)])(outputs),
+        F.cross_entropy(outputs[0], targets[0]).unsqueeze(0),
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -91,21 +98,40 @@ def test_estimators_by_hand_equal_those_by_autograd(seed):
     length, outputs, width, depth = size(3, 50), size(2, 6), size(1, 9), size(0, 5)
     activation = list(ACTIVATIONS)[size(0, len(ACTIVATIONS) - 1)]
     torch.manual_seed(seed)
-    model = (CNN1d((length,), outputs, width, depth, activation) if depth and seed % 4
-             else MLP((length,), outputs, width, depth, activation))
+    model = (
+        CNN1d((length,), outputs, width, depth, activation)
+        if depth and seed % 4
+        else MLP((length,), outputs, width, depth, activation)
+    )
     count, support, query = size(1, 4), size(1, 6), size(1, 9)
-    batch = TaskBatch(torch.randn(count, support, length), torch.randint(outputs, (count, support)),
-                      torch.randn(count, query, length), torch.randint(outputs, (count, query)))
+    batch = TaskBatch(
+        torch.randn(count, support, length),
+        torch.randint(outputs, (count, support)),
+        torch.randn(count, query, length),
+        torch.randint(outputs, (count, query)),
+    )
     solver = GradientDescent(size(1, 6), float(choose.uniform(0.01, 0.2)), momentum=(0.0, 0.5)[seed % 2])
     lam = float(choose.uniform(0.1, 2.0))
-    estimators = [Forward(solver, lam), Symmetric(solver, lam), Central(solver, lam), MAML(solver, lam),
-                  MAML(solver, checkpoint=True), FOMAML(solver, lam), Reptile(solver), IMAML(solver, lam)]
+    estimators = [
+        Forward(solver, lam),
+        Symmetric(solver, lam),
+        Central(solver, lam),
+        MAML(solver, lam),
+        MAML(solver, checkpoint=True),
+        FOMAML(solver, lam),
+        Reptile(solver),
+        IMAML(solver, lam),
+    ]
     for dtype, tol in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
         model, tasks = model.to(dtype), batch.to(dtype=dtype)
         for estimator in estimators:
-            fast, plain = (estimate(estimator, learner, learner.theta(), tasks, chunk)
-                           for learner, chunk in ((Learner(model, F.cross_entropy), size(1, count)),
-                                                  (Learner(model, F.cross_entropy, engine="autograd"), None)))
+            fast, plain = (
+                estimate(estimator, learner, learner.theta(), tasks, chunk)
+                for learner, chunk in (
+                    (Learner(model, F.cross_entropy), size(1, count)),
+                    (Learner(model, F.cross_entropy, engine="autograd"), None),
+                )
+            )
             kind = f"{type(estimator).__name__}, {dtype}, {model}"
             assert (fast.gradient - plain.gradient).norm() <= tol * plain.gradient.norm(), kind
             torch.testing.assert_close(fast.query_loss, plain.query_loss, rtol=tol, atol=tol, msg=kind)
@@ -144,8 +170,9 @@ def test_passes_by_hand_are_for_the_listed_network_only(kind):
     torch.testing.assert_close(gradient[0], torch.func.grad(support)(rows[0]), rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(8), nn.SyncBatchNorm(8),
-                                   nn.InstanceNorm1d(8, track_running_stats=True), nn.Dropout(0.1)])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(8), nn.SyncBatchNorm(8), nn.InstanceNorm1d(8, track_running_stats=True), nn.Dropout(0.1)]
+)
 def test_impure_layers_are_refused(layer):
     model = nn.Sequential(nn.Linear(40, 8), layer, nn.Linear(8, 5))
     with pytest.raises(ValueError, match=r"model: \w+ '1' .*takes"):

@@ -87,8 +87,14 @@ def test_cpu_memory_agrees_with_resident_memory(kind, width, steps):
     The C library is told to give freed blocks back at once: it otherwise keeps some, and resident memory then measures
     its fragmentation too.
     """
-    done = subprocess.run([sys.executable, "-c", SCRIPT, kind, str(width), str(steps)], capture_output=True, text=True,
-                          check=True, timeout=300, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"})
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, kind, str(width), str(steps)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"},
+    )
     found = json.loads(done.stdout)
     assert found["measured"] > 150 * MB
     assert found["measured"] == pytest.approx(found["grown"], rel=0.15)
@@ -99,8 +105,10 @@ def test_memory_against_inner_steps(mnist1d, kind):
     """The claim itself: flat for symmetric, growing with the steps for MAML."""
     learner = Learner(CNN1d((40,), 5, width=8), F.cross_entropy)
     tasks = mnist1d.sample("train", 4, torch.Generator().manual_seed(0)).to(dtype=torch.float32)
-    peaks = [peak_bytes(lambda k=k: estimate(kind(GradientDescent(k)), learner, learner.theta(), tasks,
-                                             diagnose=False)) for k in (2, 20)]
+    peaks = [
+        peak_bytes(lambda k=k: estimate(kind(GradientDescent(k)), learner, learner.theta(), tasks, diagnose=False))
+        for k in (2, 20)
+    ]
     if kind is MAML:
         assert peaks[1] > 5 * peaks[0]
     else:
@@ -176,7 +184,8 @@ def test_curvature_is_that_of_the_dense_hessian_and_jacobian(loss):
     for task in range(2):
         hessian = torch.func.hessian(plain_losses(learner, tasks, task)[0])(theta)
         outputs = lambda flat, x=tasks.support_x[task]: torch.func.functional_call(  # noqa: E731
-            learner.model, learner.unflatten(flat), (x,))
+            learner.model, learner.unflatten(flat), (x,)
+        )
         j, m = torch.func.jacrev(outputs)(theta), outputs(theta)  # [N, C, P], [N, C]
         p = m.softmax(-1)
         b = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1) if loss == "cross_entropy" else 2 / 3 * torch.eye(3)
@@ -195,8 +204,9 @@ def test_curvature_is_that_of_the_dense_hessian_and_jacobian(loss):
 def test_curvature_of_other_networks_and_losses(case, loss_fn):
     torch.manual_seed(0)
     targets = torch.randint if loss_fn is F.cross_entropy else None
-    batch = module_cases.tasks(module_cases.vectors, lambda *s: targets(3, s) if targets else torch.randn(
-        *s, 3, dtype=torch.float64), count=1)
+    batch = module_cases.tasks(
+        module_cases.vectors, lambda *s: targets(3, s) if targets else torch.randn(*s, 3, dtype=torch.float64), count=1
+    )
     model = module_cases.made(module_cases.VECTORS[case], batch.support_x[0])
     learner, solver = Learner(model, loss_fn), GradientDescent(steps=3, lr=0.1)
     found = curvature(learner, batch, solver)

@@ -23,8 +23,10 @@ from torch.nn.utils import parametrizations
 
 import fobmaml
 
-CASES = {**{name: (make, vectors) for name, make in VECTORS.items()},
-         **{name: (make, tokens) for name, make in TOKENS.items()}}
+CASES = {
+    **{name: (make, vectors) for name, make in VECTORS.items()},
+    **{name: (make, tokens) for name, make in TOKENS.items()},
+}
 
 
 def _check(model, loss_fn, batch, case):
@@ -71,9 +73,20 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, str]:
     kind = draw(st.sampled_from(["vectors", "tokens"]))
     if kind == "tokens":
         layers += [nn.Embedding(11, 2, padding_idx=draw(st.sampled_from([None, 0, 3])), sparse=draw(st.booleans()))]
-        layers += [draw(st.sampled_from([nn.Flatten, lambda: Of(lambda m, x: m.a(x)[0].flatten(1), a=nn.GRU(
-            2, 2, batch_first=True)), lambda: Of(lambda m, x: m.a(x).flatten(1), a=nn.TransformerEncoderLayer(
-                2, 1, 3, dropout=0.0, batch_first=True))]))()]
+        layers += [
+            draw(
+                st.sampled_from(
+                    [
+                        nn.Flatten,
+                        lambda: Of(lambda m, x: m.a(x)[0].flatten(1), a=nn.GRU(2, 2, batch_first=True)),
+                        lambda: Of(
+                            lambda m, x: m.a(x).flatten(1),
+                            a=nn.TransformerEncoderLayer(2, 1, 3, dropout=0.0, batch_first=True),
+                        ),
+                    ]
+                )
+            )()
+        ]
         size = 10
     else:
         size = 6
@@ -85,11 +98,18 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, str]:
         elif step == "norm":
             layers.append(draw(st.sampled_from([nn.LayerNorm(size), nn.RMSNorm(size), nn.GroupNorm(2, size)])))
         elif step == "convolution":
-            layers += [nn.Unflatten(1, (2, size // 2)), nn.Conv1d(2, 2, 3, padding=1, groups=draw(
-                st.sampled_from([1, 2]))), nn.Flatten()]
+            layers += [
+                nn.Unflatten(1, (2, size // 2)),
+                nn.Conv1d(2, 2, 3, padding=1, groups=draw(st.sampled_from([1, 2]))),
+                nn.Flatten(),
+            ]
         elif step == "lstm":
-            layers.append(Of(lambda m, x: m.a(x.unflatten(1, (2, -1)))[0].flatten(1), a=nn.LSTM(
-                size // 2, out // 2, batch_first=True)))
+            layers.append(
+                Of(
+                    lambda m, x: m.a(x.unflatten(1, (2, -1)))[0].flatten(1),
+                    a=nn.LSTM(size // 2, out // 2, batch_first=True),
+                )
+            )
             size = out
         elif step == "mean":
             layers.append(Of(lambda m, x: x - 0.5 * x.mean(0), a=nn.Identity()))
@@ -128,8 +148,17 @@ def _check_composed(example: tuple[tuple[nn.Module, str], str, str, int, int, in
 def test_composed_modules(part):
     """Three hundred in all."""
     losses = [name for name in LOSSES if name not in FIRST_DERIVATIVES_ONLY]
-    examples = st.tuples(networks(), st.sampled_from(losses), st.sampled_from(sorted(ESTIMATORS)), st.integers(1, 3),
-                         st.integers(2, 5), st.integers(2, 6))
+    examples = st.tuples(
+        networks(),
+        st.sampled_from(losses),
+        st.sampled_from(sorted(ESTIMATORS)),
+        st.integers(1, 3),
+        st.integers(2, 5),
+        st.integers(2, 6),
+    )
     check = given(examples)(_check_composed)
-    seed(part)(settings(max_examples=70 if part else 20, deadline=None, database=None,
-                        suppress_health_check=list(HealthCheck))(check))()
+    seed(part)(
+        settings(
+            max_examples=70 if part else 20, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        )(check)
+    )()

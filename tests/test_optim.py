@@ -30,9 +30,11 @@ def _descend(optimizer, parameters, steps: int, scale: float = 1.0) -> list[torc
 
 
 def _gradients(steps: int, scale: float = 1.0) -> list[torch.Tensor]:
-    return [scale * torch.cat([torch.randn(shape, generator=g, dtype=torch.float64).flatten()
-                               for shape in ((3, 2), (4,), ())])
-            for g in (torch.Generator().manual_seed(step) for step in range(steps))]
+    return [
+        scale
+        * torch.cat([torch.randn(shape, generator=g, dtype=torch.float64).flatten() for shape in ((3, 2), (4,), ())])
+        for g in (torch.Generator().manual_seed(step) for step in range(steps))
+    ]
 
 
 @pytest.mark.parametrize("groups", [False, True])
@@ -126,11 +128,15 @@ def test_a_groups_own_learning_rate_counts():
     torch.testing.assert_close(before[1] - parameters[1], 0.1 * g[6:10] / g.norm())
 
 
-@pytest.mark.parametrize(("make", "text"), [
-    (lambda p: SNGDM(p, lr=0), "lr=0: takes a finite number above 0"),
-    (lambda p: SNGDM(p, beta=1.0), "beta=1.0: takes"),
-    (lambda p: ClippedSGD(p, max_norm=0), "max_norm=0: takes"), (lambda p: ClippedSGD(p, momentum=-1), "momentum=-1"),
-])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda p: SNGDM(p, lr=0), "lr=0: takes a finite number above 0"),
+        (lambda p: SNGDM(p, beta=1.0), "beta=1.0: takes"),
+        (lambda p: ClippedSGD(p, max_norm=0), "max_norm=0: takes"),
+        (lambda p: ClippedSGD(p, momentum=-1), "momentum=-1"),
+    ],
+)
 def test_bad_arguments(make, text):
     with pytest.raises(ValueError, match=f"^{text}"):
         make(_parameters())

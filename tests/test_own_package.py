@@ -8,10 +8,19 @@ from pathlib import Path
 
 import pytest
 
-QUICK = ("width=4", "steps=4", "log_every=1", "eval.tasks=20", "eval.validation_tasks=10", "bias.every=0",
-         "wandb.mode=disabled", "hydra.run.dir=run")
+QUICK = (
+    "width=4",
+    "steps=4",
+    "log_every=1",
+    "eval.tasks=20",
+    "eval.validation_tasks=10",
+    "bias.every=0",
+    "wandb.mode=disabled",
+    "hydra.run.dir=run",
+)
 
-MEASUREMENT = {"mine/__init__.py": """
+MEASUREMENT = {
+    "mine/__init__.py": """
 import torch
 from fobmaml.measure import Periodic
 
@@ -22,13 +31,16 @@ class Agreement(Periodic):
         tasks, theta = training.placed(training.fixed("validation", 4)), training.learner.theta()
         g = torch.nn.functional.normalize(training.estimator(training.learner, theta, tasks).gradients)
         return {"agreement/cosine": float((g @ g.T).triu(1).sum() / 6)}
-""", "mine/configs/measure/agreement.yaml": """
+""",
+    "mine/configs/measure/agreement.yaml": """
 # @package agreement
 _target_: mine.Agreement
 every: 2 # meta-steps
-"""}
+""",
+}
 
-SOLVER = {"mine/__init__.py": """
+SOLVER = {
+    "mine/__init__.py": """
 from fobmaml.solvers import Solution, Solver
 
 class Nesterov(Solver):
@@ -41,13 +53,16 @@ class Nesterov(Solver):
             before, phi = phi, ahead - self.lr * problem.gradient(ahead)
             ahead = phi + k / (k + 3) * (phi - before)
         return Solution(problem, phi - problem.theta)
-""", "mine/configs/solver/nesterov.yaml": """
+""",
+    "mine/configs/solver/nesterov.yaml": """
 _target_: mine.Nesterov
 steps: 10
 lr: 0.1
-"""}
+""",
+}
 
-ESTIMATOR = {"mine/__init__.py": """
+ESTIMATOR = {
+    "mine/__init__.py": """
 from fobmaml.estimators import Estimate, Estimator
 
 class Both(Estimator):
@@ -61,16 +76,19 @@ class Both(Estimator):
         solution = self.adapt(learner, theta, tasks)
         gradient = learner.query_gradient(solution.phi, tasks) - self.share * solution.displacement
         return Estimate(gradient, lambda: solution)
-""", "mine/configs/estimator/both.yaml": """
+""",
+    "mine/configs/estimator/both.yaml": """
 _target_: mine.Both
 lam: 0.0
 share: 0.5
-"""}
+""",
+}
 
 
 @pytest.fixture
 def run_with(run_train, tmp_path):
     """The command line with a package of the user's, in ``tmp_path/mine``, and its settings."""
+
     def call(package: dict[str, str], *overrides: str):
         assert sum(len(text.strip().splitlines()) for text in package.values()) < 20
         for name, text in package.items():
@@ -97,9 +115,11 @@ def test_a_measurement(run_with, tmp_path):
     assert summary["agreement/cosine"] == found[4]
     assert summary["test/accuracy"] is not None  # the others are there as before
     assert run_with(MEASUREMENT, *QUICK, "+measure=agreement", "agreement.every=-1").stderr == (
-        "error: agreement.every=-1: takes a whole number of at least 0\n")
-    assert re.search(r"agreement/cosine +of two validation tasks", run_with(MEASUREMENT, "+measure=agreement",
-                                                                             "--help").stdout)
+        "error: agreement.every=-1: takes a whole number of at least 0\n"
+    )
+    assert re.search(
+        r"agreement/cosine +of two validation tasks", run_with(MEASUREMENT, "+measure=agreement", "--help").stdout
+    )
 
 
 def test_measurements_can_be_left_out(run_with, tmp_path):

@@ -43,21 +43,31 @@ def _assert_only_the_library(python: list[str], folder: Path, environment: dict[
 
 def test_the_library_alone(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}  # without the arrays of an earlier run
-    done = subprocess.run([sys.executable, "-c", USE.split("try:")[0], "hydra", "omegaconf", "wandb", "matplotlib",
-                           "mnist1d"], env=environment, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", USE.split("try:")[0], "hydra", "omegaconf", "wandb", "matplotlib", "mnist1d"],
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr  # not imported where they are installed, either
     blocked = "import sys\nsys.modules.update(dict.fromkeys(sys.argv[2:]))\ncode = sys.argv.pop(1)\n"
     _assert_only_the_library([sys.executable, "-c", blocked + "exec(code)"], tmp_path, environment)
     program = "from fobmaml.run import main; main()"
-    done = subprocess.run([sys.executable, "-c", blocked + "exec(code)", program, *EXTRA], text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + "exec(code)", program, *EXTRA], text=True, capture_output=True
+    )
     assert done.returncode == 1
     assert re.fullmatch(r"error: \w+ is not installed: pip install 'fobmaml\[run\]'\n", done.stderr), done.stderr
 
 
 def _files() -> list[str]:
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
-                            capture_output=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 
 
@@ -68,11 +78,29 @@ def built(tmp_path_factory) -> Path:
     for name in _files():
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", f"--dist-dir={folder}"], cwd=clone, check=True,
-                   capture_output=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "sdist", f"--dist-dir={folder}"],
+        cwd=clone,
+        check=True,
+        capture_output=True,
+    )
     (source,) = folder.glob("*.tar.gz")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir",
-                    folder, source], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            folder,
+            source,
+        ],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
@@ -91,8 +119,21 @@ def installed(built, tmp_path_factory) -> Path:
 
 
 def _install(programs: Path, what: str) -> None:
-    done = subprocess.run([programs / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--constraint",
-                           ROOT / "constraints.txt", what], text=True, capture_output=True)
+    done = subprocess.run(
+        [
+            programs / "python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-compile",
+            "--constraint",
+            ROOT / "constraints.txt",
+            what,
+        ],
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -116,8 +157,14 @@ def test_a_wheel_has_everything(built):
 @pytest.mark.slow
 def test_an_installed_program_trains_resumes_and_sweeps_far_from_the_repository(installed, tmp_path):
     def fobmaml(*arguments: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([installed / "fobmaml", *arguments, *QUICK], cwd=tmp_path, env=_elsewhere(tmp_path),
-                              text=True, capture_output=True, timeout=300)
+        done = subprocess.run(
+            [installed / "fobmaml", *arguments, *QUICK],
+            cwd=tmp_path,
+            env=_elsewhere(tmp_path),
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
         assert "Traceback" not in done.stdout + done.stderr
         return done
 
@@ -153,8 +200,17 @@ def test_an_installed_program_trains_resumes_and_sweeps_far_from_the_repository(
 
 @pytest.mark.slow
 def test_the_version_is_said_once(installed):
-    said = subprocess.run([installed / "python", "-c", "import fobmaml; from importlib.metadata import version; "
-                           "print(fobmaml.__version__, version('fobmaml'))"], text=True, capture_output=True,
-                          cwd=installed, env=_elsewhere(installed), check=True).stdout.split()
+    said = subprocess.run(
+        [
+            installed / "python",
+            "-c",
+            "import fobmaml; from importlib.metadata import version; print(fobmaml.__version__, version('fobmaml'))",
+        ],
+        text=True,
+        capture_output=True,
+        cwd=installed,
+        env=_elsewhere(installed),
+        check=True,
+    ).stdout.split()
     assert said[0] == said[1]
     assert f"version: {said[0]}\n" in (ROOT / "CITATION.cff").read_text()

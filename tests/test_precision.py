@@ -25,9 +25,12 @@ def _read(call):
 
 
 def _settings() -> list:
-    return [_read(torch.get_float32_matmul_precision), _read(lambda: backends.cuda.matmul.allow_tf32),
-            _read(lambda: backends.cudnn.allow_tf32),
-            *(place.fp32_precision for place in precision._GROUPS + precision._OPERATIONS)]
+    return [
+        _read(torch.get_float32_matmul_precision),
+        _read(lambda: backends.cuda.matmul.allow_tf32),
+        _read(lambda: backends.cudnn.allow_tf32),
+        *(place.fp32_precision for place in precision._GROUPS + precision._OPERATIONS),
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +47,11 @@ def test_settings_are_put_back_whatever_they_were():
     choose = random.Random(0)
     changes = [lambda v=v: torch.set_float32_matmul_precision(v) for v in ("highest", "high", "medium")]
     changes += [lambda v=v: setattr(backends.cudnn, "allow_tf32", v) for v in (True, False)]
-    changes += [lambda p=p, v=v: setattr(p, "fp32_precision", v) for v in ("none", "ieee", "tf32")
-                for p in precision._GROUPS + precision._OPERATIONS]
+    changes += [
+        lambda p=p, v=v: setattr(p, "fp32_precision", v)
+        for v in ("none", "ieee", "tf32")
+        for p in precision._GROUPS + precision._OPERATIONS
+    ]
     for _ in range(500):
         choose.choice(changes)()
         before = _settings()
@@ -111,8 +117,15 @@ def test_training_computes_in_full_precision_and_leaves_the_settings_alone():
 
     def path(steps=3):
         torch.manual_seed(0)
-        training = meta_training(MLP((1,), 1), Source(), Symmetric(GradientDescent(2, 0.1)), steps=steps, bias_every=2,
-                                 smoothness_every=2, curvature_every=2)
+        training = meta_training(
+            MLP((1,), 1),
+            Source(),
+            Symmetric(GradientDescent(2, 0.1)),
+            steps=steps,
+            bias_every=2,
+            smoothness_every=2,
+            curvature_every=2,
+        )
         seen.clear()
         training.measure()
         list(training.train())

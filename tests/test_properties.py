@@ -29,9 +29,12 @@ def _run(overrides: list[str]) -> tuple[int, str, Path, tempfile.TemporaryDirect
     holder = tempfile.TemporaryDirectory()
     folder, err, code = Path(holder.name), io.StringIO(), 0
     environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-    with (mock.patch.object(sys, "argv", ["train.py", *overrides, f"hydra.run.dir={folder / 'run'}"]),
-          mock.patch.dict(os.environ, environment, clear=True), contextlib.redirect_stdout(io.StringIO()),
-          contextlib.redirect_stderr(err)):
+    with (
+        mock.patch.object(sys, "argv", ["train.py", *overrides, f"hydra.run.dir={folder / 'run'}"]),
+        mock.patch.dict(os.environ, environment, clear=True),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         except SystemExit as end:
@@ -76,8 +79,18 @@ def valid(draw) -> list[str]:
         number("width", st.integers(1, 9))
         number("depth", st.integers(1, 4))
         one_of("model.activation", "silu", "gelu", "softplus", "tanh", "relu")
-    estimator = one_of("estimator", "forward", "symmetric", "central4", "maml", "maml_checkpoint", "fomaml", "reptile",
-                       "imaml", *(("exact",) if dataset == "logistic" and model == "linear" else ()))
+    estimator = one_of(
+        "estimator",
+        "forward",
+        "symmetric",
+        "central4",
+        "maml",
+        "maml_checkpoint",
+        "fomaml",
+        "reptile",
+        "imaml",
+        *(("exact",) if dataset == "logistic" and model == "linear" else ()),
+    )
     if estimator != "exact":
         one_of("dtype", "float32", "float64")
         number("estimator.lam", _within(0.3, 3.0))
@@ -131,23 +144,56 @@ not_whole = st.one_of(no_number, below_0, fraction, st.just("inf"))
 not_positive_whole = st.one_of(not_whole, st.just(0))
 not_share = st.one_of(no_number, below_0, _within(1.0, 1e9), st.just(1))
 wrong = {
-    **dict.fromkeys(["width", "depth", "meta_batch", "log_every", "checkpoint_every", "eval.every", "bias.tasks",
-                     "smoothness.tasks", "curvature.tasks", "solver.steps", "dataset.shots", "dataset.queries"],
-                    not_positive_whole),
+    **dict.fromkeys(
+        [
+            "width",
+            "depth",
+            "meta_batch",
+            "log_every",
+            "checkpoint_every",
+            "eval.every",
+            "bias.tasks",
+            "smoothness.tasks",
+            "curvature.tasks",
+            "solver.steps",
+            "dataset.shots",
+            "dataset.queries",
+        ],
+        not_positive_whole,
+    ),
     **dict.fromkeys(["steps", "seed", "bias.every", "smoothness.every", "curvature.every"], not_whole),
     **dict.fromkeys(["eval.tasks", "eval.validation_tasks"], st.one_of(not_whole, st.just(1))),
-    **dict.fromkeys(["estimator.lam", "estimator.nu", "solver.lr", "optimizer.lr", "bias.tol", "smoothness.radius"],
-                    not_positive),
+    **dict.fromkeys(
+        ["estimator.lam", "estimator.nu", "solver.lr", "optimizer.lr", "bias.tol", "smoothness.radius"], not_positive
+    ),
     **dict.fromkeys(["solver.momentum", "optimizer.beta"], not_share),
-    **dict.fromkeys(["dtype", "schedule", "device", "wandb.mode", "estimator", "model", "dataset", "solver",
-                     "optimizer", "model.activation", "dataset.loss", "fixed_tasks", "bias.at_start", "resume"], words),
+    **dict.fromkeys(
+        [
+            "dtype",
+            "schedule",
+            "device",
+            "wandb.mode",
+            "estimator",
+            "model",
+            "dataset",
+            "solver",
+            "optimizer",
+            "model.activation",
+            "dataset.loss",
+            "fixed_tasks",
+            "bias.at_start",
+            "resume",
+        ],
+        words,
+    ),
     "dataset.ways": st.one_of(not_whole, st.sampled_from([0, 1, 11])),
     "task_chunk": not_positive_whole,
     "memory_limit_mb": st.one_of(not_positive.filter(lambda value: value != "null"), _within(1e-6, 1e-3)),
 }
 invalid = st.one_of(
     st.sampled_from(sorted(wrong)).flatmap(lambda name: st.tuples(st.just(name), wrong[name])),
-    st.tuples(words, st.integers(0, 9)))  # no such setting
+    st.tuples(words, st.integers(0, 9)),
+)  # no such setting
 
 
 def _check_invalid(setting: tuple[str, object]) -> None:
@@ -165,9 +211,14 @@ def _examples(check: Callable[[Any], None], strategy: st.SearchStrategy, count: 
     seed(start)(settings(max_examples=count, **CHECKS)(given(strategy)(lambda example: check(example))))()
 
 
-parts = pytest.mark.parametrize(("part", "count"), [
-    (0, FEW), pytest.param(PARTS, SOME, marks=pytest.mark.slow),
-    *(pytest.param(part, MANY, marks=pytest.mark.nightly) for part in range(1, PARTS))])
+parts = pytest.mark.parametrize(
+    ("part", "count"),
+    [
+        (0, FEW),
+        pytest.param(PARTS, SOME, marks=pytest.mark.slow),
+        *(pytest.param(part, MANY, marks=pytest.mark.nightly) for part in range(1, PARTS)),
+    ],
+)
 
 
 @parts

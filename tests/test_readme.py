@@ -15,8 +15,12 @@ README = (ROOT / "README.md").read_text()
 def test_library_example():
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(example.strip().splitlines()) < 30
-    done = subprocess.run([sys.executable, "-c", "import torch; torch.manual_seed(0)\n" + example], text=True,
-                          capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch; torch.manual_seed(0)\n" + example],
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
     assert len(losses) == 4
@@ -25,8 +29,19 @@ def test_library_example():
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("setup", "train", "test", "test-all", "lint", "figures", "reproduce", "verify", "bench",
-                   "explorer", "help"):
+    for target in (
+        "setup",
+        "train",
+        "test",
+        "test-all",
+        "lint",
+        "figures",
+        "reproduce",
+        "verify",
+        "bench",
+        "explorer",
+        "help",
+    ):
         assert re.search(rf"^{target}:.*##", makefile, re.MULTILINE)
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "make train" in shown

@@ -26,8 +26,12 @@ RESULTS = ROOT / "results"
 
 
 def _script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)], text=True,
-                          capture_output=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)],
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
 
 
 def test_interval_is_students():
@@ -48,8 +52,9 @@ def test_slope_is_recovered():
 
 def test_every_sweep_is_an_experiment():
     configs = ROOT / "configs" / "experiment"
-    sweeps = {path.stem for path in configs.glob("*.yaml")
-              if "sweeper" in yaml.safe_load(path.read_text()).get("hydra", {})}
+    sweeps = {
+        path.stem for path in configs.glob("*.yaml") if "sweeper" in yaml.safe_load(path.read_text()).get("hydra", {})
+    }
     assert sweeps == set(EXPERIMENTS)
 
 
@@ -79,8 +84,16 @@ def test_a_sweep_started_again_runs_what_is_missing_and_is_collected(run_train, 
 
 
 def test_a_sweep_goes_on_after_a_failed_job(run_train, tmp_path):
-    done = run_train("-m", "experiment=optimizers", "optimizer=sgd", "optimizer.lr=1e30,0.1", "seed=0", "steps=3",
-                     "width=4", "eval.validation_tasks=4")
+    done = run_train(
+        "-m",
+        "experiment=optimizers",
+        "optimizer=sgd",
+        "optimizer.lr=1e30,0.1",
+        "seed=0",
+        "steps=3",
+        "width=4",
+        "eval.validation_tasks=4",
+    )
     assert done.returncode == 1
     assert "not finite" in done.stderr
     collect("optimizers", tmp_path / "outputs" / "experiments" / "optimizers", tmp_path)
@@ -115,14 +128,20 @@ def _same_table(found, wanted) -> bool:
     return [list(row) for row in found] == [list(row) for row in wanted] and all(
         math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12) if isinstance(a, float) and isinstance(b, float) else a == b
         for one, other in zip(found, wanted, strict=True)
-        for a, b in zip(map(_cell, one.values()), map(_cell, other.values()), strict=True))
+        for a, b in zip(map(_cell, one.values()), map(_cell, other.values()), strict=True)
+    )
 
 
 def test_tables_are_compared_as_numbers():
     table = [{"a": "x", "b": "0.30000000000000004", "c": ""}, {"a": "y", "b": "1e-3", "c": "2"}]
     assert _same_table(table, [{"a": "x", "b": "0.3", "c": ""}, {"a": "y", "b": "0.001", "c": "2.0"}])
-    for other in ([table[0]], [{**table[0], "b": "0.30001"}, table[1]], [{**table[0], "c": "0"}, table[1]],
-                  [{**table[0], "a": "z"}, table[1]], [{"b": "0.3", "a": "x", "c": ""}, table[1]]):
+    for other in (
+        [table[0]],
+        [{**table[0], "b": "0.30001"}, table[1]],
+        [{**table[0], "c": "0"}, table[1]],
+        [{**table[0], "a": "z"}, table[1]],
+        [{"b": "0.3", "a": "x", "c": ""}, table[1]],
+    ):
         assert not _same_table(table, other)
 
 
@@ -194,18 +213,27 @@ NUMBER = re.compile(r"[-+−]?\d+\.?\d*(?:e[-+]?\d+)?")
 def same_text(found: str, wanted: str) -> bool:
     """The same words, and numbers that differ by no more than one in the last place shown, as another processor's
     rounding may make them."""
+
     def numbers(text: str) -> list[tuple[float, float]]:
-        return [(float(n.replace("−", "-")), 1.01 * 10.0 ** int(Decimal(n.replace("−", "-")).as_tuple().exponent))
-                for n in NUMBER.findall(text)]
+        return [
+            (float(n.replace("−", "-")), 1.01 * 10.0 ** int(Decimal(n.replace("−", "-")).as_tuple().exponent))
+            for n in NUMBER.findall(text)
+        ]
 
     return NUMBER.split(found) == NUMBER.split(wanted) and all(
-        abs(a - b) <= last for (a, last), (b, _) in zip(numbers(found), numbers(wanted), strict=True))
+        abs(a - b) <= last for (a, last), (b, _) in zip(numbers(found), numbers(wanted), strict=True)
+    )
 
 
 def test_texts_are_compared_as_numbers():
     assert same_text("x 1.25 ± 0.30 (p = 1.2e-05)", "x 1.26 ± 0.30 (p = 1.3e-05)")
-    for other in ("x 1.27 ± 0.30 (p = 1.2e-05)", "y 1.25 ± 0.30 (p = 1.2e-05)", "x 1.25 ± 0.30 (p = 1.2e-04)",
-                  "x 1.25 ± 0.30", "x 1.25 ± 0.30 (p = -1.2e-05)"):
+    for other in (
+        "x 1.27 ± 0.30 (p = 1.2e-05)",
+        "y 1.25 ± 0.30 (p = 1.2e-05)",
+        "x 1.25 ± 0.30 (p = 1.2e-04)",
+        "x 1.25 ± 0.30",
+        "x 1.25 ± 0.30 (p = -1.2e-05)",
+    ):
         assert not same_text("x 1.25 ± 0.30 (p = 1.2e-05)", other)
 
 
@@ -236,10 +264,14 @@ def test_the_tables_of_the_readme_are_of_a_folder(tmp_path):
 
 def test_verdicts_follow_the_tables(tmp_path):
     """Where symmetric's memory grows with the inner steps, the claim falls."""
+
     def verdict(of_symmetric: float) -> str:
         memory = {"symmetric": of_symmetric, "maml": 9.0, "maml_checkpoint": 2.0}
-        rows = [{"estimator": name, "width": 64, "solver.steps": steps, "memory/peak_bytes": size}
-                for name, growth in memory.items() for steps, size in ((10, 1.0), (200, growth))]
+        rows = [
+            {"estimator": name, "width": 64, "solver.steps": steps, "memory/peak_bytes": size}
+            for name, growth in memory.items()
+            for steps, size in ((10, 1.0), (200, growth))
+        ]
         for table in ("memory", "memory_steps"):
             write_csv(tmp_path / f"{table}.csv", rows)
         return next(line for line in summary.page(tmp_path).splitlines() if line.startswith("| Memory |"))
@@ -252,8 +284,10 @@ def test_verdicts_follow_the_tables(tmp_path):
 def test_the_jobs_of_a_sweep_are_those_of_its_file_and_command():
     assert len(jobs_of("bias_delta", [])) == 3 * 6 * 11
     jobs = jobs_of("verify", ["tuned=maml", "seed=0,3", "steps=5"])
-    assert jobs == [frozenset({"seed=0", "tuned=maml", "steps=5", "experiment=verify"}),
-                    frozenset({"seed=3", "tuned=maml", "steps=5", "experiment=verify"})]
+    assert jobs == [
+        frozenset({"seed=0", "tuned=maml", "steps=5", "experiment=verify"}),
+        frozenset({"seed=3", "tuned=maml", "steps=5", "experiment=verify"}),
+    ]
 
 
 SMALL = """# @package _global_

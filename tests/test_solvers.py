@@ -21,8 +21,15 @@ from fobmaml.solvers import (
 LAM = 0.5
 
 
-@pytest.mark.parametrize("solver", [GradientDescent(steps=2000, lr=0.3), GradientDescent(400, 0.3, momentum=0.8),
-                                    BarzilaiBorwein(steps=300, tol=1e-11), NewtonCG(tol=1e-11)])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        GradientDescent(steps=2000, lr=0.3),
+        GradientDescent(400, 0.3, momentum=0.8),
+        BarzilaiBorwein(steps=300, tol=1e-11),
+        NewtonCG(tol=1e-11),
+    ],
+)
 @pytest.mark.parametrize("kind", ["logistic", "least_squares"])
 def test_reaches_the_minimiser(solver, kind):
     learner, tasks = tasks_of(kind)
@@ -32,8 +39,12 @@ def test_reaches_the_minimiser(solver, kind):
     for task in range(len(tasks)):
         support, query = plain_losses(learner, tasks, task)
         for j, weight in enumerate(nu):
-            wanted = newton(lambda p, s=support, q=query, w=weight: s(p) + w * q(p)
-                            + 0.5 * LAM * (p - learner.theta()).square().sum(), learner.theta())
+            wanted = newton(
+                lambda p, s=support, q=query, w=weight: (
+                    s(p) + w * q(p) + 0.5 * LAM * (p - learner.theta()).square().sum()
+                ),
+                learner.theta(),
+            )
             assert (solution.phi[task * 3 + j] - wanted).norm() < 1e-8
 
 
@@ -55,8 +66,10 @@ def test_barzilai_borwein_stops_each_row_on_its_residual():
     assert (loose.residual <= 1e-2).all()
     assert (tight.residual <= 1e-9).all()
     assert (loose.gradients < tight.gradients).all()
-    alone = [BarzilaiBorwein(tol=1e-9).solve(InnerProblem(learner, learner.theta(), tasks[i : i + 1], LAM))
-             for i in range(len(tasks))]
+    alone = [
+        BarzilaiBorwein(tol=1e-9).solve(InnerProblem(learner, learner.theta(), tasks[i : i + 1], LAM))
+        for i in range(len(tasks))
+    ]
     assert tight.gradients.tolist() == [int(s.gradients) for s in alone]  # rows do not wait for, or hurry, each other
 
 
@@ -105,14 +118,18 @@ def test_conjugate_gradients_row_by_row():
     assert (found.relative_residual[:2] <= 1e-12).all()
 
 
-@pytest.mark.parametrize(("make", "text"), [
-    (lambda: GradientDescent(steps=0), "steps=0: takes a whole number of at least 1"),
-    (lambda: GradientDescent(steps=True), "steps=True: takes"),
-    (lambda: GradientDescent(lr=0), "lr=0: takes a finite number above 0"),
-    (lambda: GradientDescent(lr=float("inf")), "lr=inf: takes"),
-    (lambda: GradientDescent(momentum=1), "momentum=1: takes a finite number of at least 0 below 1"),
-    (lambda: BarzilaiBorwein(tol=-1), "tol=-1: takes"), (lambda: NewtonCG(cg_steps=0), "cg_steps=0: takes"),
-])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: GradientDescent(steps=0), "steps=0: takes a whole number of at least 1"),
+        (lambda: GradientDescent(steps=True), "steps=True: takes"),
+        (lambda: GradientDescent(lr=0), "lr=0: takes a finite number above 0"),
+        (lambda: GradientDescent(lr=float("inf")), "lr=inf: takes"),
+        (lambda: GradientDescent(momentum=1), "momentum=1: takes a finite number of at least 0 below 1"),
+        (lambda: BarzilaiBorwein(tol=-1), "tol=-1: takes"),
+        (lambda: NewtonCG(cg_steps=0), "cg_steps=0: takes"),
+    ],
+)
 def test_bad_arguments(make, text):
     with pytest.raises(ValueError, match=f"^{text}"):
         make()
@@ -125,8 +142,9 @@ def test_inexact_is_off_by_delta_and_never_the_same_way():
     solver = Inexact(delta=1e-3)
     errors = [solver.solve(problem).phi - exact for _ in range(2)]
     for error in errors:
-        torch.testing.assert_close(error.norm(dim=1), torch.full((len(tasks),), 1e-3, dtype=torch.float64), rtol=1e-6,
-                                   atol=0)
+        torch.testing.assert_close(
+            error.norm(dim=1), torch.full((len(tasks),), 1e-3, dtype=torch.float64), rtol=1e-6, atol=0
+        )
     assert torch.nn.functional.cosine_similarity(errors[0], errors[1]).abs().max() < 0.99
     assert torch.equal(Inexact(delta=1e-3).solve(problem).phi - exact, errors[0])
     with pytest.raises(ValueError, match=r"^delta=-1: takes a finite number of at least 0"):
@@ -153,6 +171,7 @@ def test_a_solution_says_what_it_took_and_how_it_ended(solver):
             def product(v):
                 counts["product"] += 1
                 return hvp(v)
+
             return g, product
 
         problem.gradient, problem.linearize = counted, counted_linearize
@@ -170,7 +189,8 @@ def test_results_by_name():
     assert GradientDescent(steps=5).solve(problem).result == ["out of steps"] * len(tasks)
     assert GradientDescent(steps=5).solve(problem).gradients.tolist() == [5] * len(tasks)
     assert GradientDescent(steps=800, lr=1e4).solve(InnerProblem(learner, learner.theta(), tasks, 1.0)).result == [
-        "diverged"] * len(tasks)
+        "diverged"
+    ] * len(tasks)
 
 
 def test_negative_curvature_is_a_result():

@@ -51,13 +51,26 @@ def _named(files: list[Path]) -> pytest.MarkDecorator:
 @_named(FILES)
 def test_no_private_name_crosses_modules(path):
     tree = _tree(path)
-    ours = {alias.asname or alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
-            and (node.module or "").split(".")[0] == "fobmaml" for alias in node.names}
+    ours = {
+        alias.asname or alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fobmaml"
+        for alias in node.names
+    }
     assert not [name for name in ours if name.startswith("_") and not name.endswith("__")]
-    modules = {name for name, module in ours.items()
-               if (SOURCE.parent / f"{module}.{name}".replace(".", "/")).with_suffix(".py").exists()}
-    reached = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)
-               and isinstance(node.value, ast.Name) and node.value.id in modules and node.attr.startswith("_")]
+    modules = {
+        name
+        for name, module in ours.items()
+        if (SOURCE.parent / f"{module}.{name}".replace(".", "/")).with_suffix(".py").exists()
+    }
+    reached = [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in modules
+        and node.attr.startswith("_")
+    ]
     assert not reached
 
 
@@ -84,7 +97,8 @@ def test_no_module_keeps_state_by_a_global_statement(path):
 
 
 def test_files_are_short():
-    lengths = {path.relative_to(SOURCE).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
-               for path in FILES}
+    lengths = {
+        path.relative_to(SOURCE).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES
+    }
     assert not {name: length for name, length in lengths.items() if length > 350}
     assert len((ROOT / "train.py").read_text(encoding="utf-8").splitlines()) < 30

@@ -25,8 +25,12 @@ def _results(folder: Path) -> dict[str, tuple]:
 def test_a_sweep_is_named_after_its_settings():
     name = sweeps.name_of(["-m", "seed=0,1", "width=4"])
     assert name == sweeps.name_of(["width=4", "seed=0,1", "--multirun", "hydra/launcher=ray", "hydra.launcher.x=3"])
-    others = (["-m", "seed=0,1", "width=8"], ["-m", "seed=0,1", "width=4", "--config-dir=a"],
-              ["-m", "seed=0,1", "width=4", "-cn", "a"], ["-m", "seed=0,1", "width=4", "-cp=a"])
+    others = (
+        ["-m", "seed=0,1", "width=8"],
+        ["-m", "seed=0,1", "width=4", "--config-dir=a"],
+        ["-m", "seed=0,1", "width=4", "-cn", "a"],
+        ["-m", "seed=0,1", "width=4", "-cp=a"],
+    )
     assert len({name, *map(sweeps.name_of, others)}) == 5
 
 
@@ -48,11 +52,21 @@ def test_failed_jobs_are_listed_and_the_rest_is_kept(run_train, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_failed_jobs_are_listed_wherever_they_work(run_train, tmp_path, launcher):
-    done = run_train("-m", *QUICK, "optimizer.lr=-1,0.1", "hydra.job.chdir=true", "hydra.sweep.dir=a/b",
-                     f"hydra/launcher={launcher}", env={"PYTHONIOENCODING": "ascii"})
+    done = run_train(
+        "-m",
+        *QUICK,
+        "optimizer.lr=-1,0.1",
+        "hydra.job.chdir=true",
+        "hydra.sweep.dir=a/b",
+        f"hydra/launcher={launcher}",
+        env={"PYTHONIOENCODING": "ascii"},
+    )
     assert done.returncode == 1
-    assert re.search("error: 1 of the jobs failed; the same command runs them again:\n  .* optimizer.lr=-1: "
-                     "optimizer.lr=-1: takes a finite number above 0\n$", done.stderr), done.stderr
+    assert re.search(
+        "error: 1 of the jobs failed; the same command runs them again:\n  .* optimizer.lr=-1: "
+        "optimizer.lr=-1: takes a finite number above 0\n$",
+        done.stderr,
+    ), done.stderr
     assert [path.parent.parent for path in tmp_path.rglob("failed.jsonl")] == [tmp_path / "a"]
     assert [path.parent.parent for path in tmp_path.rglob("summary.json")] == [tmp_path / "a" / "b"]
 
@@ -65,8 +79,14 @@ def test_what_is_given_from_here_is_found_from_the_jobs_folder(run_train, tmp_pa
 
 
 def _jobs(sweep: Path) -> list[tuple]:
-    return [(path.parent.name, (path.parent / ".hydra" / "overrides.yaml").read_text(),
-             json.loads(path.read_text())["status"]) for path in sorted(sweep.glob("*/summary.json"))]
+    return [
+        (
+            path.parent.name,
+            (path.parent / ".hydra" / "overrides.yaml").read_text(),
+            json.loads(path.read_text())["status"],
+        )
+        for path in sorted(sweep.glob("*/summary.json"))
+    ]
 
 
 def test_names_of_jobs_fit_into_a_folder(run_train, tmp_path):
@@ -82,8 +102,9 @@ def test_names_of_jobs_fit_into_a_folder(run_train, tmp_path):
     assert "resume=_" in name
     long = _jobs(tmp_path / "long")
     assert len(long) == 2
-    for (name, overrides, status), last in zip(long, (2, 1), strict=True) if f"{note}2" in long[0][1] else zip(
-            long, (1, 2), strict=True):
+    for (name, overrides, status), last in (
+        zip(long, (2, 1), strict=True) if f"{note}2" in long[0][1] else zip(long, (1, 2), strict=True)
+    ):
         assert len(os.fsencode(name)) <= 255
         assert f"wandb.job_type={note}{last}" in overrides
         assert status == "completed"
@@ -98,14 +119,17 @@ def test_the_name_tells_all_that_differs(run_train, tmp_path):
         (tmp_path / name / "experiment").mkdir(parents=True)
         for experiment, seed in (("one", 1), ("two", 2)):
             (tmp_path / name / "experiment" / f"{experiment}.yaml").write_text(
-                f"# @package _global_\nseed: {seed}\nwidth: {width}\n")
+                f"# @package _global_\nseed: {seed}\nwidth: {width}\n"
+            )
     plain = [setting for setting in QUICK if setting != "width=4"]
     for source in ("first", "second"):
         for folder in ((), ("hydra.sweep.dir=sweep",)):
             done = run_train("-m", f"--config-dir={source}", *plain, "experiment=one,two", *folder)
             assert done.returncode == 0, done.stderr
-    found = sorted((summary["config"]["seed"], summary["config"]["width"])
-                   for summary in (json.loads(path.read_text()) for path in tmp_path.glob("sweep/*/summary.json")))
+    found = sorted(
+        (summary["config"]["seed"], summary["config"]["width"])
+        for summary in (json.loads(path.read_text()) for path in tmp_path.glob("sweep/*/summary.json"))
+    )
     assert found == [(1, 4), (1, 5), (2, 4), (2, 5)]
     assert len(list(tmp_path.glob("multirun/*"))) == 2
     assert len(list(tmp_path.glob("multirun/*/*/summary.json"))) == 4

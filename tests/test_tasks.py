@@ -35,8 +35,15 @@ def test_arrays_are_the_packages(published, tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["mnist1d.npz"]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"no archive", lambda b: b"",
-                                    lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b"no archive",
+        lambda b: b"",
+        lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:],
+    ],
+)
 def test_damaged_cache_is_made_again(published, tmp_path: Path, damage):
     load_arrays(tmp_path)
     file = tmp_path / "mnist1d.npz"
@@ -142,10 +149,18 @@ def test_logistic_labels_follow_the_model(generator):
     assert batch.query_y[0][confident].double().mean() == pytest.approx(float(p[confident].mean()), abs=0.01)
 
 
-@pytest.mark.parametrize(("arguments", "names"), [
-    ({"ways": 11}, "ways=11"), ({"ways": 1}, "ways=1"), ({"ways": "x"}, "ways=x"), ({"shots": 0}, "shots=0"),
-    ({"shots": 100_000}, "shots=100000"), ({"queries": 79}, "queries=79"), ({"shots": 2.5}, "shots=2.5"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"ways": 11}, "ways=11"),
+        ({"ways": 1}, "ways=1"),
+        ({"ways": "x"}, "ways=x"),
+        ({"shots": 0}, "shots=0"),
+        ({"shots": 100_000}, "shots=100000"),
+        ({"queries": 79}, "queries=79"),
+        ({"shots": 2.5}, "shots=2.5"),
+    ],
+)
 def test_bad_arguments(arguments, names):
     with pytest.raises(ValueError, match=f"^{names}: takes "):
         MNIST1D(**arguments)
@@ -154,8 +169,14 @@ def test_bad_arguments(arguments, names):
 def test_task_batch_checks_its_tensors():
     x, y = torch.zeros(2, 5, 3), torch.zeros(2, 5)
     TaskBatch(x, y, x, y)
-    for bad in ([x, y, x[:1], y], [x, y[:, :4], x, y], [x, y, x, y.long()], [x, y, x[..., :2], y], [[1], y, x, y],
-                [x[:, :0], y[:, :0], x, y]):
+    for bad in (
+        [x, y, x[:1], y],
+        [x, y[:, :4], x, y],
+        [x, y, x, y.long()],
+        [x, y, x[..., :2], y],
+        [[1], y, x, y],
+        [x[:, :0], y[:, :0], x, y],
+    ):
         with pytest.raises(ValueError, match="takes"):
             TaskBatch(*bad)
 
@@ -180,8 +201,10 @@ class _Source:
     @staticmethod
     def batch(count, generator, shape=(3,), labels=2):
         def part(examples):
-            return (torch.randn(count, examples, *shape, generator=generator),
-                    torch.randint(labels, (count, examples), generator=generator))
+            return (
+                torch.randn(count, examples, *shape, generator=generator),
+                torch.randint(labels, (count, examples), generator=generator),
+            )
 
         return TaskBatch(*part(4), *part(5))
 
@@ -221,8 +244,10 @@ def _returns(change):
 
 TWO_LINES = RuntimeError("a line\n  and another")
 REFUSED = {
-    **{f"no {name}": (lambda name=name: _without(name), f"dataset: Own has no {name}: takes ")
-       for name in ("sample", "input_shape", "outputs", "classification", "loss_fn")},
+    **{
+        f"no {name}": (lambda name=name: _without(name), f"dataset: Own has no {name}: takes ")
+        for name in ("sample", "input_shape", "outputs", "classification", "loss_fn")
+    },
     "sample takes too little": (lambda: _own(sample=lambda self, count: 1), "dataset: sample=<lambda>: takes a method"),
     "sample is a number": (lambda: _own(sample=1), "dataset: sample=int: takes a method"),
     "shape is a number": (lambda: _own(input_shape=3), "dataset: input_shape=3: takes a tuple"),
@@ -234,35 +259,56 @@ REFUSED = {
     "classification is a word": (lambda: _own(classification="no"), "dataset: classification=no: takes true or false"),
     "loss is a word": (lambda: _own(loss_fn="mse"), "dataset: loss_fn=str: takes a function"),
     "loss takes one": (lambda: _own(loss_fn=staticmethod(lambda o: o)), "dataset: loss_fn=<lambda>: takes a function"),
-    "a bare function": (lambda: _own(loss_fn=F.cross_entropy),
-                        r"dataset: loss_fn=cross_entropy: takes staticmethod\(cross_entropy\) in a class"),
-    "a bare lambda": (lambda: _own(loss_fn=lambda o, y: F.cross_entropy(o, y)),
-                      "dataset: loss_fn=<lambda>: takes staticmethod"),
-    "a loss that raises": (lambda: _own(loss_fn=staticmethod(lambda o, y: {}["x"])),
-                           "dataset: loss_fn failed: KeyError: 'x'"),
+    "a bare function": (
+        lambda: _own(loss_fn=F.cross_entropy),
+        r"dataset: loss_fn=cross_entropy: takes staticmethod\(cross_entropy\) in a class",
+    ),
+    "a bare lambda": (
+        lambda: _own(loss_fn=lambda o, y: F.cross_entropy(o, y)),
+        "dataset: loss_fn=<lambda>: takes staticmethod",
+    ),
+    "a loss that raises": (
+        lambda: _own(loss_fn=staticmethod(lambda o, y: {}["x"])),
+        "dataset: loss_fn failed: KeyError: 'x'",
+    ),
     "fails on test": (lambda: _fails_on("test", KeyError("test")), r"dataset: sample\('test', 8\) failed: KeyError"),
-    "fails on validation": (lambda: _fails_on("validation", TWO_LINES),
-                            r"dataset: sample\('validation', 8\) failed: RuntimeError: a line and another$"),
-    "fails on train": (lambda: _fails_on("train", NotImplementedError()),
-                       r"dataset: sample\('train', 16\) failed: NotImplementedError$"),
-    "a tuple": (lambda: _returns(lambda b, g: (b.support_x, b.support_y)),
-                r"dataset: sample\('train', 16\) returned a tuple: takes a fobmaml.TaskBatch"),
+    "fails on validation": (
+        lambda: _fails_on("validation", TWO_LINES),
+        r"dataset: sample\('validation', 8\) failed: RuntimeError: a line and another$",
+    ),
+    "fails on train": (
+        lambda: _fails_on("train", NotImplementedError()),
+        r"dataset: sample\('train', 16\) failed: NotImplementedError$",
+    ),
+    "a tuple": (
+        lambda: _returns(lambda b, g: (b.support_x, b.support_y)),
+        r"dataset: sample\('train', 16\) returned a tuple: takes a fobmaml.TaskBatch",
+    ),
     "too few": (lambda: _returns(lambda b, g: b[:3]), r"dataset: sample\('train', 16\) returned 3 tasks: takes 16"),
-    "parts that do not fit": (lambda: _returns(lambda b, g: TaskBatch(b.support_x, b.query_y, b.query_x, b.query_y)),
-                              r"dataset: sample\('train', 16\) failed: ValueError: support_y="),
-    "other examples": (lambda: _own(input_shape=(1, 3)),
-                       r"dataset: sample\('train', 16\) returned examples of shape \(3,\): takes input_shape, \(1, 3"),
-    "labels from 1": (lambda: _returns(lambda b, g: TaskBatch(b.support_x, b.support_y + 1, b.query_x, b.query_y)),
-                      r"dataset: sample\('train', 16\): support_y holds the label 2: takes 0 ... 1 \(outputs\), or"),
+    "parts that do not fit": (
+        lambda: _returns(lambda b, g: TaskBatch(b.support_x, b.query_y, b.query_x, b.query_y)),
+        r"dataset: sample\('train', 16\) failed: ValueError: support_y=",
+    ),
+    "other examples": (
+        lambda: _own(input_shape=(1, 3)),
+        r"dataset: sample\('train', 16\) returned examples of shape \(3,\): takes input_shape, \(1, 3",
+    ),
+    "labels from 1": (
+        lambda: _returns(lambda b, g: TaskBatch(b.support_x, b.support_y + 1, b.query_x, b.query_y)),
+        r"dataset: sample\('train', 16\): support_y holds the label 2: takes 0 ... 1 \(outputs\), or",
+    ),
     "labels of another loss": (
         lambda: _returns(lambda b, g: TaskBatch(b.support_x, b.support_y, b.query_x, b.query_y.fill_(-1))),
-        r"dataset: sample\('train', 16\): query_y holds the label -1: takes 0 ... 1"),
-    "global randomness": (lambda: _returns(lambda b, g: TaskBatch(torch.randn_like(b.support_x), b.support_y, b.query_x,
-                                                                  b.query_y)),
-                          "dataset: sample returned another support_x with the same generator: takes all randomness"),
-    "a network that does not fit": (lambda: _own(input_shape=(2,), sample=lambda self, split, count, generator:
-                                                 self.batch(count, generator, (2,))),
-                                    r"inputs=\[examples, 2\]: takes 3 values an example"),
+        r"dataset: sample\('train', 16\): query_y holds the label -1: takes 0 ... 1",
+    ),
+    "global randomness": (
+        lambda: _returns(lambda b, g: TaskBatch(torch.randn_like(b.support_x), b.support_y, b.query_x, b.query_y)),
+        "dataset: sample returned another support_x with the same generator: takes all randomness",
+    ),
+    "a network that does not fit": (
+        lambda: _own(input_shape=(2,), sample=lambda self, split, count, generator: self.batch(count, generator, (2,))),
+        r"inputs=\[examples, 2\]: takes 3 values an example",
+    ),
 }
 
 
@@ -282,9 +328,16 @@ def test_splits_that_are_not_used_are_not_sampled():
             _build(_fails_on("validation", KeyError()), validation_tasks=0, **used)
 
 
-@pytest.mark.parametrize("loss", [staticmethod(F.cross_entropy), nn.CrossEntropyLoss(), partial(F.cross_entropy),
-                                  lambda self, o, y: F.cross_entropy(o, y),
-                                  property(lambda self: F.cross_entropy)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        staticmethod(F.cross_entropy),
+        nn.CrossEntropyLoss(),
+        partial(F.cross_entropy),
+        lambda self, o, y: F.cross_entropy(o, y),
+        property(lambda self: F.cross_entropy),
+    ],
+)
 def test_losses_that_a_class_may_hold(loss):
     with warnings.catch_warnings():  # of Python 3.13, about a partial in a class
         warnings.simplefilter("ignore", FutureWarning)
@@ -352,11 +405,15 @@ class Tuples(NoOutputs):
 """
 
 
-@pytest.mark.parametrize(("kind", "says"), [
-    ("NoOutputs", "dataset: NoOutputs has no outputs: takes a whole number"),
-    ("BareLoss", "dataset: loss_fn=mse_loss: takes staticmethod(mse_loss) in a class"),
-    ("FailsOnTest", "dataset: sample('test', 600) failed: FileNotFoundError: test.npz is not there"),
-    ("Tuples", "dataset: sample('train', 16) returned a tuple: takes a fobmaml.TaskBatch")])
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("NoOutputs", "dataset: NoOutputs has no outputs: takes a whole number"),
+        ("BareLoss", "dataset: loss_fn=mse_loss: takes staticmethod(mse_loss) in a class"),
+        ("FailsOnTest", "dataset: sample('test', 600) failed: FileNotFoundError: test.npz is not there"),
+        ("Tuples", "dataset: sample('train', 16) returned a tuple: takes a fobmaml.TaskBatch"),
+    ],
+)
 def test_on_the_command_line_it_is_one_line_at_once(run_train, tmp_path, kind, says):
     (tmp_path / "own_tasks.py").write_text(MODULE)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))

@@ -30,31 +30,56 @@ from fobmaml.tasks import Logistic, Sinusoid
 from fobmaml.tasks.mnist1d import mean_squared_error
 from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings, loss_name
 
-QUICK = {"steps": 1, "seed": 0, "meta_batch": 16, "task_chunk": "auto",
-         "memory_limit_mb": None, "engine": "auto", "schedule": "cosine", "log_every": 10,
-         "checkpoint_every": 100, "fixed_tasks": False}
-MEASURED = {"test": (MetaTest, {"tasks": 8}), "memory": (MemoryMeasurement, {}),
-            "validation": (Validation, {"every": 100, "tasks": 8}),
-            "bias": (BiasMeasurement, {"every": 0, "tasks": 2, "at_start": False, "tol": 1e-8}),
-            "smoothness": (SmoothnessMeasurement, {"every": 0, "tasks": 2, "radius": 1e-3}),
-            "curvature": (CurvatureMeasurement, {"every": 0, "tasks": 2})}
+QUICK = {
+    "steps": 1,
+    "seed": 0,
+    "meta_batch": 16,
+    "task_chunk": "auto",
+    "memory_limit_mb": None,
+    "engine": "auto",
+    "schedule": "cosine",
+    "log_every": 10,
+    "checkpoint_every": 100,
+    "fixed_tasks": False,
+}
+MEASURED = {
+    "test": (MetaTest, {"tasks": 8}),
+    "memory": (MemoryMeasurement, {}),
+    "validation": (Validation, {"every": 100, "tasks": 8}),
+    "bias": (BiasMeasurement, {"every": 0, "tasks": 2, "at_start": False, "tol": 1e-8}),
+    "smoothness": (SmoothnessMeasurement, {"every": 0, "tasks": 2, "radius": 1e-3}),
+    "curvature": (CurvatureMeasurement, {"every": 0, "tasks": 2}),
+}
 """In the order of configs/train.yaml."""
 
 
 def meta_training(model, source, estimator, optimizer=torch.optim.Adam, **changes) -> MetaTraining:
     """``changes`` of ``Settings``, or of a measurement: bias_every=2."""
-    parts = {name: {key: changes.pop(f"{name}_{key}", value) for key, value in options.items()}
-             for name, (_, options) in MEASURED.items()}
-    return MetaTraining(model, source, estimator, Settings(**QUICK | changes), optimizer,
-                        [MEASURED[name][0](**options) for name, options in parts.items()])
+    parts = {
+        name: {key: changes.pop(f"{name}_{key}", value) for key, value in options.items()}
+        for name, (_, options) in MEASURED.items()
+    }
+    return MetaTraining(
+        model,
+        source,
+        estimator,
+        Settings(**QUICK | changes),
+        optimizer,
+        [MEASURED[name][0](**options) for name, options in parts.items()],
+    )
 
 
 def _training(source, steps: int = 8, seed: int = 0, optimizer=SNGDM, lr: float = 0.1, estimator=None, **settings):
     torch.manual_seed(seed)
     model = CNN1d((40,), 5, width=4) if source.classification else MLP((1,), 1, width=16, depth=2)
     estimator = estimator or Symmetric(solvers.GradientDescent(steps=3, lr=0.1))
-    return meta_training(model, source, estimator, lambda p: optimizer(p, lr=lr),
-                         **{"steps": steps, "seed": seed, "meta_batch": 4} | settings)
+    return meta_training(
+        model,
+        source,
+        estimator,
+        lambda p: optimizer(p, lr=lr),
+        **{"steps": steps, "seed": seed, "meta_batch": 4} | settings,
+    )
 
 
 @pytest.mark.parametrize("optimizer", [SNGDM, ClippedSGD, torch.optim.Adam])
@@ -170,12 +195,23 @@ def test_accuracy_of_several_labels_an_example(last):
     assert math.isfinite(some.loss)
 
 
-@pytest.mark.parametrize(("loss", "name"), [
-    (F.cross_entropy, "cross-entropy (nats)"), (nn.CrossEntropyLoss(), "cross-entropy (nats)"),
-    (partial(F.cross_entropy, label_smoothing=0.1), "cross-entropy (nats)"), (F.mse_loss, "mean squared error"),
-    (nn.MSELoss(), "mean squared error"), (mean_squared_error, "mean squared error"),
-    (F.huber_loss, "huber loss"), (nn.HuberLoss(), "huber loss"), (nn.GaussianNLLLoss(), "gaussian nll loss"),
-    (nn.L1Loss(), "mean absolute error"), (F.nll_loss, "negative log-likelihood (nats)"), (lambda o, y: o, "loss")])
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (F.cross_entropy, "cross-entropy (nats)"),
+        (nn.CrossEntropyLoss(), "cross-entropy (nats)"),
+        (partial(F.cross_entropy, label_smoothing=0.1), "cross-entropy (nats)"),
+        (F.mse_loss, "mean squared error"),
+        (nn.MSELoss(), "mean squared error"),
+        (mean_squared_error, "mean squared error"),
+        (F.huber_loss, "huber loss"),
+        (nn.HuberLoss(), "huber loss"),
+        (nn.GaussianNLLLoss(), "gaussian nll loss"),
+        (nn.L1Loss(), "mean absolute error"),
+        (F.nll_loss, "negative log-likelihood (nats)"),
+        (lambda o, y: o, "loss"),
+    ],
+)
 def test_a_loss_has_its_own_name(loss, name):
     assert loss_name(loss) == name
 
@@ -187,8 +223,11 @@ def _texts(path):
 
 def test_plots_say_what_was_tested(tmp_path):
     events = [{"step": step, "val/accuracy": 0.5, "val/loss": 1.0, "train/loss": 1.0} for step in (0, 2)]
-    for accuracy, half, text in ((0.625, 0.05, "test tasks: 62.5 ± 5.0 % (95 % interval)"),
-                                 (0.625, None, "test tasks: 62.5 %"), (None, None, None)):
+    for accuracy, half, text in (
+        (0.625, 0.05, "test tasks: 62.5 ± 5.0 % (95 % interval)"),
+        (0.625, None, "test tasks: 62.5 %"),
+        (None, None, None),
+    ):
         summary = {"step": 2, "choices": {"estimator": "maml"}, "test/accuracy": accuracy, "test/accuracy_ci95": half}
         with matplotlib.rc_context({"svg.fonttype": "none"}):
             learning_curve(events, summary, tmp_path / "curve.svg")
@@ -197,6 +236,7 @@ def test_plots_say_what_was_tested(tmp_path):
 
 def test_plots_say_which_loss(tmp_path):
     """The axes' labels in the picture of a run, which are text in an SVG."""
+
     class Own(Sinusoid):
         @staticmethod
         def pinball_loss(outputs, targets):
@@ -204,8 +244,10 @@ def test_plots_say_which_loss(tmp_path):
 
         loss_fn = pinball_loss
 
-    for source, left, right in ((Own(), "pinball loss", "pinball loss"),
-                                (Logistic(), "accuracy (%)", "cross-entropy (nats)")):
+    for source, left, right in (
+        (Own(), "pinball loss", "pinball loss"),
+        (Logistic(), "accuracy (%)", "cross-entropy (nats)"),
+    ):
         torch.manual_seed(0)
         model = MLP(source.input_shape, source.outputs, width=4, depth=1)
         training = meta_training(model, source, FOMAML(solvers.GradientDescent(1, 0.1)), steps=2, log_every=1)
@@ -248,10 +290,12 @@ def test_accuracy_and_its_interval_by_hand(mnist1d):
     for i in range(30):
         phi = theta
         for _ in range(3):
+
             def loss(p, i=i):
                 out = torch.func.functional_call(training.learner.model, p, (tasks.support_x[i],))
                 prox = sum((v - theta[n]).square().sum() for n, v in p.items())
                 return F.cross_entropy(out, tasks.support_y[i]) + 0.25 * prox  # λ = 0.5
+
             phi = {n: v - 0.1 * torch.func.grad(loss)(phi)[n] for n, v in phi.items()}
         out = torch.func.functional_call(training.learner.model, phi, (tasks.query_x[i],))
         correct.append((out.argmax(1) == tasks.query_y[i]).double().mean())
@@ -338,8 +382,15 @@ def test_fixed_tasks_are_the_same_everywhere(mnist1d):
 
 def test_what_is_due(mnist1d):
     """At the start all that is on, then every so many steps, and at the end."""
-    training = _training(mnist1d, steps=5, validation_every=2, bias_every=0, smoothness_every=4, curvature_every=3,
-                         estimator=MAML(solvers.GradientDescent(2)))
+    training = _training(
+        mnist1d,
+        steps=5,
+        validation_every=2,
+        bias_every=0,
+        smoothness_every=4,
+        curvature_every=3,
+        estimator=MAML(solvers.GradientDescent(2)),
+    )
     seen = [sorted({key.split("/")[0] for key in training.measure()})]
     for _ in training.train():
         seen.append(sorted({key.split("/")[0] for key in training.measure()}))
@@ -350,8 +401,13 @@ def test_what_is_due(mnist1d):
 def test_measuring_without_training_or_tasks(mnist1d):
     training = _training(mnist1d, steps=0, test_tasks=0, validation_tasks=0, bias_every=1)
     assert list(training.train()) == []
-    assert set(training.measure()) == {"bias/relative_error", "bias/cosine", "bias/reference", "bias/reason",
-                                                 "bias/exact_norm"}
+    assert set(training.measure()) == {
+        "bias/relative_error",
+        "bias/cosine",
+        "bias/reference",
+        "bias/reason",
+        "bias/exact_norm",
+    }
     last = training.measure(ended=True)
     assert last.keys() == {"memory/peak_bytes"}
     assert last["memory/peak_bytes"] > 0
@@ -376,20 +432,43 @@ def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
     assert sorted(spent)[10] < 0.05 * sorted(training.step_seconds)[2]
 
 
-@pytest.mark.parametrize(("setting", "value"), [
-    ("steps", -1), ("steps", 2.5), ("meta_batch", 0), ("task_chunk", "some"), ("task_chunk", 0), ("schedule", "linear"),
-    ("seed", -1), ("checkpoint_every", 0), ("memory_limit_mb", 0), ("fixed_tasks", 1), ("engine", "fast"),
-])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("steps", -1),
+        ("steps", 2.5),
+        ("meta_batch", 0),
+        ("task_chunk", "some"),
+        ("task_chunk", 0),
+        ("schedule", "linear"),
+        ("seed", -1),
+        ("checkpoint_every", 0),
+        ("memory_limit_mb", 0),
+        ("fixed_tasks", 1),
+        ("engine", "fast"),
+    ],
+)
 def test_bad_settings(setting, value):
     with pytest.raises(ValueError, match=f"^{setting}={value}: takes"):
         Settings(**QUICK | {setting: value})
 
 
-@pytest.mark.parametrize(("name", "setting", "value"), [
-    ("validation", "every", 0), ("validation", "tasks", 1), ("test", "tasks", 1), ("bias", "every", -1),
-    ("bias", "tol", 0), ("bias", "at_start", 0), ("bias", "tasks", 0), ("smoothness", "radius", 0),
-    ("smoothness", "tasks", 0), ("curvature", "every", -1), ("curvature", "tasks", 0),
-])
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("validation", "every", 0),
+        ("validation", "tasks", 1),
+        ("test", "tasks", 1),
+        ("bias", "every", -1),
+        ("bias", "tol", 0),
+        ("bias", "at_start", 0),
+        ("bias", "tasks", 0),
+        ("smoothness", "radius", 0),
+        ("smoothness", "tasks", 0),
+        ("curvature", "every", -1),
+        ("curvature", "tasks", 0),
+    ],
+)
 def test_bad_settings_of_measurements(name, setting, value):
     kind, options = MEASURED[name]
     with pytest.raises(ValueError, match=f"^{setting}={value}: takes"):
@@ -411,12 +490,16 @@ def test_negative_curvature_is_logged_and_said_once(mnist1d, caplog):
     theta = first.learner.theta()
     result = estimate(first.estimator, first.learner, theta, first.tasks("train", 4, 0, 0).to(dtype=torch.float32))
     events = list(training.train())
-    for key, met in (("negative_curvature", result.linear.negative_curvature), ("steps", result.linear.steps),
-                     ("relative_residual", result.linear.relative_residual)):
+    for key, met in (
+        ("negative_curvature", result.linear.negative_curvature),
+        ("steps", result.linear.steps),
+        ("relative_residual", result.linear.relative_residual),
+    ):
         assert events[0][f"linear/{key}"] == pytest.approx(float(met.double().mean()))
     assert sum(4 * event["linear/negative_curvature"] for event in events) > 10
     assert [record.message for record in caplog.records if "negative curvature" in record.message] == [
-        record.message for record in caplog.records][:1]
+        record.message for record in caplog.records
+    ][:1]
     again = _training(mnist1d, steps=8, estimator=training.estimator)
     again.load_state_dict(training.state_dict())
     assert again.negative_curvature_tasks == training.negative_curvature_tasks

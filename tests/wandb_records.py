@@ -35,15 +35,22 @@ def read_run(folder: Path) -> dict[str, Any]:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run["config"] |= {u.key: json.loads(u.value_json) for u in record.run.config.update if u.key}
-            run |= {"id": record.run.run_id, "name": record.run.display_name, "group": record.run.run_group,
-                    "project": record.run.project, "entity": record.run.entity, "notes": record.run.notes,
-                    "tags": list(record.run.tags), "job_type": record.run.job_type}
+            run |= {
+                "id": record.run.run_id,
+                "name": record.run.display_name,
+                "group": record.run.run_group,
+                "project": record.run.project,
+                "entity": record.run.entity,
+                "notes": record.run.notes,
+                "tags": list(record.run.tags),
+                "job_type": record.run.job_type,
+            }
         elif kind == "history":
-            run["history"].append({i.key or ".".join(i.nested_key): json.loads(i.value_json)
-                                   for i in record.history.item})
+            run["history"].append(
+                {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+            )
         elif kind == "summary":
-            run["summary"] |= {u.key or ".".join(u.nested_key): json.loads(u.value_json)
-                               for u in record.summary.update}
+            run["summary"] |= {u.key or ".".join(u.nested_key): json.loads(u.value_json) for u in record.summary.update}
         elif kind == "exit":
             run["exit_code"] = record.exit.exit_code
     return run

@@ -7,5 +7,16 @@ from fobmaml.tasks import TaskBatch
 
 __version__ = "0.1.0"
 
-__all__ = ["Learner", "MetaGradient", "TaskBatch", "__version__", "estimators", "measure", "meta_gradient", "models",
-           "optim", "solvers", "tasks"]
+__all__ = [
+    "Learner",
+    "MetaGradient",
+    "TaskBatch",
+    "__version__",
+    "estimators",
+    "measure",
+    "meta_gradient",
+    "models",
+    "optim",
+    "solvers",
+    "tasks",
+]

@@ -18,8 +18,9 @@ def whole_number(name: str, value: Any, at_least: int = 1, at_most: int | None =
     return int(value)
 
 
-def number(name: str, value: Any, above: float = -math.inf, at_least: float = -math.inf,
-           below: float = math.inf) -> float:
+def number(
+    name: str, value: Any, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf
+) -> float:
     takes = "a finite number"
     takes += f" above {above:g}" if above > -math.inf else ""
     takes += f" of at least {at_least:g}" if at_least > -math.inf else ""

@@ -19,6 +19,7 @@ for _places in (_PRODUCTS, _CONVOLUTIONS, _OPERATIONS, _GROUPS):  # older releas
 
 T = TypeVar("T")
 
+
 class SharedChange:
     """A change of settings that are the process's: the first of several threads to enter makes it, the last to leave
     takes it back. Nests."""

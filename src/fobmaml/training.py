@@ -37,13 +37,18 @@ A_FEW = 10
 """Tasks whose linear solve may meet negative curvature before it is said."""
 RECENT = 1000
 """Meta-steps whose times are kept, for their median."""
-KEYS = {"train/loss": "query loss of the meta-step's tasks, mean", "meta_gradient/norm": "of the mean over tasks",
-        "inner/residual": "norm of the inner problem's gradient where the solver stopped, mean over tasks",
-        "optimizer/lr": "step length, as scheduled", "time/meta_step_s": "seconds, median of recent meta-steps",
-        "linear/steps": "Hessian products of a linear solve, mean over tasks as these",
-        "linear/relative_residual": "of the linear solve",
-        "linear/negative_curvature": "share of the tasks that met it", "model/parameters": "number that are trained",
-        "loss/name": "of the data set's loss"}
+KEYS = {
+    "train/loss": "query loss of the meta-step's tasks, mean",
+    "meta_gradient/norm": "of the mean over tasks",
+    "inner/residual": "norm of the inner problem's gradient where the solver stopped, mean over tasks",
+    "optimizer/lr": "step length, as scheduled",
+    "time/meta_step_s": "seconds, median of recent meta-steps",
+    "linear/steps": "Hessian products of a linear solve, mean over tasks as these",
+    "linear/relative_residual": "of the linear solve",
+    "linear/negative_curvature": "share of the tasks that met it",
+    "model/parameters": "number that are trained",
+    "loss/name": "of the data set's loss",
+}
 """What is logged of training itself, each with what it is."""
 
 
@@ -95,8 +100,15 @@ class MetaTraining:
     is a function of (seed, t), so that a run continued from a checkpoint is the uninterrupted run.
     """
 
-    def __init__(self, model: nn.Module, source: TaskSource, estimator: Estimator, settings: Settings,
-                 make_optimizer: Callable[[list[nn.Parameter]], Optimizer], measurements: Sequence[Measurement] = ()):
+    def __init__(
+        self,
+        model: nn.Module,
+        source: TaskSource,
+        estimator: Estimator,
+        settings: Settings,
+        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        measurements: Sequence[Measurement] = (),
+    ):
         check_members(source)
         self.settings, self.source, self.estimator, self.measurements = settings, source, estimator, tuple(measurements)
         self.step, self.train_seconds, self.negative_curvature_tasks = 0, 0.0, 0.0
@@ -166,8 +178,9 @@ class MetaTraining:
 
     def _peak_bytes(self, tasks: TaskBatch, chunk: int) -> int:
         theta = self.learner.theta()
-        return peak_bytes(lambda: estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose=False),
-                          self.learner.device)
+        return peak_bytes(
+            lambda: estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose=False), self.learner.device
+        )
 
     def _meta_gradient(self, step: int, theta: Tensor, logged: bool) -> Tensor:
         """Of a meta-step's tasks, means: the gradient [P]; if ``logged``, behind it the query loss and the residual;
@@ -177,8 +190,9 @@ class MetaTraining:
         """
         s = self.settings
         tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
-        result = estimate(self.estimator, self.learner, theta, tasks, self.chunk(tasks, self.estimator),
-                          diagnose=logged)
+        result = estimate(
+            self.estimator, self.learner, theta, tasks, self.chunk(tasks, self.estimator), diagnose=logged
+        )
         values = result.gradient
         if result.query_loss is not None and result.residual is not None:
             values = torch.cat([values, result.query_loss.mean()[None], result.residual.mean()[None]])
@@ -216,12 +230,15 @@ class MetaTraining:
             self._in_turn = True
             distributed.announce(self.step, logged, theta)
             gradient, diagnosis, met = self._meta_gradient(self.step, theta, logged).tensor_split(
-                [len(theta), len(theta) + 2 * logged])
+                [len(theta), len(theta) + 2 * logged]
+            )
             self._in_turn = False
             norm = float(gradient.norm())
             if not math.isfinite(norm):
-                raise Diverged(f"the meta-gradient at step {self.step + 1} is not finite: try a smaller solver.lr or "
-                               "optimizer.lr, or a larger estimator.lam")
+                raise Diverged(
+                    f"the meta-gradient at step {self.step + 1} is not finite: try a smaller solver.lr or "
+                    "optimizer.lr, or a larger estimator.lam"
+                )
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self._learning_rate_factor(self.step)
             for name, part in self.learner.unflatten(gradient).items():
@@ -236,17 +253,25 @@ class MetaTraining:
             event: Event = {}
             if logged:
                 loss, residual = diagnosis.tolist()
-                event = {"train/loss": loss, "meta_gradient/norm": norm, "inner/residual": residual,
-                         "optimizer/lr": self.optimizer.param_groups[0]["lr"],
-                         "time/meta_step_s": statistics.median(self.step_seconds), **linear}
+                event = {
+                    "train/loss": loss,
+                    "meta_gradient/norm": norm,
+                    "inner/residual": residual,
+                    "optimizer/lr": self.optimizer.param_groups[0]["lr"],
+                    "time/meta_step_s": statistics.median(self.step_seconds),
+                    **linear,
+                }
             yield self._record(event)
 
     def _say_once_of_negative_curvature(self, tasks: float) -> None:
         before, self.negative_curvature_tasks = self.negative_curvature_tasks, self.negative_curvature_tasks + tasks
         if before <= A_FEW < self.negative_curvature_tasks:
-            log.warning("negative curvature stopped the conjugate gradients of %.0f tasks in %d meta-steps: their "
-                        "meta-gradients are cut short (linear/negative_curvature); a larger estimator.lam avoids it",
-                        self.negative_curvature_tasks, self.step)
+            log.warning(
+                "negative curvature stopped the conjugate gradients of %.0f tasks in %d meta-steps: their "
+                "meta-gradients are cut short (linear/negative_curvature); a larger estimator.lam avoids it",
+                self.negative_curvature_tasks,
+                self.step,
+            )
 
     def _record(self, event: Event) -> Event:
         self.latest.update(event)
@@ -270,10 +295,16 @@ class MetaTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, as tensors and plain values."""
-        return {"step": self.step, "model": self.learner.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "latest": dict(self.latest), "engine": self.learner.used, "train_seconds": self.train_seconds,
-                "negative_curvature_tasks": self.negative_curvature_tasks,
-                "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64)}
+        return {
+            "step": self.step,
+            "model": self.learner.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "latest": dict(self.latest),
+            "engine": self.learner.used,
+            "train_seconds": self.train_seconds,
+            "negative_curvature_tasks": self.negative_curvature_tasks,
+            "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.model.load_state_dict(state["model"])
@@ -286,9 +317,12 @@ class MetaTraining:
         self.train_seconds = state["train_seconds"]
 
 
-LOSS_NAMES = {**dict.fromkeys(("cross_entropy", "cross_entropy_loss"), "cross-entropy (nats)"),
-              "nll_loss": "negative log-likelihood (nats)",
-              "mse_loss": "mean squared error", "l1_loss": "mean absolute error"}
+LOSS_NAMES = {
+    **dict.fromkeys(("cross_entropy", "cross_entropy_loss"), "cross-entropy (nats)"),
+    "nll_loss": "negative log-likelihood (nats)",
+    "mse_loss": "mean squared error",
+    "l1_loss": "mean absolute error",
+}
 """Of torch's functions and modules, where their own is not what a plot says."""
 
 

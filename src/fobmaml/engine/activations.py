@@ -64,7 +64,10 @@ class SiLU(Activation):
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": SiLU(), "gelu": Activation(F.gelu), "softplus": Activation(F.softplus), "tanh": Activation(torch.tanh),
+    "silu": SiLU(),
+    "gelu": Activation(F.gelu),
+    "softplus": Activation(F.softplus),
+    "tanh": Activation(torch.tanh),
     "relu": Activation(F.relu),
 }
 

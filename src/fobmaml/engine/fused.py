@@ -38,8 +38,10 @@ MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not o
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in (
-        "kernel_size", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias"))
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in ("kernel_size", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias")
+    )
 
 
 def instructions() -> str:
@@ -71,8 +73,19 @@ def load(path: str) -> ctypes.CDLL:
     layers, whole, real, memory = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     library.fused_scratch.argtypes, library.fused_scratch.restype = [layers, whole, whole], whole
     library.fused_prepare.argtypes, library.fused_prepare.restype = [layers, whole, whole, memory, ctypes.c_int], None
-    library.fused_gradient.argtypes = [layers, *[whole] * 5, memory, whole, *[memory] * 4, whole, real, real, memory,
-                                       memory, ctypes.c_int]
+    library.fused_gradient.argtypes = [
+        layers,
+        *[whole] * 5,
+        memory,
+        whole,
+        *[memory] * 4,
+        whole,
+        real,
+        real,
+        memory,
+        memory,
+        ctypes.c_int,
+    ]
     library.fused_gradient.restype = None
     return library
 
@@ -98,8 +111,14 @@ def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torc
     if not 0 < len(layers) <= MOST_LAYERS:
         return False
     *hidden, last = layers
-    return (dtype == torch.float32 and device.type == "cpu" and isinstance(last, Dense) and last.activation is None
-            and all(isinstance(layer.activation, SiLU) for layer in hidden) and kernel() is not None)
+    return (
+        dtype == torch.float32
+        and device.type == "cpu"
+        and isinstance(last, Dense)
+        and last.activation is None
+        and all(isinstance(layer.activation, SiLU) for layer in hidden)
+        and kernel() is not None
+    )
 
 
 class FusedGradient:
@@ -114,16 +133,25 @@ class FusedGradient:
     argument (``x`` is called inputs).
     """
 
-    def __init__(self, layers: Sequence[Convolution | Dense], shapes: Mapping[str, torch.Size], x: Tensor,
-                 targets: Tensor, weights: Tensor):
+    def __init__(
+        self,
+        layers: Sequence[Convolution | Dense],
+        shapes: Mapping[str, torch.Size],
+        x: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+    ):
         _check("inputs", x)
         lengths = check_chain(layers, shapes, x)
         found = kernel()
         if found is None:
             raise refuse("engine", "fused", f"a compiled kernel: {missing()}")
         if not fits(layers, torch.float32, torch.device("cpu")):
-            raise refuse("model", f"{len(layers)} layers",
-                         f"at most {MOST_LAYERS}, with SiLU after all but the last, for the compiled kernel")
+            raise refuse(
+                "model",
+                f"{len(layers)} layers",
+                f"at most {MOST_LAYERS}, with SiLU after all but the last, for the compiled kernel",
+            )
         rows, examples = x.shape[:2]
         classes = shapes[layers[-1].weight][0]
         _check("targets", targets, (rows, examples, classes))
@@ -139,8 +167,19 @@ class FusedGradient:
         for layer, (length, after) in zip(layers, pairwise(lengths), strict=True):
             dense, outputs = isinstance(layer, Dense), shapes[layer.weight][0]
             kernel_size = length if dense else shapes[layer.weight][1]
-            described.append(_Layer(kernel_size, getattr(layer, "stride", 1), channels, outputs, length, after, dense,
-                                    starts[layer.weight], starts[layer.bias]))
+            described.append(
+                _Layer(
+                    kernel_size,
+                    getattr(layer, "stride", 1),
+                    channels,
+                    outputs,
+                    length,
+                    after,
+                    dense,
+                    starts[layer.weight],
+                    starts[layer.bias],
+                )
+            )
             if max(self.parameters, self.block * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:
                 raise refuse("inputs", tuple(x.shape), f"signals that fit into memory, {layer.weight}'s too")
             channels = outputs
@@ -154,8 +193,9 @@ class FusedGradient:
         self.scratch = start + -start % ALIGNMENT
         self.kernel.fused_prepare(self.layers, len(layers), self.block, self.scratch, self.threads)
 
-    def add(self, start: Tensor, displacement: Tensor | None, into: Tensor, scale: float, step: float,
-            times: int = 1) -> None:
+    def add(
+        self, start: Tensor, displacement: Tensor | None, into: Tensor, scale: float, step: float, times: int = 1
+    ) -> None:
         """into ← scale · into + step · the gradient at φ = start + displacement, ``times`` times.
 
         ``into`` may be the displacement, which makes it gradient descent. ``start`` [1, P] or [R, P], which may be
@@ -183,10 +223,23 @@ class FusedGradient:
         if start.stride(1) != 1 or start.is_neg() or start.data_ptr() % 4:
             start = _plain(start)
         self.kernel.fused_gradient(
-            self.layers, len(self.layers), self.rows, self.examples, self.block, self.parameters, start.data_ptr(),
-            start.stride(0) if len(start) > 1 else 0, None if displacement is None else displacement.data_ptr(),
-            *(data.data_ptr() for data in self.data.values()), times, scale, step, into.data_ptr(), self.scratch,
-            self.threads)
+            self.layers,
+            len(self.layers),
+            self.rows,
+            self.examples,
+            self.block,
+            self.parameters,
+            start.data_ptr(),
+            start.stride(0) if len(start) > 1 else 0,
+            None if displacement is None else displacement.data_ptr(),
+            *(data.data_ptr() for data in self.data.values()),
+            times,
+            scale,
+            step,
+            into.data_ptr(),
+            self.scratch,
+            self.threads,
+        )
 
 
 def _check(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> range:
@@ -194,11 +247,18 @@ def _check(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> range:
     if given."""
     if not isinstance(tensor, Tensor):
         raise refuse(name, type(tensor).__name__, "a tensor")
-    if (tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.layout != torch.strided
-            or (shapes and tensor.shape not in shapes)):
+    if (
+        tensor.dtype != torch.float32
+        or tensor.device.type != "cpu"
+        or tensor.layout != torch.strided
+        or (shapes and tensor.shape not in shapes)
+    ):
         wanted = f" of shape {' or '.join(map(str, shapes))}" if shapes else ""
-        raise refuse(name, f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, {tensor.layout}",
-                     f"torch.float32{wanted} on the CPU, {torch.strided}")
+        raise refuse(
+            name,
+            f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, {tensor.layout}",
+            f"torch.float32{wanted} on the CPU, {torch.strided}",
+        )
     if not tensor.numel():
         return range(0)
     try:

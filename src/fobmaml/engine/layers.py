@@ -49,13 +49,17 @@ def lengths_taken(layers: Sequence[Convolution | Dense], shapes: Mapping[str, to
     """
     names = [name for layer in layers for name in (layer.weight, layer.bias)]
     if sorted(names) != sorted(shapes):  # of a parameter named twice, the gradient would be that of one place
-        raise refuse("model", f"layers of {', '.join(names) or 'no parameters'}",
-                     f"layers that name each parameter once: {', '.join(shapes)}")
+        raise refuse(
+            "model",
+            f"layers of {', '.join(names) or 'no parameters'}",
+            f"layers that name each parameter once: {', '.join(shapes)}",
+        )
     convolutions = [layer for layer in layers if isinstance(layer, Convolution)]
     last = len(convolutions)
     if not all(isinstance(layer, Convolution) for layer in layers[:last]) or last == len(layers):
-        raise refuse("model", f"layers {', '.join(type(layer).__name__ for layer in layers)}",
-                     "convolutions, then dense layers")
+        raise refuse(
+            "model", f"layers {', '.join(type(layer).__name__ for layer in layers)}", "convolutions, then dense layers"
+        )
     places, below = 1, 0
     for i, layer in enumerate(layers):
         weight, bias = shapes[layer.weight], shapes[layer.bias]
@@ -70,8 +74,11 @@ def lengths_taken(layers: Sequence[Convolution | Dense], shapes: Mapping[str, to
             fits = fits and below in (0, values)
         if not fits:
             above = f" that follows {below} channels" if below else ""
-            raise refuse("model", f"{layer.weight} {tuple(weight)} and {layer.bias} {tuple(bias)}",
-                         f"a weight [out, kernel_size, in] ([out, ...] if dense){above}, and a bias [out]")
+            raise refuse(
+                "model",
+                f"{layer.weight} {tuple(weight)} and {layer.bias} {tuple(bias)}",
+                f"a weight [out, kernel_size, in] ([out, ...] if dense){above}, and a bias [out]",
+            )
         below = weight[0]
     if not convolutions:
         return None
@@ -80,8 +87,11 @@ def lengths_taken(layers: Sequence[Convolution | Dense], shapes: Mapping[str, to
         kernel_size = shapes[layer.weight][1]
         least, most = max((least - 1) * layer.stride + kernel_size - 2, 1), most * layer.stride + kernel_size - 3
         if most < 1:
-            raise refuse("model", f"{layer.weight} {tuple(shapes[layer.weight])}",
-                         "a convolution that some signal leaves as long as the layers above need it")
+            raise refuse(
+                "model",
+                f"{layer.weight} {tuple(shapes[layer.weight])}",
+                "a convolution that some signal leaves as long as the layers above need it",
+            )
     return range(least, most + 1)
 
 
@@ -94,8 +104,11 @@ def check_chain(layers: Sequence[Convolution | Dense], shapes: Mapping[str, torc
     lengths = lengths_taken(layers, shapes)
     size = shapes[layers[0].weight][1:]
     takes = f"[examples, {span(lengths)}, {size[1]}]" if lengths else f"{math.prod(size)} values an example"
-    if x.dim() != 4 or not x.is_floating_point() or (
-            x.shape[2] not in lengths or x.shape[3] != size[1] if lengths else x.shape[2:].numel() != math.prod(size)):
+    if (
+        x.dim() != 4
+        or not x.is_floating_point()
+        or (x.shape[2] not in lengths or x.shape[3] != size[1] if lengths else x.shape[2:].numel() != math.prod(size))
+    ):
         raise refuse("inputs", f"{x.dtype} {examples_of(x.shape[1:])}", f"{takes}, floating-point numbers")
     found = [x.shape[2]]
     for layer in layers:
@@ -105,7 +118,7 @@ def check_chain(layers: Sequence[Convolution | Dense], shapes: Mapping[str, torc
 
 def examples_of(shape: Sequence[int]) -> str:
     """A shape [N, ...] for a message that does not depend on the number of examples."""
-    return f"[{', '.join(['examples', *map(str, shape[1:])][:len(shape)])}]"
+    return f"[{', '.join(['examples', *map(str, shape[1:])][: len(shape)])}]"
 
 
 def span(lengths: range) -> str:

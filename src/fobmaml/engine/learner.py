@@ -49,13 +49,18 @@ class Learner(Network):
         self.loss_fn, self.engine, self.loss = loss_fn, engine, Loss(loss_fn)
         self.lists_layers = self.lists_layers and engine not in ("autograd", "loop")
         if engine in ("stacked", "fused") and not self.lists_layers:
-            raise refuse("engine", engine, "a network that lists its layers (CNN1d, MLP) and has no hooks; auto takes "
-                                           "any")
-        self.fused = (engine in ("auto", "fused") and self.lists_layers
-                      and fused.fits(self.model.stacked_layers(), self.dtype, self.device))
+            raise refuse(
+                "engine", engine, "a network that lists its layers (CNN1d, MLP) and has no hooks; auto takes any"
+            )
+        self.fused = (
+            engine in ("auto", "fused")
+            and self.lists_layers
+            and fused.fits(self.model.stacked_layers(), self.dtype, self.device)
+        )
         if engine == "fused" and not self.fused:
-            raise refuse("engine", engine,
-                         "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any")
+            raise refuse(
+                "engine", engine, "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any"
+            )
         self._trial = Trial(self, engine)
         self._used: dict[str, None] = {}
 

@@ -32,8 +32,10 @@ class Loop(Engine):
 
     def linearize(self, phi: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         rows = [self._gradient(r, row.clone(), twice=True) for r, row in enumerate(phi)]
-        return (torch.stack([gradient.detach() for gradient, _ in rows]),
-                lambda v: torch.stack([hvp(*row, along) for row, along in zip(rows, v, strict=True)]))
+        return (
+            torch.stack([gradient.detach() for gradient, _ in rows]),
+            lambda v: torch.stack([hvp(*row, along) for row, along in zip(rows, v, strict=True)]),
+        )
 
     def _gradient(self, r: int, phi: Tensor, twice: bool) -> tuple[Tensor, Tensor]:
         """Of row r, with its graph if ``twice``, and what it is taken with respect to."""

@@ -34,8 +34,10 @@ def scalar(loss_fn: LossFn, outputs: Tensor, targets: Tensor) -> Tensor:
     except (RuntimeError, IndexError, TypeError) as error:
         if "vmap" in str(error) or "functorch" in str(error):
             raise
-        raise ValueError(f"loss_fn: fails on outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}: "
-                         f"{str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"loss_fn: fails on outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise refuse("loss_fn", got, "a function that returns the mean loss of all examples, one number")
@@ -62,8 +64,10 @@ class RowLoss:
 
     def _batched(self, outputs: Tensor) -> Tensor:
         of_rows = vmap(lambda o, y: scalar(self.of.loss_fn, o, y))
-        return sum((part.factor * of_rows(outputs[:, part.examples], self.targets[:, part.examples])
-                    for part in self.parts), start=outputs.new_zeros(len(outputs)))
+        return sum(
+            (part.factor * of_rows(outputs[:, part.examples], self.targets[:, part.examples]) for part in self.parts),
+            start=outputs.new_zeros(len(outputs)),
+        )
 
     def of_row(self, row: int, outputs: Tensor) -> Tensor:
         """Of one row's outputs [N, ...], a scalar."""
@@ -82,9 +86,14 @@ class RowLoss:
 
     def _batches(self, outputs: Tensor) -> bool:
         """Whether vmap gives the values and gradients that two rows have one by one."""
-        few = RowLoss(self.of, self.targets[:2], [
-            Part(part.examples, part.factor[:2] if isinstance(part.factor, Tensor) else part.factor, part.name)
-            for part in self.parts])
+        few = RowLoss(
+            self.of,
+            self.targets[:2],
+            [
+                Part(part.examples, part.factor[:2] if isinstance(part.factor, Tensor) else part.factor, part.name)
+                for part in self.parts
+            ],
+        )
         with torch.enable_grad():
             leaf = outputs[:2].detach().clone().requires_grad_()
             wanted = few._one_by_one(leaf)
@@ -108,8 +117,10 @@ def hvp(gradient: Tensor, leaf: Tensor, along: Tensor) -> Tensor:
     except RuntimeError as error:
         if "is not implemented" not in str(error):
             raise
-        raise ValueError(f"estimator: takes second derivatives, and torch has none for this model and loss_fn ({error})"
-                         ": Forward, Symmetric, Central, FOMAML and Reptile need first ones only") from error
+        raise ValueError(
+            f"estimator: takes second derivatives, and torch has none for this model and loss_fn ({error})"
+            ": Forward, Symmetric, Central, FOMAML and Reptile need first ones only"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -138,17 +149,23 @@ class CrossEntropy(RowLoss):
         if len(self.weights):
             return
         if outputs.dim() != 3:
-            raise refuse("model", f"outputs of shape {tuple(outputs.shape[1:])}",
-                         "one that returns [examples, classes] for class labels [examples]")
+            raise refuse(
+                "model",
+                f"outputs of shape {tuple(outputs.shape[1:])}",
+                "one that returns [examples, classes] for class labels [examples]",
+            )
         classes, o = outputs.shape[-1], self.options
         counted = self.targets != o.ignore_index
         known = torch.where(counted, self.targets, 0)
         for part in self.parts:
             least, most = (int(label) for label in known[:, part.examples].aminmax())
             if least < 0 or most >= classes:
-                raise refuse(part.name, least if least < 0 else most,
-                             f"class labels from 0 to {classes - 1}, one for each of the model's outputs, or "
-                             f"{o.ignore_index} for no class")
+                raise refuse(
+                    part.name,
+                    least if least < 0 else most,
+                    f"class labels from 0 to {classes - 1}, one for each of the model's outputs, or "
+                    f"{o.ignore_index} for no class",
+                )
         each = counted.to(outputs.dtype)
         if o.weight is not None:
             each = each * o.weight.to(outputs)[known]
@@ -164,22 +181,30 @@ class CrossEntropy(RowLoss):
 
     def __call__(self, outputs: Tensor) -> Tensor:
         self.prepare(outputs)
-        return (self._terms(outputs.flatten(0, 1), self.targets.flatten()).view_as(self.targets)
-                * self.weights[..., 0]).sum(1)
+        return (
+            self._terms(outputs.flatten(0, 1), self.targets.flatten()).view_as(self.targets) * self.weights[..., 0]
+        ).sum(1)
 
     def of_row(self, row: int, outputs: Tensor) -> Tensor:
         self.prepare(outputs.unsqueeze(0))
         return (self._terms(outputs, self.targets[row]) * self.weights[row, :, 0]).sum()
 
     def _terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets, reduction="none", ignore_index=self.options.ignore_index,
-                               label_smoothing=self.options.label_smoothing)
+        return F.cross_entropy(
+            outputs,
+            targets,
+            reduction="none",
+            ignore_index=self.options.ignore_index,
+            label_smoothing=self.options.label_smoothing,
+        )
 
     def linearize(self, outputs: Tensor, second_order: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         self.prepare(outputs)
         p = outputs.softmax(-1)
-        return ((p - self.one_hot).mul_(self.weights),
-                lambda t: (t - (p * t).sum(-1, keepdim=True)).mul_(p).mul_(self.weights))
+        return (
+            (p - self.one_hot).mul_(self.weights),
+            lambda t: (t - (p * t).sum(-1, keepdim=True)).mul_(p).mul_(self.weights),
+        )
 
 
 class Loss:

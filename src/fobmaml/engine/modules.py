@@ -50,8 +50,10 @@ class PureModule:
     def __init__(self, model: nn.Module, trainable: Mapping[str, Tensor]):
         for name, p in trainable.items():
             if getattr(p, "_backward_hooks", None):
-                raise ValueError(f"model: parameter '{name}' has a gradient hook, which would not be called: takes "
-                                 "parameters without")
+                raise ValueError(
+                    f"model: parameter '{name}' has a gradient hook, which would not be called: takes "
+                    "parameters without"
+                )
         for name, module in model.named_modules():
             if problem := _impurity(module):
                 raise ValueError(f"model: {type(module).__name__} '{name}' {problem}")
@@ -63,12 +65,17 @@ class PureModule:
             _made_differentiable(module)
 
     def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        parameters = {**parameters, **{name: parameters[first] for name, first in self._tied.items()
-                                       if first in parameters}}
+        parameters = {
+            **parameters,
+            **{name: parameters[first] for name, first in self._tied.items() if first in parameters},
+        }
         if self._all_trainable:
             return functional_call(self.copy, parameters, (x,), tie_weights=False)
-        state = {name: p.clone() if p.is_inference() else p for name, p in self.model.named_parameters()
-                 if name not in self.trainable}
+        state = {
+            name: p.clone() if p.is_inference() else p
+            for name, p in self.model.named_parameters()
+            if name not in self.trainable
+        }
         state |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # forward may write to them
         return functional_call(self.copy, {**state, **parameters}, (x,), tie_weights=False)
 
@@ -112,9 +119,14 @@ class PureModule:
         """The innermost layer in whose ``forward`` ``call()`` raises, as text; '' if none."""
         inside: list[str] = []
         names = {module: f"{type(module).__name__} '{name}'" for name, module in self.copy.named_modules()}
-        handles = [h for module, name in names.items() for h in (
-            module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)),
-            module.register_forward_hook(lambda *_: (inside.pop(), None)[1]))]
+        handles = [
+            h
+            for module, name in names.items()
+            for h in (
+                module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)),
+                module.register_forward_hook(lambda *_: (inside.pop(), None)[1]),
+            )
+        ]
         try:
             call()
         except Exception:
@@ -167,8 +179,10 @@ def _impurity(module: nn.Module) -> str | None:
     if type(module).__name__ == "OptimizedModule":  # of torch.compile, which takes seconds to import
         return "is compiled for its own parameters: takes the module given to torch.compile"
     if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
-        return ("updates batch statistics, so a task's loss is not a function of its parameters alone: takes a layer "
-                "without them (GroupNorm, LayerNorm), or .eval()")
+        return (
+            "updates batch statistics, so a task's loss is not a function of its parameters alone: takes a layer "
+            "without them (GroupNorm, LayerNorm), or .eval()"
+        )
     dropout = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0)
     if module.training and isinstance(dropout, int | float) and dropout > 0:
         return "is random, so differences of solutions are noise: takes p=0 or .eval()"

@@ -28,8 +28,9 @@ class Network:
                 raise ValueError(f"model: parameter '{name}' has no shape yet: takes a module that was called once")
         kinds = {(p.dtype, p.device) for p in trainable.values()}
         if len(kinds) > 1 or not all(dtype.is_floating_point and device.type != "meta" for dtype, device in kinds):
-            raise ValueError("model: takes parameters of one real dtype on one real device, got "
-                             f"{sorted(map(str, kinds))}")
+            raise ValueError(
+                f"model: takes parameters of one real dtype on one real device, got {sorted(map(str, kinds))}"
+            )
         ((self.dtype, self.device),) = kinds
         self.model: Any = model
         self.module = PureModule(model, trainable)
@@ -49,8 +50,10 @@ class Network:
     def unflatten(self, rows: Tensor) -> dict[str, Tensor]:
         """[R, P] (or [P]) -> {parameter name: [R, ...] (or [...])}, views of ``rows``."""
         parts = rows.split(self._sizes, dim=-1)  # one backward for all parts, unlike slicing
-        return {name: part.reshape(rows.shape[:-1] + shape)
-                for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {
+            name: part.reshape(rows.shape[:-1] + shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
     def one_row(self, phi: Tensor, x: Tensor) -> Tensor:
         """The module itself with a row of parameters: [P], [N, ...] -> [N, ...]."""
@@ -64,7 +67,8 @@ def _lists_its_layers(model: Any, trainable: set[str]) -> bool:
     if "stacked_layers" not in vars(kind):
         return False
     for module in model.modules():
-        if "forward" in vars(module) or any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-                                             module._backward_pre_hooks)):
+        if "forward" in vars(module) or any(
+            (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        ):
             return False
     return sorted(n for layer in model.stacked_layers() for n in (layer.weight, layer.bias)) == sorted(trainable)

@@ -21,8 +21,17 @@ class LayerPasses:
     are faster so.
     """
 
-    def __init__(self, layer: Convolution | Dense, shapes: Mapping[str, torch.Size], source: Tensor,
-                 below: "LayerPasses | None", length_in: int, length: int, places: int, second_order: bool):
+    def __init__(
+        self,
+        layer: Convolution | Dense,
+        shapes: Mapping[str, torch.Size],
+        source: Tensor,
+        below: "LayerPasses | None",
+        length_in: int,
+        length: int,
+        places: int,
+        second_order: bool,
+    ):
         self.layer, self.below, self.second_order = layer, below, second_order
         rows, examples, _, channels = source.shape
         out = shapes[layer.weight][0]
@@ -81,12 +90,18 @@ class LayerPasses:
         """The same numbers in packed and in plain order, as views."""
         for name in (self.layer.weight, self.layer.bias):
             if folded[name].dtype != parts[0].dtype or folded[name].device != parts[0].device:  # copies would convert
-                raise refuse("inputs", f"{parts[0].dtype} on {parts[0].device}",
-                             f"the dtype and device of {name}, {folded[name].dtype} on {folded[name].device}")
+                raise refuse(
+                    "inputs",
+                    f"{parts[0].dtype} on {parts[0].device}",
+                    f"the dtype and device of {name}, {folded[name].dtype} on {folded[name].device}",
+                )
         weight = folded[self.layer.weight].flatten(2)
         c = parts[0].mT if self.narrow else parts[0]
-        return [(c[:, :, :-1], weight[:, :, :self.split]), (c[:, :, -1], folded[self.layer.bias]),
-                *((wv, weight[:, :, self.split:]) for wv in parts[1:])]
+        return [
+            (c[:, :, :-1], weight[:, :, : self.split]),
+            (c[:, :, -1], folded[self.layer.bias]),
+            *((wv, weight[:, :, self.split :]) for wv in parts[1:]),
+        ]
 
     def forward(self) -> None:
         if self.below:
@@ -102,7 +117,7 @@ class LayerPasses:
 
         Without Hessian products, h and z are free for ∂/∂h and ∂/∂z once they have been read.
         """
-        self.g = self.h if g_buffer is None else g_buffer[:self.h.numel()].view_as(self.h)
+        self.g = self.h if g_buffer is None else g_buffer[: self.h.numel()].view_as(self.h)
         self.g_rows = self.g.view_as(self.z)
         self.gz = torch.empty_like(self.z) if self.second_order else self.z
         self.scratch = None
@@ -111,7 +126,7 @@ class LayerPasses:
             self.g_windows = None if self.v is None else self.g_below.view(self.v.shape)
             if self.split:
                 rows, windows, _ = self.z.shape
-                self.scratch = scratch[:rows * windows * self.split].view(rows, windows, self.split)
+                self.scratch = scratch[: rows * windows * self.split].view(rows, windows, self.split)
                 self.adds = self._copies(self.scratch.view(*self.h.shape[:3], self.split), self.g_below)
 
     def backward(self, into: list[Tensor], scale: float, step: float) -> None:
@@ -136,13 +151,16 @@ class LayerPasses:
         else:
             _sum_of_products([(gz, parts[1]) for gz, parts in products], self.g_windows)
         if self.scratch is not None:
-            _sum_of_products([(gz, parts[0].mT[:, :, :-1] if self.narrow else parts[0][:, :, :-1])
-                              for gz, parts in products], self.scratch)
+            _sum_of_products(
+                [(gz, parts[0].mT[:, :, :-1] if self.narrow else parts[0][:, :, :-1]) for gz, parts in products],
+                self.scratch,
+            )
             for window, signal in self.adds:
                 signal.add_(window)
 
-    def _parameter_gradient(self, products: list[tuple[Tensor, Tensor, Tensor | None]], into: list[Tensor],
-                            scale: float, step: float) -> None:
+    def _parameter_gradient(
+        self, products: list[tuple[Tensor, Tensor, Tensor | None]], into: list[Tensor], scale: float, step: float
+    ) -> None:
         """Σ Cᵀgz and Σ Vᵀgz, for each (gz, C, V)."""
         _sum_of_products([(c.mT, gz) if self.narrow else (gz.mT, c) for gz, c, _ in products], into[0], scale, step)
         if len(into) > 1:

@@ -33,8 +33,13 @@ class StackedNetwork:
     """
 
     @torch.no_grad()
-    def __init__(self, layers: Sequence[Convolution | Dense], shapes: Mapping[str, torch.Size], x: Tensor,
-                 second_order: bool = False):
+    def __init__(
+        self,
+        layers: Sequence[Convolution | Dense],
+        shapes: Mapping[str, torch.Size],
+        x: Tensor,
+        second_order: bool = False,
+    ):
         lengths = check_chain(layers, shapes, x)
         places = lengths[1:]
         for i in reversed(range(1, len(layers))):
@@ -44,8 +49,11 @@ class StackedNetwork:
         self._layers: list[LayerPasses] = []
         for i, layer in enumerate(layers):
             below = self._layers[-1] if self._layers else None
-            self._layers.append(LayerPasses(layer, shapes, below.h if below else x, below, lengths[i], lengths[i + 1],
-                                       places[i], second_order))
+            self._layers.append(
+                LayerPasses(
+                    layer, shapes, below.h if below else x, below, lengths[i], lengths[i + 1], places[i], second_order
+                )
+            )
         self.parameters = [w for layer in self._layers for w in layer.parameters]
         self._second_order, self._backward_ready, self._tangent_ready = second_order, False, False
 
@@ -67,8 +75,11 @@ class StackedNetwork:
 
     def _by_layer(self, packed: list[Tensor]) -> list[list[Tensor]]:
         if [part.shape[1:] for part in packed] != [w.shape[1:] for w in self.parameters]:
-            raise refuse("packed", [tuple(part.shape) for part in packed],
-                         f"a list like parameters: {[tuple(w.shape) for w in self.parameters]}")
+            raise refuse(
+                "packed",
+                [tuple(part.shape) for part in packed],
+                f"a list like parameters: {[tuple(w.shape) for w in self.parameters]}",
+            )
         rest = iter(packed)
         return [[next(rest) for _ in layer.parameters] for layer in self._layers]
 
@@ -114,8 +125,9 @@ class StackedNetwork:
         """into ← the derivative of the gradient along the same direction, where that of its argument is g."""
         self._check_outputs("g", g)
         self._layers[-1].g[:, :, 0] = g
-        for layer, along, parts in zip(reversed(self._layers), reversed(self._by_layer(direction)),
-                                       reversed(self._by_layer(into)), strict=True):
+        for layer, along, parts in zip(
+            reversed(self._layers), reversed(self._by_layer(direction)), reversed(self._by_layer(into)), strict=True
+        ):
             layer.backward_tangent(along, parts)
 
 

@@ -65,7 +65,8 @@ class Trial:
                 try:
                     found = self._derivatives(together, p, inputs, False)
                     self._joint = all(map(close, found, wanted)) and close(
-                        self.network.one_row(p[0], inputs[0, :1]), wanted[0][0, :1])
+                        self.network.one_row(p[0], inputs[0, :1]), wanted[0][0, :1]
+                    )
                 except Exception:  # takes sets of certain sizes only
                     self._joint = False
         return self._joint
@@ -83,22 +84,30 @@ class Trial:
             first = self._called(x, lambda: network.one_row(phi[0], x[0]))
         if not isinstance(first, Tensor) or first.dim() < 1 or len(first) != x.shape[1]:
             got = f"shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
-            raise refuse("model", f"outputs of {got}", f"a module that returns a tensor [{x.shape[1]}, ...], an entry "
-                                                       "for each example")
+            raise refuse(
+                "model",
+                f"outputs of {got}",
+                f"a module that returns a tensor [{x.shape[1]}, ...], an entry for each example",
+            )
         self.flops_an_example = counter.get_total_flops() / x.shape[1]
         with torch.no_grad():
             again = network.one_row(phi[0], x[0])
         if not close(again, first):
             layer = network.module.first_differing(network.unflatten(phi[0]), x[0]) or "its forward"
-            raise ValueError(f"model: {layer} returns something else for the same inputs, so differences of solutions "
-                             "are noise: takes a deterministic one, or .eval()")
+            raise ValueError(
+                f"model: {layer} returns something else for the same inputs, so differences of solutions "
+                "are noise: takes a deterministic one, or .eval()"
+            )
         with differentiable(second_order):
             wanted = self._called(x, lambda: self._derivatives(one_by_one, phi, x, second_order, own=True))
             if second_order and not _symmetric(wanted[2:], phi):
-                raise ValueError("model: its Hessian by autograd is not symmetric, so a layer's backward has a wrong "
-                                 "derivative: takes Forward, Symmetric, Central, FOMAML or Reptile, which need none")
-            better_not = counter.get_total_flops() >= LOOP_FROM or any(map(_batches_wrongly,
-                                                                           network.module.copy.modules()))
+                raise ValueError(
+                    "model: its Hessian by autograd is not symmetric, so a layer's backward has a wrong "
+                    "derivative: takes Forward, Symmetric, Central, FOMAML or Reptile, which need none"
+                )
+            better_not = counter.get_total_flops() >= LOOP_FROM or any(
+                map(_batches_wrongly, network.module.copy.modules())
+            )
             if self.engine == "loop" or (better_not and self.engine != "autograd"):
                 return False
             try:
@@ -110,20 +119,26 @@ class Trial:
             raise refuse("engine", self.engine, f"a network that torch.func.vmap can batch ({reason}); loop takes any")
         return not reason
 
-    def _derivatives(self, of_rows: Callable[[Tensor, Tensor], Tensor], phi: Tensor, x: Tensor, second_order: bool,
-                     own: bool = False) -> list[Tensor]:
+    def _derivatives(
+        self, of_rows: Callable[[Tensor, Tensor], Tensor], phi: Tensor, x: Tensor, second_order: bool, own: bool = False
+    ) -> list[Tensor]:
         """Outputs, a gradient and a Hessian product of a function of them. ``own``: refuses outputs that the caller's
         own parameters have a part in."""
         with torch.enable_grad():
             leaf = phi.detach().requires_grad_()
             outputs = of_rows(leaf, x)
             if own and (name := self.network.module.foreign(outputs)):
-                raise ValueError(f"model: parameter '{name}' is read around the call, by a function that holds on to "
-                                 "the module (a hook, a forward set on it): takes one that uses its own arguments")
+                raise ValueError(
+                    f"model: parameter '{name}' is read around the call, by a function that holds on to "
+                    "the module (a hook, a forward set on it): takes one that uses its own arguments"
+                )
             value = (outputs.sin() + outputs).sum()
             (g,) = torch.autograd.grad(value, leaf, create_graph=second_order)
-            return [outputs.detach(), g.detach(),
-                    *([hvp(g, leaf, d) for d in (phi, phi.flip(1))] if second_order else [])]
+            return [
+                outputs.detach(),
+                g.detach(),
+                *([hvp(g, leaf, d) for d in (phi, phi.flip(1))] if second_order else []),
+            ]
 
     def _called(self, x: Tensor, call: Callable[[], Any]) -> Any:
         """``call()``, of rows ``x``; ValueError, with the layer and the way out, for whatever the module raises."""

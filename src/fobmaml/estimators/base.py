@@ -86,11 +86,16 @@ class Estimator(ABC):
         displacement, wanted = solution.displacement, (problem.rows, problem.learner.parameter_count)
         name = type(self.solver).__name__
         if displacement.shape != wanted:
-            raise refuse("solver", name, f"one whose solution is a displacement {list(wanted)}, and this one's has the "
-                                         f"shape {list(displacement.shape)}")
+            raise refuse(
+                "solver",
+                name,
+                f"one whose solution is a displacement {list(wanted)}, and this one's has the "
+                f"shape {list(displacement.shape)}",
+            )
         if self.differentiates_solution and (still := self._left_behind(problem, displacement)):
-            raise refuse("solver", name, f"one that moves every parameter, and this one leaves {', '.join(still)} "
-                                         "where it was")
+            raise refuse(
+                "solver", name, f"one that moves every parameter, and this one leaves {', '.join(still)} where it was"
+            )
         return solution
 
     @staticmethod
@@ -110,8 +115,11 @@ class Estimator(ABC):
         slope, start = unflatten(problem.gradient(problem.theta)), unflatten(problem.theta)
         length = displacement.norm() / math.hypot(*(slope[name].norm() for name in moved if moved[name]))
         rounding = 100 * torch.finfo(displacement.dtype).eps
-        return [name for name in moved if not moved[name] and slope[name].any()
-                and length * slope[name].norm() > rounding * start[name].norm()]
+        return [
+            name
+            for name in moved
+            if not moved[name] and slope[name].any() and length * slope[name].norm() > rounding * start[name].norm()
+        ]
 
 
 @dataclass(frozen=True)
@@ -140,8 +148,14 @@ def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None =
     return math.ceil(len(tasks) / math.ceil(len(tasks) / at_once))  # chunks of equal size
 
 
-def estimate(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskBatch,
-             task_chunk: int | None = None, diagnose: bool = True) -> MeanEstimate:
+def estimate(
+    estimator: Estimator,
+    learner: Learner,
+    theta: Tensor,
+    tasks: TaskBatch,
+    task_chunk: int | None = None,
+    diagnose: bool = True,
+) -> MeanEstimate:
     """The mean meta-gradient over ``tasks`` at ``theta`` [P], solving ``task_chunk`` tasks at once (None: all).
 
     ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
@@ -160,9 +174,12 @@ def estimate(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskB
                 with torch.no_grad():
                     query_loss.append(learner.query_loss(adapted.phi.detach(), part))
                 residual.append(adapted.residual)
-        return MeanEstimate(total / len(tasks), torch.cat(query_loss) if diagnose else None,
-                            torch.cat(residual) if diagnose else None,
-                            LinearStatistics(*map(torch.cat, zip(*linear, strict=True))) if linear else None)
+        return MeanEstimate(
+            total / len(tasks),
+            torch.cat(query_loss) if diagnose else None,
+            torch.cat(residual) if diagnose else None,
+            LinearStatistics(*map(torch.cat, zip(*linear, strict=True))) if linear else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -178,8 +195,14 @@ class MetaGradient:
     engine: str
 
 
-def meta_gradient(estimator: Estimator, model: nn.Module, loss_fn: LossFn, tasks: TaskBatch,
-                  task_chunk: int | str | None = "auto", engine: str = "auto") -> MetaGradient:
+def meta_gradient(
+    estimator: Estimator,
+    model: nn.Module,
+    loss_fn: LossFn,
+    tasks: TaskBatch,
+    task_chunk: int | str | None = "auto",
+    engine: str = "auto",
+) -> MetaGradient:
     """The meta-gradient at a model's present parameters, by any estimator.
 
     ``model``: any module whose outputs are a function of its parameters and inputs; it is not changed.
@@ -203,5 +226,10 @@ def meta_gradient(estimator: Estimator, model: nn.Module, loss_fn: LossFn, tasks
         tasks = learner.check(tasks.to(dtype=learner.dtype))
         chunk = chunk_size(learner, tasks, estimator) if isinstance(task_chunk, str) else task_chunk
         result = estimate(estimator, learner, learner.theta(), tasks, chunk)
-        return MetaGradient(learner.unflatten(result.gradient), cast(Tensor, result.query_loss),
-                            cast(Tensor, result.residual), result.linear, learner.used)
+        return MetaGradient(
+            learner.unflatten(result.gradient),
+            cast(Tensor, result.query_loss),
+            cast(Tensor, result.residual),
+            result.linear,
+            learner.used,
+        )

@@ -41,8 +41,11 @@ class FiniteDifference(Estimator):
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         if learner.dtype not in (torch.float32, torch.float64):
-            raise refuse("model", learner.dtype, "float32 or float64 parameters: differences of solutions lose all "
-                                                 "digits of a shorter format")
+            raise refuse(
+                "model",
+                learner.dtype,
+                "float32 or float64 parameters: differences of solutions lose all digits of a shorter format",
+            )
         offsets = [o for o in self.stencil if o != 0]
         nu = self.nu * theta.new_tensor(offsets)
         weights = theta.new_tensor([self.stencil[o] for o in offsets])
@@ -79,8 +82,9 @@ class Central(FiniteDifference):
         if whole_number("order", order, at_least=2) % 2:
             raise refuse("order", order, "an even number of at least 2")
         m = order // 2
-        alpha = {j: (-1) ** (j + 1) * factorial(m) ** 2 / (j * factorial(m - j) * factorial(m + j))
-                 for j in range(1, m + 1)}
+        alpha = {
+            j: (-1) ** (j + 1) * factorial(m) ** 2 / (j * factorial(m - j) * factorial(m + j)) for j in range(1, m + 1)
+        }
         offsets = tuple(sign * j for j in alpha for sign in (1, -1))
         super().__init__(solver, lam, nu, offsets, tuple(sign * alpha[j] for j in alpha for sign in (1, -1)))
 

@@ -12,8 +12,10 @@ from fobmaml.tasks.batch import TaskBatch
 class NotConverged(RuntimeError):
     """The exact meta-gradient could not be computed to tolerance; the text says what failed."""
 
-    advice = ("the exact meta-gradient at step {step} is not available: {error}; try more solver.steps or a larger "
-              "estimator.lam")
+    advice = (
+        "the exact meta-gradient at step {step} is not available: {error}; try more solver.steps or a larger "
+        "estimator.lam"
+    )
 
 
 class IMAML(Estimator):
@@ -62,14 +64,20 @@ class Exact(IMAML):
         solution = self.adapt(learner, theta, tasks)
         unsolved = ~(solution.residual <= self.tol)
         if unsolved.any():
-            raise NotConverged(f"inner solve: {int(unsolved.sum())} of {len(tasks)} tasks stopped at a residual of up "
-                               f"to {float(solution.residual.max()):.1e}, above {self.tol:.0e}")
+            raise NotConverged(
+                f"inner solve: {int(unsolved.sum())} of {len(tasks)} tasks stopped at a residual of up "
+                f"to {float(solution.residual.max()):.1e}, above {self.tol:.0e}"
+            )
         solve = self.solve_linear(learner, solution, tasks)
         if solve.negative_curvature.any():
-            raise NotConverged(f"linear solve: {int(solve.negative_curvature.sum())} of {len(tasks)} tasks have "
-                               "negative curvature, so the inner solve stopped at a saddle point")
+            raise NotConverged(
+                f"linear solve: {int(solve.negative_curvature.sum())} of {len(tasks)} tasks have "
+                "negative curvature, so the inner solve stopped at a saddle point"
+            )
         unsolved = ~(solve.relative_residual <= self.tol)
         if unsolved.any():
-            raise NotConverged(f"linear solve: {int(unsolved.sum())} of {len(tasks)} tasks stopped at a relative "
-                               f"residual of up to {float(solve.relative_residual.max()):.1e}, above {self.tol:.0e}")
+            raise NotConverged(
+                f"linear solve: {int(unsolved.sum())} of {len(tasks)} tasks stopped at a relative "
+                f"residual of up to {float(solve.relative_residual.max()):.1e}, above {self.tol:.0e}"
+            )
         return Estimate(self.lam * solve.x, lambda: solution, solve)

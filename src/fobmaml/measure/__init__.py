@@ -7,6 +7,23 @@ from fobmaml.measure.curvature import Curvature, CurvatureMeasurement, curvature
 from fobmaml.measure.memory import MemoryMeasurement, peak_bytes
 from fobmaml.measure.smoothness import Smoothness, SmoothnessMeasurement, smoothness
 
-__all__ = ["Bias", "BiasMeasurement", "Curvature", "CurvatureMeasurement", "Event", "Measurement", "MemoryMeasurement",
-           "MetaTest", "OnValidationTasks", "Periodic", "Smoothness", "SmoothnessMeasurement", "Training", "Validation",
-           "bias", "curvature", "peak_bytes", "smoothness"]
+__all__ = [
+    "Bias",
+    "BiasMeasurement",
+    "Curvature",
+    "CurvatureMeasurement",
+    "Event",
+    "Measurement",
+    "MemoryMeasurement",
+    "MetaTest",
+    "OnValidationTasks",
+    "Periodic",
+    "Smoothness",
+    "SmoothnessMeasurement",
+    "Training",
+    "Validation",
+    "bias",
+    "curvature",
+    "peak_bytes",
+    "smoothness",
+]

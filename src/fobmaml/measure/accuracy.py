@@ -50,11 +50,14 @@ def class_dim(outputs: Tensor, targets: Tensor, loss_fn: Callable[[Tensor, Tenso
     if targets.is_floating_point():
         fitting = [2] if shape == targets.shape and last >= 2 else []
     else:
-        fitting = [dim for dim in dict.fromkeys((2, last))
-                   if last >= 2 and shape[:dim] + shape[dim + 1 :] == targets.shape]
+        fitting = [
+            dim for dim in dict.fromkeys((2, last)) if last >= 2 and shape[:dim] + shape[dim + 1 :] == targets.shape
+        ]
     if not fitting or shape[fitting[0]] < 2:
-        raise ValueError(f"outputs {list(shape)}: takes classes, two or more, as [T, Q, C], [T, Q, C, ...] or "
-                         f"[T, Q, ..., C], for an accuracy at targets {list(targets.shape)}")
+        raise ValueError(
+            f"outputs {list(shape)}: takes classes, two or more, as [T, Q, C], [T, Q, C, ...] or "
+            f"[T, Q, ..., C], for an accuracy at targets {list(targets.shape)}"
+        )
     if len(fitting) == 1:
         return fitting[0]
     # As many classes as positions: in the right layout, outputs that favour the targets have the lesser loss.

@@ -59,8 +59,12 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     if norm == 0 or not torch.isfinite(norm):
         return Bias(None, None, name, f"the exact meta-gradient has norm {float(norm)}")
     relative_error = float((returned - exact).norm() / norm)
-    return Bias(relative_error, float(torch.nn.functional.cosine_similarity(returned, exact, dim=0)), name,
-                exact_norm=float(norm))
+    return Bias(
+        relative_error,
+        float(torch.nn.functional.cosine_similarity(returned, exact, dim=0)),
+        name,
+        exact_norm=float(norm),
+    )
 
 
 @dataclass
@@ -94,8 +98,13 @@ class BiasMeasurement(OnValidationTasks):
     def __call__(self, training: Training) -> Event:
         tasks = self.sample(training).to(training.learner.device)
         found = bias(training.estimator, training.learner, tasks, self.tol)
-        return {"bias/relative_error": found.relative_error, "bias/cosine": found.cosine,
-                "bias/reference": found.reference, "bias/reason": found.reason, "bias/exact_norm": found.exact_norm}
+        return {
+            "bias/relative_error": found.relative_error,
+            "bias/cosine": found.cosine,
+            "bias/reference": found.reference,
+            "bias/reason": found.reason,
+            "bias/exact_norm": found.exact_norm,
+        }
 
     def rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         error = shown(summary, "bias/relative_error", ".3g")

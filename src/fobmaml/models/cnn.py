@@ -24,14 +24,14 @@ class CNN1d(nn.Module):
     Raises ValueError for inputs that are not sequences, or too short.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], outputs: int, width: int = 32, depth: int = 3,
-                 activation: str = "silu"):
+    def __init__(
+        self, input_shape: tuple[int, ...], outputs: int, width: int = 32, depth: int = 3, activation: str = "silu"
+    ):
         super().__init__()
         width, depth = whole_number("width", width), whole_number("depth", depth)
         outputs = whole_number("outputs", outputs)
         if len(input_shape) != 1 or input_shape[0] < 3:
-            raise refuse("input_shape", tuple(input_shape),
-                         "one sequence of at least 3 values; model=mlp takes others")
+            raise refuse("input_shape", tuple(input_shape), "one sequence of at least 3 values; model=mlp takes others")
         self.activation = activation_function(activation)
         self.strides = [2 if layer < HALVINGS else 1 for layer in range(depth)]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
@@ -62,8 +62,13 @@ class CNN1d(nn.Module):
     def stacked_layers(self) -> list[Convolution | Dense]:
         """The same network for ``engine.stacked.Stacked``; a signal there is [length, channels]."""
         last = len(self.strides)
-        return [*(Convolution(f"weights.{i}", f"biases.{i}", stride, self.activation)
-                  for i, stride in enumerate(self.strides)), Dense(f"weights.{last}", f"biases.{last}", None)]
+        return [
+            *(
+                Convolution(f"weights.{i}", f"biases.{i}", stride, self.activation)
+                for i, stride in enumerate(self.strides)
+            ),
+            Dense(f"weights.{last}", f"biases.{last}", None),
+        ]
 
     def stacked_inputs(self, x: Tensor) -> Tensor:
         """[R, N, length] -> [R, N, length, 1 channel]. Raises ValueError as ``forward`` does."""

@@ -14,8 +14,9 @@ from fobmaml.engine.layers import Convolution, Dense, examples_of
 class MLP(nn.Module):
     """``depth`` hidden layers of ``width`` units: [N, ...] -> [N, outputs]. Depth 0 is a linear model."""
 
-    def __init__(self, input_shape: tuple[int, ...], outputs: int, width: int = 32, depth: int = 3,
-                 activation: str = "silu"):
+    def __init__(
+        self, input_shape: tuple[int, ...], outputs: int, width: int = 32, depth: int = 3, activation: str = "silu"
+    ):
         super().__init__()
         width, depth = whole_number("width", width), whole_number("depth", depth, at_least=0)
         outputs = whole_number("outputs", outputs)
@@ -36,8 +37,10 @@ class MLP(nn.Module):
     def stacked_layers(self) -> list[Convolution | Dense]:
         """The same network for ``engine.stacked.Stacked``; a signal there is one place of all units."""
         last = len(self.layers) - 1
-        return [Dense(f"layers.{i}.weight", f"layers.{i}.bias", self.activation if i < last else None)
-                for i in range(last + 1)]
+        return [
+            Dense(f"layers.{i}.weight", f"layers.{i}.bias", self.activation if i < last else None)
+            for i in range(last + 1)
+        ]
 
     def stacked_inputs(self, x: Tensor) -> Tensor:
         """[R, N, ...] -> [R, N, 1, values]. Raises ValueError as ``forward`` does."""

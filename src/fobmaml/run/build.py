@@ -22,8 +22,13 @@ from fobmaml.solvers import Solver
 from fobmaml.tasks.checks import check_members
 from fobmaml.training import MetaTraining, Settings
 
-KINDS = {"dataset": object, "model": torch.nn.Module, "solver": Solver, "estimator": Estimator,
-         "optimizer": torch.optim.Optimizer}
+KINDS = {
+    "dataset": object,
+    "model": torch.nn.Module,
+    "solver": Solver,
+    "estimator": Estimator,
+    "optimizer": torch.optim.Optimizer,
+}
 """What the ``_target_`` of a group makes; of a data set it is looked at what it has. All others are measurements."""
 
 
@@ -34,9 +39,23 @@ def build(cfg: DictConfig) -> MetaTraining:
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
         check_options(plain_config(cfg)["wandb"])
         whole_number("seed", cfg.seed, at_least=0, at_most=2**64 - 1)  # what torch takes
-        settings = Settings(**{key: cfg[key] for key in ("steps", "seed", "meta_batch", "fixed_tasks", "task_chunk",
-                                                         "memory_limit_mb", "engine", "schedule", "log_every",
-                                                         "checkpoint_every")})
+        settings = Settings(
+            **{
+                key: cfg[key]
+                for key in (
+                    "steps",
+                    "seed",
+                    "meta_batch",
+                    "fixed_tasks",
+                    "task_chunk",
+                    "memory_limit_mb",
+                    "engine",
+                    "schedule",
+                    "log_every",
+                    "checkpoint_every",
+                )
+            }
+        )
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     dataset = build_part(cfg, "dataset")
     with bad_values_named():
@@ -46,8 +65,9 @@ def build(cfg: DictConfig) -> MetaTraining:
     estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
     measurements = [build_part(cfg, name) for name in measurements_in(cfg)]
     with bad_values_named():
-        return MetaTraining(model, dataset, estimator, settings, lambda p: build_part(cfg, "optimizer", params=p),
-                            measurements)
+        return MetaTraining(
+            model, dataset, estimator, settings, lambda p: build_part(cfg, "optimizer", params=p), measurements
+        )
 
 
 def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
@@ -68,8 +88,10 @@ def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
         raise ConfigError(text) from error
     kind = KINDS.get(group, Measurement)
     if not isinstance(part, kind):
-        raise ConfigError(f"{group}._target_={cfg[group].get('_target_')}: takes one that makes a "
-                          f"{kind.__module__}.{kind.__qualname__}")
+        raise ConfigError(
+            f"{group}._target_={cfg[group].get('_target_')}: takes one that makes a "
+            f"{kind.__module__}.{kind.__qualname__}"
+        )
     return part
 
 

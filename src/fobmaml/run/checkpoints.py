@@ -39,11 +39,22 @@ def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
         found, written = state["format"], json.loads(state["config"])
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, TypeError,
-            ValueError, IndexError, AttributeError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+    ) as error:
         kind = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: takes a whole checkpoint of this program, and this file cannot be read as one "
-                              f"({kind})") from None
+        raise CheckpointError(
+            f"{path}: takes a whole checkpoint of this program, and this file cannot be read as one ({kind})"
+        ) from None
     if found != FORMAT:
         raise CheckpointError(f"{path}: takes a checkpoint of format {FORMAT}, and this one has format {found}")
     ours = json.loads(json.dumps(config))

@@ -6,8 +6,21 @@ import os
 import sys
 from typing import Any
 
-PLAIN = {"±": "+-", "λ": "lambda", "ν": "nu", "δ": "delta", "θ": "theta", "φ": "phi", "∇": "grad ", "–": "-", "−": "-",
-         "‖": "|", "⁶": "^6", "²": "^2", "…": "..."}
+PLAIN = {
+    "±": "+-",
+    "λ": "lambda",
+    "ν": "nu",
+    "δ": "delta",
+    "θ": "theta",
+    "φ": "phi",
+    "∇": "grad ",
+    "–": "-",
+    "−": "-",
+    "‖": "|",
+    "⁶": "^6",
+    "²": "^2",
+    "…": "...",
+}
 """For what an encoding does not have; of other characters it prints a question mark."""
 
 
@@ -36,8 +49,17 @@ def make_lasting() -> None:
             file: Any = _Lasting(stream.fileno(), "w", closefd=False)
             if hasattr(stream.buffer, "raw"):  # it has none with PYTHONUNBUFFERED
                 file = io.BufferedWriter(file)
-            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "plain", line_buffering=stream.line_buffering,
-                                                write_through=stream.write_through))
+            setattr(
+                sys,
+                name,
+                io.TextIOWrapper(
+                    file,
+                    stream.encoding,
+                    "plain",
+                    line_buffering=stream.line_buffering,
+                    write_through=stream.write_through,
+                ),
+            )
 
 
 def _open_what_is_closed() -> None:

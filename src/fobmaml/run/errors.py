@@ -34,8 +34,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 # What a user can put right: reported in one line. Set HYDRA_FULL_ERROR=1 for the traceback.
-EXPECTED = (ConfigError, CannotWrite, CheckpointError, Diverged, FolderInUse, NotConverged, ProcessLost, HydraException,
-            OmegaConfBaseException, yaml.YAMLError)
+EXPECTED = (
+    ConfigError,
+    CannotWrite,
+    CheckpointError,
+    Diverged,
+    FolderInUse,
+    NotConverged,
+    ProcessLost,
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+)
 
 
 def command() -> str:
@@ -49,9 +59,13 @@ def one_line(error: BaseException) -> str:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"{group}={choice}: takes one of {', '.join(error.options)}"
     text, _, looked_in = str(error).partition("Config search path:")
-    lines = [line.strip() for line in text.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "")
-             .splitlines() if line.strip() and "://hydra.cc" not in line
-             and not line.strip().startswith(("object_type=", "reference_type="))]
+    lines = [
+        line.strip()
+        for line in text.replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", "").splitlines()
+        if line.strip()
+        and "://hydra.cc" not in line
+        and not line.strip().startswith(("object_type=", "reference_type="))
+    ]
     unknown = re.match("Could not override '(.+)'", text)
     if isinstance(error, OverrideParseException) and error.override:
         lines.insert(0, error.override)

@@ -97,8 +97,11 @@ def job_folder(settings: str) -> str:
     said = [settings] if settings else []
     if config.job.config_name != "train":
         said.append(f"--config-name={config.job.config_name}")
-    said += [f"--config-dir={_from(config.runtime.cwd, source.path)}" for source in config.runtime.config_sources
-             if source.provider == "command-line"]
+    said += [
+        f"--config-dir={_from(config.runtime.cwd, source.path)}"
+        for source in config.runtime.config_sources
+        if source.provider == "command-line"
+    ]
     whole = ",".join(said) or "defaults"
     name = whole.replace("/", "_").replace("\\", "_").replace("\0", "_")
     if name != whole or len(os.fsencode(name)) > LONGEST_NAME:

@@ -62,16 +62,37 @@ def learning_curve(events: Sequence[Mapping[str, Any]], summary: Mapping[str, An
     accurate = any(e.get("val/accuracy") is not None for e in events)
     steps, values = series(events, "val/accuracy" if accurate else "val/loss")
     scale = 100.0 if accurate else 1.0
-    left.plot(steps, [scale * v for v in values], color=look.colour, marker=look.marker, markersize=3, linewidth=1.2,
-              label="validation tasks")
+    left.plot(
+        steps,
+        [scale * v for v in values],
+        color=look.colour,
+        marker=look.marker,
+        markersize=3,
+        linewidth=1.2,
+        label="validation tasks",
+    )
     final = summary.get("test/accuracy" if accurate else "test/loss")
     if final is not None:
         half = summary.get("test/accuracy_ci95")
-        text = f"{final:.3f}" if not accurate else f"{scale * final:.1f} %" if half is None else (
-            f"{scale * final:.1f} ± {scale * half:.1f} % (95 % interval)")
-        left.errorbar([summary["step"]], [scale * final], yerr=None if half is None else [scale * half],
-                      color="#D55E00", marker="*", markersize=8, capsize=3, linestyle="none",
-                      label=f"test tasks: {text}", zorder=3)
+        text = (
+            f"{final:.3f}"
+            if not accurate
+            else f"{scale * final:.1f} %"
+            if half is None
+            else (f"{scale * final:.1f} ± {scale * half:.1f} % (95 % interval)")
+        )
+        left.errorbar(
+            [summary["step"]],
+            [scale * final],
+            yerr=None if half is None else [scale * half],
+            color="#D55E00",
+            marker="*",
+            markersize=8,
+            capsize=3,
+            linestyle="none",
+            label=f"test tasks: {text}",
+            zorder=3,
+        )
     left.set_xlabel("meta-step")
     loss = summary.get("loss/name") or "loss"
     left.set_ylabel("accuracy (%)" if accurate else loss)

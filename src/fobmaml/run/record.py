@@ -29,9 +29,16 @@ class Record:
         self._config, self._same_run = plain_config(cfg), same_run(cfg)
         self._events = EventLog(folder / "metrics.jsonl", start.history)
         own = start.state is not None and start.source is not None and start.source.parent == folder
-        self._wandb = WandbRun(folder, {**self._config, "choices": choices()},
-                               options_of(self._config["wandb"], sweep_name(), "-".join(folder.parts[-2:]),
-                                          start.state["wandb_id"] if start.state and own else None))
+        self._wandb = WandbRun(
+            folder,
+            {**self._config, "choices": choices()},
+            options_of(
+                self._config["wandb"],
+                sweep_name(),
+                "-".join(folder.parts[-2:]),
+                start.state["wandb_id"] if start.state and own else None,
+            ),
+        )
         self.summary: dict[str, Any] = {}
 
     def event(self, event: Event) -> None:
@@ -40,8 +47,9 @@ class Record:
             self._wandb.write(self._training.step, event)
 
     def checkpoint(self) -> None:
-        save_checkpoint(self._folder / "checkpoint.pt", {**self._training.state_dict(), "wandb_id": self._wandb.id},
-                        self._same_run)
+        save_checkpoint(
+            self._folder / "checkpoint.pt", {**self._training.state_dict(), "wandb_id": self._wandb.id}, self._same_run
+        )
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -54,21 +62,38 @@ class Record:
             end = {"status": getattr(error, "status", "failed"), "reason": str(error) or type(error).__name__}
             if advice := getattr(error, "advice", None):
                 where = "" if sweep_name() else f" with hydra.run.dir={self._folder}"
-                error.args = (advice.format(error=error, step=self._training.step + 1, again=f"the same command{where}",
-                                            checkpoint=self._folder / "checkpoint.pt"),)
+                error.args = (
+                    advice.format(
+                        error=error,
+                        step=self._training.step + 1,
+                        again=f"the same command{where}",
+                        checkpoint=self._folder / "checkpoint.pt",
+                    ),
+                )
             raise
         finally:
             self._close(end, time.time() - started)
         if self.summary.get("val/loss") is not None:
-            learning_curve(read_events(self._folder / "metrics.jsonl"), self.summary,
-                           self._folder / "learning_curve.png")
+            learning_curve(
+                read_events(self._folder / "metrics.jsonl"), self.summary, self._folder / "learning_curve.png"
+            )
 
     def _close(self, end: dict[str, str], seconds: float) -> None:
         training, learner = self._training, self._training.learner
-        measured = {"step": training.step, "engine": learner.used,
-                    **dict.fromkeys(summary_keys(training.measurements)), **training.latest}
-        self.summary = {**end, **measured, "choices": choices(), "seconds": round(seconds, 1),
-                        "provenance": provenance(learner.device, learner.used), "config": self._config}
+        measured = {
+            "step": training.step,
+            "engine": learner.used,
+            **dict.fromkeys(summary_keys(training.measurements)),
+            **training.latest,
+        }
+        self.summary = {
+            **end,
+            **measured,
+            "choices": choices(),
+            "seconds": round(seconds, 1),
+            "provenance": provenance(learner.device, learner.used),
+            "config": self._config,
+        }
         self._events.close()
         try:
             with suppress(CannotWrite) if "reason" in end else nullcontext():  # the first error is the one to say

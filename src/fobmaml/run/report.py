@@ -16,17 +16,25 @@ from fobmaml.training import KEYS
 
 def summary_keys(measurements: Sequence[Measurement]) -> list[str]:
     """Those of every summary, in their order; behind them stands what else was measured."""
-    return [*(key for each in measurements for key in each.results), "time/meta_step_s", "inner/residual",
-            "meta_gradient/norm", "model/parameters", *(key for each in measurements for key in each.progress),
-            "train/loss"]
+    return [
+        *(key for each in measurements for key in each.results),
+        "time/meta_step_s",
+        "inner/residual",
+        "meta_gradient/norm",
+        "model/parameters",
+        *(key for each in measurements for key in each.progress),
+        "train/loss",
+    ]
 
 
 def report(summary: Mapping[str, Any], folder: Path, measurements: Sequence[Measurement]) -> None:
     """The table at the end of a run."""
-    rows = [("estimator", method(summary["choices"]["estimator"]).label),
-            *(row for each in measurements for row in each.rows(summary)),
-            ("time of a meta-step", shown(summary, "time/meta_step_s", ".4f") + " s"),
-            ("meta-steps", f"{summary['step']}")]
+    rows = [
+        ("estimator", method(summary["choices"]["estimator"]).label),
+        *(row for each in measurements for row in each.rows(summary)),
+        ("time of a meta-step", shown(summary, "time/meta_step_s", ".4f") + " s"),
+        ("meta-steps", f"{summary['step']}"),
+    ]
     if summary.get("val/loss") is not None:
         rows.append(("learning curve", str(folder / "learning_curve.png")))
     width = max(len(label) for label, _ in rows)

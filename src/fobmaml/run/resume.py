@@ -42,17 +42,22 @@ def resume(cfg: DictConfig, training: MetaTraining, folder: Path) -> Start:
         try:
             training.load_state_dict(state)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise CheckpointError(f"{source}: takes a whole checkpoint of this program, and this one's state does not "
-                                  f"fit ({one_line(error) or type(error).__name__})") from None
+            raise CheckpointError(
+                f"{source}: takes a whole checkpoint of this program, and this one's state does not "
+                f"fit ({one_line(error) or type(error).__name__})"
+            ) from None
         history = events_until(source.with_name("metrics.jsonl"), training.step)
     summary = read_summary(folder / "summary.json")
     if source is None or source.parent != folder:
-        folders.refuse_foreign(folder, "hydra.run.dir", folders.CONFIG,
-                               ("summary.json", "metrics.jsonl", "learning_curve.png"))
+        folders.refuse_foreign(
+            folder, "hydra.run.dir", folders.CONFIG, ("summary.json", "metrics.jsonl", "learning_curve.png")
+        )
         steps = [event["step"] for event in events_until(folder / "metrics.jsonl", sys.maxsize)]
         if any(steps) or (summary and (summary["step"] or summary["status"] == "completed")):
-            raise CannotWrite(f"hydra.run.dir={folder}: takes a folder without results, and there are those of a run "
-                              "whose checkpoint.pt is gone")
+            raise CannotWrite(
+                f"hydra.run.dir={folder}: takes a folder without results, and there are those of a run "
+                "whose checkpoint.pt is gone"
+            )
         summary = None
     return Start(source, state, history, summary if summary and summary["status"] == "completed" else None)
 

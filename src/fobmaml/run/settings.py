@@ -34,8 +34,14 @@ def choices() -> dict[str, str]:
 
 def measurements_in(cfg: DictConfig) -> list[str]:
     """The names of what the files of the group ``measure`` have put there: all other that makes something."""
-    return [str(name) for name in cfg if name not in GROUPS and not OmegaConf.is_missing(cfg, name)
-            and isinstance(cfg[name], DictConfig) and "_target_" in cfg[name]]
+    return [
+        str(name)
+        for name in cfg
+        if name not in GROUPS
+        and not OmegaConf.is_missing(cfg, name)
+        and isinstance(cfg[name], DictConfig)
+        and "_target_" in cfg[name]
+    ]
 
 
 def sweep_name() -> str | None:

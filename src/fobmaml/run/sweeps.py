@@ -32,11 +32,20 @@ def name_of(arguments: Sequence[str]) -> str:
     """A name for the sweep of a command: the same for the same settings, however they are launched, and however many
     trials a search has."""
     given, rest = get_args_parser().parse_known_args(list(arguments))
-    settings = sorted(a for a in given.overrides + rest
-                      if not a.startswith(("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_")))
-    settings += [f"--{source}={value}" for source, value in
-                 (("config-name", given.config_name), ("config-path", given.config_path),
-                  ("config-dir", given.config_dir)) if value is not None]
+    settings = sorted(
+        a
+        for a in given.overrides + rest
+        if not a.startswith(("hydra/launcher=", "hydra.launcher.", "hydra.sweeper.n_"))
+    )
+    settings += [
+        f"--{source}={value}"
+        for source, value in (
+            ("config-name", given.config_name),
+            ("config-path", given.config_path),
+            ("config-dir", given.config_dir),
+        )
+        if value is not None
+    ]
     return hashlib.sha256("\n".join(settings).encode()).hexdigest()[:8]
 
 
@@ -75,15 +84,21 @@ def tell_jobs(config: DictConfig, folder: Path) -> None:
     only where its value, or the whole command's digest, names the folder of the sweep."""
     hydra = config.hydra
     given = [*hydra.overrides.task, *(f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items())]
-    values = {o.key_or_group: None if o.is_sweep_override() else str(o.value())
-              for o in OverridesParser.create().parse_overrides(given)}
+    values = {
+        o.key_or_group: None if o.is_sweep_override() else str(o.value())
+        for o in OverridesParser.create().parse_overrides(given)
+    }
     named = {os.environ.get("FOBMAML_SWEEP")} & set(folder.parts)
-    left_out = [key for key in hydra.job.config.override_dirname.exclude_keys
-                if (value := values.get(key, "")) is not None and (named or not value or value in folder.parts)]
+    left_out = [
+        key
+        for key in hydra.job.config.override_dirname.exclude_keys
+        if (value := values.get(key, "")) is not None and (named or not value or value in folder.parts)
+    ]
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     with read_write(hydra):
-        hydra.overrides.hydra.extend([f"hydra.sweep.dir='{quoted}'",
-                                      f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]"])
+        hydra.overrides.hydra.extend(
+            [f"hydra.sweep.dir='{quoted}'", f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]"]
+        )
 
 
 def undo() -> None:
@@ -110,8 +125,9 @@ class Study(Callback):
         if "nu" not in config.estimator:  # of the parameters in configs/search the one that not every estimator has
             with read_write(config.hydra), open_dict(sweeper.params):
                 sweeper.params.pop("estimator.nu", None)
-        study = optuna.create_study(study_name=sweeper.study_name, storage=sweeper.storage, direction=sweeper.direction,
-                                    load_if_exists=True)
+        study = optuna.create_study(
+            study_name=sweeper.study_name, storage=sweeper.storage, direction=sweeper.direction, load_if_exists=True
+        )
         trials = study.get_trials()
         for trial in trials:
             if trial.state == TrialState.RUNNING:

@@ -55,12 +55,18 @@ def options_of(settings: Mapping[str, Any], group: str | None, name: str, run_id
     """The arguments of ``wandb.init``: a run's settings, where they say nothing wandb's own variables, and where those
     are silent too, ``group``, ``name`` and this program's defaults. ``run_id``: of the run to continue."""
     said = os.environ.get
-    options = {key: str(value) if key in TEXTS else list(map(str, value)) if key == "tags" else value
-               for key, value in settings.items() if value is not None}
+    options = {
+        key: str(value) if key in TEXTS else list(map(str, value)) if key == "tags" else value
+        for key, value in settings.items()
+        if value is not None
+    }
     disabled = (said("WANDB_DISABLED") or "").lower() in ("1", "true", "yes", "on")  # wandb itself has dropped it
     options.setdefault("mode", "disabled" if disabled else said("WANDB_MODE") or "offline")
-    for key, value, variable in (("project", "fobmaml", "PROJECT"), ("group", group, "RUN_GROUP"),
-                                 ("name", name[:128], "NAME")):  # a longer one wandb refuses
+    for key, value, variable in (
+        ("project", "fobmaml", "PROJECT"),
+        ("group", group, "RUN_GROUP"),
+        ("name", name[:128], "NAME"),
+    ):  # a longer one wandb refuses
         if value is not None and not said(f"WANDB_{variable}"):
             options.setdefault(key, value)
     if run_id is not None:
@@ -131,11 +137,21 @@ def _start(folder: Path, config: Mapping[str, Any], options: Mapping[str, Any]) 
     import wandb
 
     said = os.environ
-    settings = {key: value for key, value in (("console", "off"), ("silent", True), ("init_timeout", PATIENCE_S / 2))
-                if f"WANDB_{key.upper()}" not in said}
+    settings = {
+        key: value
+        for key, value in (("console", "off"), ("silent", True), ("init_timeout", PATIENCE_S / 2))
+        if f"WANDB_{key.upper()}" not in said
+    }
     where = {} if "WANDB_DIR" in said else {"dir": str(folder)}
-    return wandb.init(**{"reinit": "finish_previous", **where, **options, "config": dict(config),
-                         "settings": wandb.Settings(**settings | options.get("settings", {}))})
+    return wandb.init(
+        **{
+            "reinit": "finish_previous",
+            **where,
+            **options,
+            "config": dict(config),
+            "settings": wandb.Settings(**settings | options.get("settings", {})),
+        }
+    )
 
 
 def _tear_down() -> None:

@@ -97,9 +97,17 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
         record.event(training.measure())
         record.checkpoint()
     on_terminal = sys.stderr.isatty()
-    with (logging_redirect_tqdm() if on_terminal else nullcontext(),
-          tqdm(total=s.steps, initial=training.step, unit="step", disable=not on_terminal, dynamic_ncols=True,
-               desc="meta-training") as bar):
+    with (
+        logging_redirect_tqdm() if on_terminal else nullcontext(),
+        tqdm(
+            total=s.steps,
+            initial=training.step,
+            unit="step",
+            disable=not on_terminal,
+            dynamic_ncols=True,
+            desc="meta-training",
+        ) as bar,
+    ):
         for event in training.train(lambda: stop.requested):
             measured = training.measure()
             event |= measured
@@ -111,9 +119,13 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
             bar.set_postfix(progress(training), refresh=False)
             bar.update()
             if measured and not on_terminal:
-                log.info("step %d/%d, %s, %.0f s left", training.step, s.steps,
-                         ", ".join(f"{key} {value}" for key, value in progress(training).items()),
-                         (s.steps - training.step) * statistics.median(training.step_seconds))
+                log.info(
+                    "step %d/%d, %s, %.0f s left",
+                    training.step,
+                    s.steps,
+                    ", ".join(f"{key} {value}" for key, value in progress(training).items()),
+                    (s.steps - training.step) * statistics.median(training.step_seconds),
+                )
     if stop.requested:
         record.checkpoint()
         raise Interrupted(f"stopped by {stop.requested} at step {training.step}")
@@ -121,8 +133,12 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
 
 def say_if_another_engine(before: str, now: str) -> None:
     if before and set(now.split("+")) - set(before.split("+")):
-        log.warning("gradients are computed by engine %s, and up to this checkpoint by %s: the run may differ from an "
-                    "uninterrupted one by rounding", now, before)
+        log.warning(
+            "gradients are computed by engine %s, and up to this checkpoint by %s: the run may differ from an "
+            "uninterrupted one by rounding",
+            now,
+            before,
+        )
 
 
 def progress(training: MetaTraining) -> dict[str, str]:

@@ -7,5 +7,18 @@ from fobmaml.solvers.linear import LinearSolve, LinearStatistics, conjugate_grad
 from fobmaml.solvers.newton import Inexact, NewtonCG
 from fobmaml.solvers.problem import RESULTS, InnerProblem, Solution
 
-__all__ = ["RESULTS", "BarzilaiBorwein", "GradientDescent", "Inexact", "InnerProblem", "Iterate", "Iterative",
-           "LinearSolve", "LinearStatistics", "NewtonCG", "Solution", "Solver", "conjugate_gradients"]
+__all__ = [
+    "RESULTS",
+    "BarzilaiBorwein",
+    "GradientDescent",
+    "Inexact",
+    "InnerProblem",
+    "Iterate",
+    "Iterative",
+    "LinearSolve",
+    "LinearStatistics",
+    "NewtonCG",
+    "Solution",
+    "Solver",
+    "conjugate_gradients",
+]

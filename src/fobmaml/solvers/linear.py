@@ -25,8 +25,7 @@ class LinearSolve(LinearStatistics):
     x: Tensor
 
 
-def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: int,
-                        tol: float | Tensor) -> LinearSolve:
+def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: int, tol: float | Tensor) -> LinearSolve:
     """Solves Aᵣxᵣ = bᵣ for all rows at once, each until ‖r‖ ≤ tol‖b‖; ``product`` applies all A: [R, P] -> [R, P].
 
     ``tol`` may differ by row, [R]. Cost: at most ``steps`` products.

@@ -36,8 +36,10 @@ class InnerProblem:
             self.x = torch.cat([tasks.support_x, tasks.query_x], dim=1).repeat_interleave(offsets, dim=0)
             targets = torch.cat([tasks.support_y, tasks.query_y], dim=1).repeat_interleave(offsets, dim=0)
             support = tasks.support_x.shape[1]
-            parts = [Part(slice(support), 1.0, "support_y"),
-                     Part(slice(support, None), nu.repeat(len(tasks)), "query_y")]
+            parts = [
+                Part(slice(support), 1.0, "support_y"),
+                Part(slice(support, None), nu.repeat(len(tasks)), "query_y"),
+            ]
         self.loss = learner.row_loss(targets, parts)
 
     def engine(self, second_order: bool = False) -> Engine:

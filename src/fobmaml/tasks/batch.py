@@ -32,8 +32,11 @@ class TaskBatch:
                 got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise refuse(name, got, "a tensor [tasks, examples, ...]")
             if tensor.shape[0] != self.support_x.shape[0] or 0 in tensor.shape[:2]:
-                raise refuse(name, tuple(tensor.shape),
-                             f"a tensor of {self.support_x.shape[0]} tasks with at least one example each")
+                raise refuse(
+                    name,
+                    tuple(tensor.shape),
+                    f"a tensor of {self.support_x.shape[0]} tasks with at least one example each",
+                )
         for part in ("support", "query"):
             x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
             if x.shape[1] != y.shape[1]:
@@ -41,8 +44,11 @@ class TaskBatch:
         for kind in ("x", "y"):
             s, q = getattr(self, f"support_{kind}"), getattr(self, f"query_{kind}")
             if s.shape[2:] != q.shape[2:] or s.dtype != q.dtype or s.device != q.device:
-                raise refuse(f"query_{kind}", f"{q.dtype} {tuple(q.shape)} on {q.device}",
-                             f"examples like support_{kind}'s: {s.dtype} [..., *{tuple(s.shape[2:])}] on {s.device}")
+                raise refuse(
+                    f"query_{kind}",
+                    f"{q.dtype} {tuple(q.shape)} on {q.device}",
+                    f"examples like support_{kind}'s: {s.dtype} [..., *{tuple(s.shape[2:])}] on {s.device}",
+                )
 
     def __len__(self) -> int:
         return self.support_x.shape[0]

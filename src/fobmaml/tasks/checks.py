@@ -15,9 +15,13 @@ from fobmaml.tasks.batch import Split, TaskBatch, TaskSource
 
 def check_members(source: Any) -> None:
     """Raises ValueError for a member that is missing or of another kind."""
-    takes = {"sample": "a method sample(split, count, generator)", "input_shape": "a tuple, the shape of one example",
-             "outputs": "a whole number of at least 1, the values that the network returns",
-             "classification": "true or false", "loss_fn": "a function (outputs, targets) -> mean loss"}
+    takes = {
+        "sample": "a method sample(split, count, generator)",
+        "input_shape": "a tuple, the shape of one example",
+        "outputs": "a whole number of at least 1, the values that the network returns",
+        "classification": "true or false",
+        "loss_fn": "a function (outputs, targets) -> mean loss",
+    }
     for name, what in takes.items():
         if not hasattr(source, name):
             raise ValueError(f"dataset: {type(source).__name__} has no {name}: takes {what}")
@@ -44,8 +48,11 @@ def check_members(source: Any) -> None:
 def _became_a_method(source: Any) -> bool:
     """Whether ``loss_fn`` is a function of two tensors that a class body holds without ``staticmethod``."""
     method = source.loss_fn
-    return (inspect.ismethod(method) and method.__self__ is source
-            and next(iter(inspect.signature(method.__func__).parameters), "") != "self")
+    return (
+        inspect.ismethod(method)
+        and method.__self__ is source
+        and next(iter(inspect.signature(method.__func__).parameters), "") != "self"
+    )
 
 
 def _accepts(function: Any, arguments: int) -> bool:
@@ -74,8 +81,10 @@ def sample(source: TaskSource, split: Split, count: int, generator: torch.Genera
     if len(tasks) != count:
         raise ValueError(f"{what} returned {len(tasks)} tasks: takes {count}")
     if tasks.support_x.shape[2:] != torch.Size(source.input_shape):
-        raise ValueError(f"{what} returned examples of shape {tuple(tasks.support_x.shape[2:])}: takes input_shape, "
-                         f"{tuple(source.input_shape)}")
+        raise ValueError(
+            f"{what} returned examples of shape {tuple(tasks.support_x.shape[2:])}: takes input_shape, "
+            f"{tuple(source.input_shape)}"
+        )
     if source.classification:
         for name in ("support_y", "query_y"):
             _check_labels(f"{what}: {name}", getattr(tasks, name), source)
@@ -88,8 +97,10 @@ def _check_labels(what: str, labels: Tensor, source: TaskSource) -> None:
     labels, ignored = labels.long(), ignored_label(source.loss_fn)
     wrong = (labels != ignored) & ((labels < 0) | (labels >= source.outputs))
     if wrong.any():
-        raise ValueError(f"{what} holds the label {int(labels[wrong][0])}: takes 0 ... {source.outputs - 1} (outputs), "
-                         f"or {ignored}, which the loss ignores (another one: its ignore_index)")
+        raise ValueError(
+            f"{what} holds the label {int(labels[wrong][0])}: takes 0 ... {source.outputs - 1} (outputs), "
+            f"or {ignored}, which the loss ignores (another one: its ignore_index)"
+        )
 
 
 def check_repeats(first: TaskBatch, second: TaskBatch) -> None:
@@ -97,8 +108,10 @@ def check_repeats(first: TaskBatch, second: TaskBatch) -> None:
     for name in ("support_x", "support_y", "query_x", "query_y"):
         one, other = getattr(first, name), getattr(second, name)
         if one.shape != other.shape or not ((one == other) | (one != one)).all():  # NaN is a missing value
-            raise ValueError(f"dataset: sample returned another {name} with the same generator: takes all randomness "
-                             "from its generator")
+            raise ValueError(
+                f"dataset: sample returned another {name} with the same generator: takes all randomness "
+                "from its generator"
+            )
 
 
 @contextmanager

@@ -39,8 +39,10 @@ def generate_arrays() -> Arrays:
     try:
         from mnist1d.data import get_dataset_args, make_dataset
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("MNIST-1D is made by the package mnist1d, which is not installed: "
-                                  "pip install 'fobmaml[run]'", name=error.name) from None
+        raise ModuleNotFoundError(
+            "MNIST-1D is made by the package mnist1d, which is not installed: pip install 'fobmaml[run]'",
+            name=error.name,
+        ) from None
 
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
@@ -107,8 +109,9 @@ class MNIST1D:
     input_shape = (40,)
     classification = True
 
-    def __init__(self, ways: int = 5, shots: int = 5, queries: int = 15, loss: str = "cross_entropy",
-                 cache: Path | None = None):
+    def __init__(
+        self, ways: int = 5, shots: int = 5, queries: int = 15, loss: str = "cross_entropy", cache: Path | None = None
+    ):
         self.ways = self.outputs = whole_number("ways", ways, at_least=2, at_most=10)
         self.shots = whole_number("shots", shots)
         self.queries = whole_number("queries", queries)
@@ -126,12 +129,17 @@ class MNIST1D:
         fewest = min(len(digit) for split in self.examples.values() for digit in split)
         if shots + queries > fewest:
             name, value = ("shots", shots) if shots >= fewest else ("queries", queries)
-            raise refuse(name, value, f"at most {fewest} with shots and queries together, the examples that the "
-                                      f"smallest split has of a digit (shots={shots}, queries={queries})")
+            raise refuse(
+                name,
+                value,
+                f"at most {fewest} with shots and queries together, the examples that the "
+                f"smallest split has of a digit (shots={shots}, queries={queries})",
+            )
         # One table a split, short digits padded, so that sampling is a handful of gathers.
         self._counts = {s: torch.tensor([len(d) for d in digits]) for s, digits in self.examples.items()}
-        self._tables = {s: torch.nn.utils.rnn.pad_sequence(digits, batch_first=True)
-                        for s, digits in self.examples.items()}
+        self._tables = {
+            s: torch.nn.utils.rnn.pad_sequence(digits, batch_first=True) for s, digits in self.examples.items()
+        }
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> TaskBatch:
         table, counts = self._tables[split], self._counts[split]
