@@ -94,9 +94,14 @@ def test_multirun_makes_one_wandb_run_a_job(run_train, tmp_path):
     assert {read_run(folder)["group"] for folder in folders} == {"sweep"}
 
 
-@pytest.mark.slow
-def test_width_250(run_train, tmp_path):
-    done = run_train("estimator=symmetric", "width=250", "steps=3", "hydra.run.dir=run")
+FEWER_TASKS = ("eval.tasks=20", "eval.validation_tasks=10", "bias.tasks=1")
+
+
+@pytest.mark.parametrize(
+    "tasks", [pytest.param(FEWER_TASKS, marks=pytest.mark.slow), pytest.param((), marks=pytest.mark.nightly)]
+)
+def test_width_250(run_train, tmp_path, tasks):
+    done = run_train("estimator=symmetric", "width=250", "steps=3", *tasks, "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert all(value is not None for key, value in _complete(tmp_path / "run").items() if key in SUMMARY_KEYS)
 
@@ -559,14 +564,16 @@ def test_stopped_and_continued_is_uninterrupted_bit_for_bit(run_train, tmp_path)
     )
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments():
+@pytest.mark.parametrize(
+    "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(12, marks=pytest.mark.nightly)]
+)
+def test_killed_at_random_moments(kills):
     """A few of the hundred kills that the script makes by default."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", "8"], text=True, capture_output=True
+        [sys.executable, str(ROOT / "scripts" / "kill_test.py"), "--kills", str(kills)], text=True, capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("8 kills of ")
+    assert done.stdout.startswith(f"{kills} kills of ")
 
 
 def test_training_goes_on_when_wandbs_service_is_killed(run_train, tmp_path):

@@ -464,7 +464,7 @@ def test_stacked_passes_refuse_what_they_would_repeat_or_convert():
 def test_refusals_are_no_assertions():
     """Under ``python -O``, after a batch that is right."""
     code = f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import sys; sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT / "scripts")!r}]
 import test_fused as t
 refused = 0
 for model, example, says in t.WRONG_INPUTS:

@@ -55,4 +55,4 @@ def test_environment_installs_the_same():
 
 
 def test_tables_are_the_results():
-    assert same_text(tables.page(), README)
+    assert same_text(tables.page(ROOT / "results"), README)
