@@ -25,7 +25,9 @@ setup: .venv/complete ## make .venv and install everything (nothing to do when i
 train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS="estimator=maml steps=2000"
 	@$(BIN)/python train.py $(ARGS)
 
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# One more than there are processors: some tests wait.
+WORKERS = $(shell $(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 4))')
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: setup .venv/sweeps .venv/explorer .venv/chromium ## run the tests; with SLOW=1 those that take minutes too
 	@$(PYTEST) -m "not nightly$(if $(SLOW),, and not slow)" $(ARGS)

@@ -65,7 +65,9 @@ class Forks:
             "environment": dict(environment),
         }
         self.calls.write(json.dumps(call).encode() + b"\n")
-        return int(self.answers.readline())
+        if not (answer := self.answers.readline()):
+            raise RuntimeError("the process that is forked has ended: what it takes cannot be imported, see its error")
+        return int(answer)
 
     def ended(self) -> bool:
         """Whether what was started last has ended; its number may then be another process's."""

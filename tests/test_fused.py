@@ -562,8 +562,9 @@ def test_a_library_that_cannot_be_loaded_is_not_used(tmp_path, content):
 # sanitizers
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_descriptions_by_chance_under_sanitizers():
+    """At every change .ci/run calls the script itself, with more of them."""
     _compiler()
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts/sanitize_kernel.py"), "--count", "150"],
