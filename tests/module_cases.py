@@ -349,6 +349,13 @@ def tokens(*shape: int) -> Tensor:
     return torch.randint(11, (*shape, 5))
 
 
+CASES = {
+    **{name: (make, vectors) for name, make in VECTORS.items()},
+    **{name: (make, tokens) for name, make in TOKENS.items()},
+}
+"""Every kind of module, and the inputs that it takes."""
+
+
 def tasks(
     x: Callable[..., Tensor], y: Callable[..., Tensor], count: int = 3, support: int = 4, query: int = 5
 ) -> TaskBatch:

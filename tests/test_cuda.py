@@ -9,16 +9,13 @@ import torch
 import torch.nn.functional as F
 from conftest import QUIET, start_train, wait_until
 from module_cases import (
+    CASES,
     ESTIMATORS,
     FIRST_DERIVATIVES_ONLY,
     LOSSES,
-    TOKENS,
-    VECTORS,
     Plain,
     made,
     tasks,
-    tokens,
-    vectors,
 )
 from torch import Tensor, nn
 
@@ -28,10 +25,6 @@ from fobmaml.measure import peak_bytes
 from fobmaml.models import CNN1d
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-CASES = {
-    **{name: (make, vectors) for name, make in VECTORS.items()},
-    **{name: (make, tokens) for name, make in TOKENS.items()},
-}
 
 
 def _flat(result: fobmaml.MetaGradient) -> Tensor:

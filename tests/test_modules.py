@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from module_cases import (
+    CASES,
     ESTIMATORS,
     FIRST_DERIVATIVES_ONLY,
     LOSSES,
-    TOKENS,
     VECTORS,
     Of,
     Plain,
@@ -22,11 +22,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fobmaml
-
-CASES = {
-    **{name: (make, vectors) for name, make in VECTORS.items()},
-    **{name: (make, tokens) for name, make in TOKENS.items()},
-}
 
 
 def _check(model, loss_fn, batch, case):

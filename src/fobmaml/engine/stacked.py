@@ -139,8 +139,7 @@ class Stacked(Engine):
         return passes_of(self.network, self.x)
 
     def outputs(self, phi: Tensor) -> Tensor:
-        self._passes.pack(self.network.unflatten(phi.detach()), self._passes.parameters)
-        return self._passes.outputs()
+        return at(phi, self._passes, self.network).outputs()
 
     def gradient(self, phi: Tensor) -> Tensor:
         g, _ = self.row_loss.linearize(self.outputs(phi))
@@ -149,8 +148,8 @@ class Stacked(Engine):
         return self._unpack(into)
 
     def linearize(self, phi: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        passes = passes_of(self.network, self.x, second_order=True)  # what the products need stays as it is
-        passes.pack(self.network.unflatten(phi.detach()), passes.parameters)
+        # Of its own, so that what the products need stays as it is.
+        passes = at(phi, passes_of(self.network, self.x, second_order=True), self.network)
         g, loss_tangent = self.row_loss.linearize(passes.outputs(), second_order=True)
         gradient = [torch.empty_like(part) for part in passes.parameters]
         passes.add_gradient(g, gradient)
@@ -191,8 +190,7 @@ def passes_of(network: Network, x: Tensor, second_order: bool = False) -> Stacke
     return StackedNetwork(network.model.stacked_layers(), network.shapes, network.model.stacked_inputs(x), second_order)
 
 
-def stacked_outputs(network: Network, phi: Tensor, x: Tensor) -> Tensor:
-    """[R, P], [R, N, ...] -> [R, N, ...]."""
-    passes = passes_of(network, x)
-    passes.pack(network.unflatten(phi), passes.parameters)
-    return passes.outputs()
+def at(phi: Tensor, passes: StackedNetwork, network: Network) -> StackedNetwork:
+    """``passes``, with the parameters ``phi`` [R, P]."""
+    passes.pack(network.unflatten(phi.detach()), passes.parameters)
+    return passes

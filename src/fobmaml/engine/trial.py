@@ -15,7 +15,7 @@ from fobmaml.engine.loop import rows_one_by_one
 from fobmaml.engine.losses import close, hvp
 from fobmaml.engine.modules import differentiable
 from fobmaml.engine.network import Network
-from fobmaml.engine.stacked import stacked_outputs
+from fobmaml.engine.stacked import at, passes_of
 from fobmaml.precision import full_precision
 
 LOOP_FROM = 10_000_000
@@ -39,7 +39,7 @@ class Trial:
             p, inputs = self._elsewhere()[:1], x[:1]
             with torch.no_grad(), full_precision(self.network.device):
                 wanted = self._called(inputs, lambda: self.network.one_row(p[0], inputs[0]))
-                self._listed = close(stacked_outputs(self.network, p, inputs)[0], wanted)
+                self._listed = close(at(p, passes_of(self.network, inputs), self.network).outputs()[0], wanted)
             if not self._listed and self.engine in ("stacked", "fused"):
                 raise refuse("engine", self.engine, "a network whose forward is what its stacked_layers list")
         return self._listed
