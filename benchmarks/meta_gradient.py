@@ -13,7 +13,6 @@ import contextlib
 import gc
 import io
 import json
-import runpy
 import shutil
 import statistics
 import sys
@@ -34,6 +33,7 @@ from peers import PEERS, in_our_layout, plain_network
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import fobmaml.run
 import fobmaml.training
 from fobmaml import estimators
 from fobmaml.engine import Learner
@@ -273,7 +273,7 @@ def by_part(steps: int) -> list[Row]:
             patch.object(Validation, "__call__", clocked("validation", Validation.__call__)),
             patch.object(MetaTraining, "train", clocked_loop),
         ):
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            fobmaml.run.main(ROOT / "configs")
     counted = loop["all"] - loop["validation"]
     parts = {"gradient": loop["gradient"], "rest": counted - loop["gradient"], "validation": loop["validation"]}
     return [

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import runpy
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,8 @@ import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+
+from fobmaml.run import main
 
 CHECKS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 FEW, SOME, MANY, PARTS = 12, 24, 60, 6  # the nightly parts make 300
@@ -36,7 +37,7 @@ def _run(overrides: list[str]) -> tuple[int, str, Path, tempfile.TemporaryDirect
         contextlib.redirect_stderr(err),
     ):
         try:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            main(ROOT / "configs")
         except SystemExit as end:
             code = 1 if isinstance(end.code, str) else int(end.code or 0)
             if isinstance(end.code, str):
