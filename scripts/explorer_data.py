@@ -65,7 +65,7 @@ def estimators(lam: float, steps: int, nu: float) -> dict[str, Estimator]:
     return {
         "maml": MAML(gd, lam),
         "fomaml": FOMAML(gd, lam),
-        "reptile": Reptile(gd, lam),
+        "reptile": Reptile(gd, lam, data="support"),
         "imaml": IMAML(gd, lam),
         "forward": Forward(gd, lam, nu),
         "symmetric": Symmetric(gd, lam, nu),

@@ -378,7 +378,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "maml": MAML(SOLVER),
     "maml, checkpointed": MAML(SOLVER, LAM, checkpoint=True),
     "fomaml": FOMAML(SOLVER, LAM),
-    "reptile": Reptile(SOLVER, LAM),
+    "reptile": Reptile(SOLVER, LAM, data="support"),
     "imaml": IMAML(SOLVER, IMAML_LAM, cg_steps=400, cg_tol=1e-13),
 }
 

@@ -96,7 +96,7 @@ def test_fomaml_and_reptile_are_their_formulas(mnist1d):
         for _ in range(4):
             phi = phi - 0.1 * torch.func.grad(support)(phi)
         fomaml = FOMAML(solver)(learner, learner.theta(), tasks).gradients[task]
-        reptile = Reptile(solver)(learner, learner.theta(), tasks).gradients[task]
+        reptile = Reptile(solver, data="support")(learner, learner.theta(), tasks).gradients[task]
         assert relative_error(fomaml, torch.func.grad(query)(phi)) < 1e-10
         assert relative_error(reptile, learner.theta() - phi) < 1e-10
 

@@ -225,7 +225,7 @@ def test_a_linear_model_has_no_curvature_of_its_own():
     found = curvature(learner, tasks, GradientDescent(steps=3, lr=0.5))
     assert found.network < 1e-12 * found.hessian
     assert found.gauss_newton_error < 1e-12 < 1e-3 < found.fomaml_error
-    with pytest.raises(ValueError, match=r"^momentum=0.5: takes 0"):
+    with pytest.raises(ValueError, match=r"^solver: momentum=0.5, batch=None: takes 0"):
         curvature(learner, tasks, GradientDescent(steps=3, momentum=0.5))
 
 

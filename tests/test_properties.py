@@ -100,6 +100,11 @@ def valid(draw) -> list[str]:
         if solver == "gd":
             number("solver.lr", _within(1e-4, 0.02))
             number("solver.momentum", st.sampled_from([0.0, 0.5, 0.9]))
+        else:
+            found += ["~solver.batch"] * (estimator == "reptile")
+    if estimator != "exact" and solver == "gd":
+        one_of("solver.batch", "null", 1, 3, 100)
+        one_of("solver.query_batch", "null", 2)
     if estimator in ("forward", "symmetric", "central4"):
         number("estimator.nu", _within(0.01, 0.3))
     one_of("optimizer", "sngdm", "clipped_sgd", "sgd", "adam")

@@ -151,7 +151,8 @@ class MetaTraining:
             split, seed, step = "train", self.settings.seed, 0
         entropy = np.random.SeedSequence([seed, ("train", "validation", "test").index(split), step])
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
-        return sample(self.source, split, count, generator)
+        tasks = sample(self.source, split, count, generator)
+        return tasks if tasks.keys is not None else tasks.keyed(generator)
 
     def fixed(self, split: Split, count: int, stream: int = 0) -> TaskBatch:
         return self.tasks(split, count, EVALUATION_SEED, stream)

@@ -2,14 +2,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fobmaml.engine.losses import RowLoss
+from fobmaml.engine.losses import Part, RowLoss, rows_taken
 from fobmaml.engine.network import Network
 
 WHOLE = (slice(None),)
+
+
+class Draws(NamedTuple):
+    """``examples`` [R, K, n]: which of its examples each row takes at each of K steps, and the ``parts`` of the n."""
+
+    examples: Tensor
+    parts: Sequence[Part]
 
 
 class Engine(ABC):
@@ -39,22 +47,36 @@ class Engine(ABC):
     def linearize(self, phi: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The gradient [R, P], and v ↦ each row's Hessian times v[r], [R, P] -> [R, P]."""
 
-    def gradient_descent(self, theta: Tensor, steps: int, lr: float, lam: float = 0.0, momentum: float = 0.0) -> Tensor:
-        """Displacements φ − θ [R, P] after ``steps`` of v ← momentum · v + ∇h(φ), φ ← φ − lr · v.
+    def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "Engine":
+        """The same of the rows' ``examples`` [R, n] only, of which each of ``parts`` takes some."""
+        apart = WHOLE if self.apart is WHOLE else tuple(part.examples for part in parts)
+        loss = self.row_loss.of_examples(examples, parts)
+        return type(self)(self.network, rows_taken(self.x, examples), loss, apart)
 
-        h is the loss with (lam/2)‖φ − θ‖²; ``theta`` [R, P] may be expanded. The displacement is what moves: it is
-        small, so that little of it is lost to rounding.
+    def gradient_descent(
+        self,
+        theta: Tensor,
+        rates: Sequence[float],
+        lam: float = 0.0,
+        momentum: float = 0.0,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """Displacements φ − θ [R, P] after a step for each of ``rates``: v ← momentum · v + ∇h(φ), φ ← φ − rate · v.
+
+        h is the loss with (lam/2)‖φ − θ‖², of all examples or, step by step, of ``draws``; ``theta`` [R, P] may be
+        expanded. The displacement is what moves: it is small, so that little of it is lost to rounding.
         """
         displacement = torch.zeros_like(theta, memory_format=torch.contiguous_format)
         velocity = torch.zeros_like(displacement) if momentum else displacement
         phi = torch.empty_like(displacement)
-        for _ in range(steps):
+        for step, rate in enumerate(rates):
+            engine = self if draws is None else self.of_examples(draws.examples[:, step], draws.parts)
             torch.add(theta, displacement, out=phi)
             if momentum:
-                self._add_gradient(phi, velocity, momentum, 1.0)
-                displacement.sub_(velocity.add_(displacement, alpha=lam), alpha=lr)
+                engine._add_gradient(phi, velocity, momentum, 1.0)
+                displacement.sub_(velocity.add_(displacement, alpha=lam), alpha=rate)
             else:
-                self._add_gradient(phi, displacement, 1.0 - lr * lam, -lr)
+                engine._add_gradient(phi, displacement, 1.0 - rate * lam, -rate)
         return displacement
 
     def _add_gradient(self, phi: Tensor, into: Tensor, scale: float, step: float) -> None:

@@ -9,19 +9,19 @@ import math
 import platform
 import shutil
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
 
 from fobmaml.arguments import number, refuse, whole_number
 from fobmaml.engine.activations import SiLU
-from fobmaml.engine.base import Engine
+from fobmaml.engine.base import Draws, Engine
 from fobmaml.engine.layers import Convolution, Dense, check_chain
-from fobmaml.engine.losses import CrossEntropy
+from fobmaml.engine.losses import CrossEntropy, Part, rows_taken
 from fobmaml.engine.network import Network
 from fobmaml.engine.stacked import Stacked
 
@@ -297,6 +297,7 @@ class Fused(Stacked):
 
     def __init__(self, network: Network, x: Tensor, loss: CrossEntropy):
         super().__init__(network, x, loss)
+        self.cross_entropy = loss
         layers = network.model.stacked_layers()
         loss.prepare(x.new_empty(*x.shape[:2], network.shapes[layers[-1].weight][0]))
         self.kernel = FusedGradient(layers, network.shapes, network.model.stacked_inputs(x), loss.one_hot, loss.weights)
@@ -306,13 +307,33 @@ class Fused(Stacked):
         self.kernel.add(phi.detach(), None, into, 0.0, 1.0)
         return into
 
-    def gradient_descent(self, theta: Tensor, steps: int, lr: float, lam: float = 0.0, momentum: float = 0.0) -> Tensor:
-        if momentum:
-            return Engine.gradient_descent(self, theta, steps, lr, lam, momentum)
+    def gradient_descent(
+        self,
+        theta: Tensor,
+        rates: Sequence[float],
+        lam: float = 0.0,
+        momentum: float = 0.0,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        if momentum or draws is not None:
+            return Engine.gradient_descent(self, theta, rates, lam, momentum, draws)
         displacement = torch.zeros(theta.shape, dtype=theta.dtype)
-        for done in range(0, steps, STEPS_A_CALL):
-            self.kernel.add(theta, displacement, displacement, 1.0 - lr * lam, -lr, min(STEPS_A_CALL, steps - done))
+        for _, count, rate in _alike(rates):
+            self.kernel.add(theta, displacement, displacement, 1.0 - rate * lam, -rate, count)
         return displacement
+
+    def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "Fused":
+        return Fused(self.network, rows_taken(self.x, examples), self.cross_entropy.of_examples(examples, parts))
 
     def _add_gradient(self, phi: Tensor, into: Tensor, scale: float, step: float) -> None:
         self.kernel.add(phi, None, into, scale, step)
+
+
+def _alike(rates: Sequence[float]) -> Iterator[tuple[int, int, float]]:
+    """Runs of steps of one length that a call of the kernel may take: the first, how many, and their length."""
+    first = 0
+    for rate, steps in groupby(rates):
+        last = first + len(list(steps))
+        for begin in range(first, last, STEPS_A_CALL):
+            yield begin, min(STEPS_A_CALL, last - begin), rate
+        first = last

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -139,7 +140,7 @@ class Learner(Network):
             if name.endswith("x") and t.is_floating_point() and t.dtype != self.dtype:
                 raise refuse(name, t.dtype, f"the model's dtype, {self.dtype}")
             tensors[name] = t.clone() if t.is_inference() else t  # autograd does not take those
-        return TaskBatch(**tensors) if any(tensors[n] is not getattr(tasks, n) for n in tensors) else tasks
+        return replace(tasks, **tensors) if any(tensors[n] is not getattr(tasks, n) for n in tensors) else tasks
 
 
 QUERY = Part(slice(None), 1.0, "query_y")

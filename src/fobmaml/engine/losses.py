@@ -59,6 +59,10 @@ class RowLoss:
             self.of.batched = self._batches(outputs)
         return self._batched(outputs) if self.of.batched else self._one_by_one(outputs)
 
+    def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "RowLoss":
+        """The loss of the rows' ``examples`` [R, n], numbers below N, of which each of ``parts`` takes some."""
+        return self.of.rows(rows_taken(self.targets, examples), parts)
+
     def _one_by_one(self, outputs: Tensor) -> Tensor:
         return torch.stack([self.of_row(r, row) for r, row in enumerate(outputs)])
 
@@ -105,6 +109,11 @@ class RowLoss:
         return close(found, wanted) and close(*gradients)
 
 
+def rows_taken(rows: Tensor, examples: Tensor) -> Tensor:
+    """Of each row [R, N, ...] its ``examples`` [R, n]: [R, n, ...]."""
+    return rows[torch.arange(len(rows), device=rows.device).unsqueeze(1), examples]
+
+
 def hvp(gradient: Tensor, leaf: Tensor, along: Tensor) -> Tensor:
     """The derivative of a gradient, whose graph is kept, as ``leaf`` moves along a vector; zero if it is constant.
 
@@ -142,7 +151,10 @@ class CrossEntropy(RowLoss):
     def __init__(self, loss: "Loss", targets: Tensor, parts: Sequence[Part], options: Options):
         super().__init__(loss, targets.long(), parts)
         self.options = options
-        self.weights, self.one_hot = torch.empty(0), torch.empty(0)
+        self.weights, self.one_hot, self._each = torch.empty(0), torch.empty(0), torch.empty(0)
+
+    def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "CrossEntropy":
+        return CrossEntropy(self.of, rows_taken(self.targets, examples), parts, self.options)
 
     def prepare(self, outputs: Tensor) -> None:
         """Makes ``weights`` [R, N, 1] and ``one_hot`` [R, N, classes], of the dtype of ``outputs`` [R, N, classes]."""
@@ -166,18 +178,30 @@ class CrossEntropy(RowLoss):
                     f"class labels from 0 to {classes - 1}, one for each of the model's outputs, or "
                     f"{o.ignore_index} for no class",
                 )
-        each = counted.to(outputs.dtype)
+        self._each = counted.to(outputs.dtype)
         if o.weight is not None:
-            each = each * o.weight.to(outputs)[known]
-        self.weights = torch.empty_like(each).unsqueeze(-1)
-        for part in self.parts:
-            share = each[:, part.examples]
-            total = share.sum(1, keepdim=True) if o.reduction == "mean" else share.new_ones(len(share), 1)
-            factor = part.factor.view(-1, 1) if isinstance(part.factor, Tensor) else part.factor
-            self.weights[:, part.examples, 0] = share * (factor / total)
+            self._each = self._each * o.weight.to(outputs)[known]
+        self.weights = self._shares(self._each, self.parts).unsqueeze(-1)
         self.one_hot = F.one_hot(known, classes).to(outputs.dtype)
         if o.label_smoothing:
             self.one_hot.mul_(1.0 - o.label_smoothing).add_(o.label_smoothing / classes)
+
+    def _shares(self, each: Tensor, parts: Sequence[Part]) -> Tensor:
+        """What examples of the weights ``each`` [R, ..., n] count, where ``parts`` divide the n."""
+        shares = torch.empty_like(each)
+        for part in parts:
+            share = each[..., part.examples]
+            total = share.sum(-1, keepdim=True) if self.options.reduction == "mean" else 1.0
+            factor = part.factor
+            if isinstance(factor, Tensor):
+                factor = factor.view(-1, *[1] * (each.dim() - 1))
+            shares[..., part.examples] = share * (factor / total)
+        return shares
+
+    def weights_of(self, draws: Tensor, parts: Sequence[Part]) -> Tensor:
+        """What the examples ``draws`` [R, K, n] count in the loss of ``of_examples``, for all K at once. Once it is
+        prepared."""
+        return self._shares(rows_taken(self._each, draws.flatten(1)).view(draws.shape), parts)
 
     def __call__(self, outputs: Tensor) -> Tensor:
         self.prepare(outputs)

@@ -48,12 +48,13 @@ class LayerPasses:
         c = source.new_empty(rows, examples, places, self.split + 1)
         c[..., -1] = 0.0
         c[:, :, :length, -1] = 1.0
-        self.copies = self._copies(c, source)
+        self.source = source.contiguous()
+        self.copies = self._copies(c, self.source)
         self._clear_outside(c)
         if not below:
             _fill(self.copies)
         self.c = c.view(*windows, self.split + 1)
-        self.v = source.reshape(*windows, source.shape[2] // places * channels) if kernel_size > copied else None
+        self.v = self.source.view(*windows, source.shape[2] // places * channels) if kernel_size > copied else None
         self.z = source.new_empty(*windows, out)
         self.h = (torch.empty_like(self.z) if layer.activation else self.z).view(rows, examples, places, out)
         self.h_rows = self.h.view_as(self.z)
@@ -102,6 +103,11 @@ class LayerPasses:
             (c[:, :, -1], folded[self.layer.bias]),
             *((wv, weight[:, :, self.split :]) for wv in parts[1:]),
         ]
+
+    def read(self, x: Tensor) -> None:
+        """In place of the inputs, which it may write over."""
+        self.source.copy_(x)
+        _fill(self.copies)
 
     def forward(self) -> None:
         if self.below:

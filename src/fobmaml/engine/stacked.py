@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import refuse
-from fobmaml.engine.base import Engine
+from fobmaml.engine.base import Draws, Engine
 from fobmaml.engine.layers import Convolution, Dense, check_chain
+from fobmaml.engine.losses import Part, rows_taken
 from fobmaml.engine.network import Network
 from fobmaml.engine.passes import LayerPasses
 
@@ -56,6 +57,11 @@ class StackedNetwork:
             )
         self.parameters = [w for layer in self._layers for w in layer.parameters]
         self._second_order, self._backward_ready, self._tangent_ready = second_order, False, False
+
+    @torch.no_grad()
+    def read(self, x: Tensor) -> None:
+        """Takes ``x`` of the same shape in place of the inputs."""
+        self._layers[0].read(x)
 
     def pack(self, folded: Mapping[str, Tensor], packed: list[Tensor] | None = None) -> list[Tensor]:
         """``folded`` as a list like ``parameters``, a new one with as many rows if ``packed`` is not given."""
@@ -138,6 +144,9 @@ class Stacked(Engine):
     def _passes(self) -> StackedNetwork:
         return passes_of(self.network, self.x)
 
+    def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "Stacked":
+        return Stacked(self.network, rows_taken(self.x, examples), self.row_loss.of_examples(examples, parts))
+
     def outputs(self, phi: Tensor) -> Tensor:
         return at(phi, self._passes, self.network).outputs()
 
@@ -162,22 +171,33 @@ class Stacked(Engine):
 
         return self._unpack(gradient, passes), product
 
-    def gradient_descent(self, theta: Tensor, steps: int, lr: float, lam: float = 0.0, momentum: float = 0.0) -> Tensor:
-        passes = self._passes
+    def gradient_descent(
+        self,
+        theta: Tensor,
+        rates: Sequence[float],
+        lam: float = 0.0,
+        momentum: float = 0.0,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        engine = self if draws is None else self.of_examples(draws.examples[:, 0], draws.parts)
+        passes = engine._passes
         start = passes.pack(self.network.unflatten(theta[:1] if theta.stride(0) == 0 else theta))
         displacement = [torch.zeros_like(part) for part in passes.parameters]
         velocity = [torch.zeros_like(part) for part in displacement] if momentum else displacement
-        for _ in range(steps):
+        for step, rate in enumerate(rates):
+            if draws is not None and step:
+                engine = self.of_examples(draws.examples[:, step], draws.parts)
+                passes.read(self.network.model.stacked_inputs(engine.x))  # over the copy that the first step took
             for phi, origin, d in zip(passes.parameters, start, displacement, strict=True):
                 torch.add(origin, d, out=phi)
-            g, _ = self.row_loss.linearize(passes.outputs())
+            g, _ = engine.row_loss.linearize(passes.outputs())
             if momentum:
                 passes.add_gradient(g, velocity, momentum, 1.0)
                 for d, v in zip(displacement, velocity, strict=True):
-                    d.sub_(v.add_(d, alpha=lam), alpha=lr)
+                    d.sub_(v.add_(d, alpha=lam), alpha=rate)
             else:
-                passes.add_gradient(g, displacement, 1.0 - lr * lam, -lr)
-        return self._unpack(displacement)
+                passes.add_gradient(g, displacement, 1.0 - rate * lam, -rate)
+        return self._unpack(displacement, passes)
 
     def _unpack(self, packed: list[Tensor], passes: StackedNetwork | None = None) -> Tensor:
         rows = packed[0].new_empty(len(packed[0]), self.network.parameter_count)

@@ -142,10 +142,14 @@ def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None =
     if learner.device.type != "cpu":
         return len(tasks)
     support, query = tasks.support_x.shape[1], tasks.query_x.shape[1]
-    cost = estimator.cost(support, query) if estimator else Cost(1, support, second_order=False)
+    cost = estimator.cost(*_at_a_step(estimator.solver, support, query)) if estimator else Cost(1, support, False)
     rows = learner.rows_at_once(tasks.support_x, cost.examples, cost.second_order)
     at_once = math.ceil(rows / cost.rows)
     return math.ceil(len(tasks) / math.ceil(len(tasks) / at_once))  # chunks of equal size
+
+
+def _at_a_step(solver: Solver, support: int, query: int) -> tuple[int, int]:
+    return min(solver.batch or support, support), min(solver.query_batch or query, query)
 
 
 def estimate(
@@ -224,6 +228,8 @@ def meta_gradient(
     with torch.inference_mode(False):
         learner = Learner(model, loss_fn, engine)
         tasks = learner.check(tasks.to(dtype=learner.dtype))
+        if tasks.keys is None and (estimator.solver.batch or estimator.solver.query_batch):
+            tasks = tasks.keyed()
         chunk = chunk_size(learner, tasks, estimator) if isinstance(task_chunk, str) else task_chunk
         result = estimate(estimator, learner, learner.theta(), tasks, chunk)
         return MetaGradient(

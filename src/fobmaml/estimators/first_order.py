@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from fobmaml.arguments import one_of
 from fobmaml.engine import Learner
 from fobmaml.estimators.base import Cost, Estimate, Estimator
-from fobmaml.solvers import Solver
+from fobmaml.solvers import Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
 
 
@@ -29,21 +30,31 @@ class FOMAML(Estimator):
 
 
 class Reptile(Estimator):
-    """θ − φᵢ,K: the way from the adapted parameters back to the start. The query set is not used.
+    """θ − φᵢ,K: the way from the adapted parameters back to the start.
 
+    ``data``: what φᵢ,K is adapted to. ``all`` examples of a task, support and query, is its authors' way, together with
+    inner steps on small batches (``solver.batch=10``): the steps of one task then see different examples, and it is
+    their gradients' inner products that the method increases. With ``support``, and every step on all of it, that is
+    lost.
     Not a gradient in scale (it grows with the inner learning rate and steps); its direction is what is compared.
-    Cost: K support gradients a task. Memory: one gradient of the tasks solved at once.
-    Reference: Nichol, Achiam & Schulman 2018, arXiv:1803.02999, algorithm 2.
+    Cost: K gradients a task, of a batch each. Memory: one gradient of the tasks solved at once.
+    Reference: Nichol, Achiam & Schulman 2018, arXiv:1803.02999, algorithm 2 and sections 5.1, 6.3.
     """
 
     needs_proximal_term = False
 
-    def __init__(self, solver: Solver, lam: float = 0.0):
+    def __init__(self, solver: Solver, lam: float = 0.0, data: str = "all"):
         super().__init__(solver, lam)
+        self.data = one_of("data", data, ("all", "support"))
 
     def cost(self, support: int, query: int) -> Cost:
-        return Cost(1, support, second_order=False)
+        return Cost(1, support + query if self.data == "all" and not self.solver.batch else support, False)
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
-        solution = self.adapt(learner, theta, tasks)
-        return Estimate(-solution.displacement, lambda: solution)
+        seen = tasks.pooled() if self.data == "all" else tasks
+        solution = self.adapt(learner, theta, seen)
+
+        def adapted() -> Solution:
+            return solution if seen is tasks else self.adapt(learner, theta, tasks)
+
+        return Estimate(-solution.displacement, adapted)

@@ -43,10 +43,12 @@ def curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> Cu
     ``solver``: gradient descent without momentum, whose K steps MAML's objective takes. Cost, a task: P
     Hessian-vector products and three eigenvalue decompositions [P, P], and 2K products.
     Reference: Schraudolph 2002 (Gauss–Newton products); Finn et al. 2017, arXiv:1703.03400, section 5.2.
-    Raises ValueError for a solver with momentum.
+    Raises ValueError for a solver with momentum or batches.
     """
-    if solver.momentum:
-        raise ValueError(f"momentum={solver.momentum}: takes 0, the steps that MAML's formula is written for")
+    if solver.momentum or solver.batch:
+        raise ValueError(
+            f"solver: momentum={solver.momentum}, batch={solver.batch}: takes 0 and None, as the formula of MAML does"
+        )
     with differentiable(twice=True):
         return _curvature(learner, tasks, solver)
 
@@ -64,13 +66,13 @@ def _curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> C
         eigenvalues = [torch.linalg.eigvalsh(part) for part in (hessian, gauss_newton, hessian - gauss_newton)]
         spectra += torch.stack([*(e.abs().max() for e in eigenvalues), eigenvalues[0].min()]).cpu() / len(tasks)
         path = [theta]
-        for _ in range(solver.steps):
-            path.append(path[-1] - solver.lr * grad(support)(path[-1]))
+        for rate in solver.rates:
+            path.append(path[-1] - rate * grad(support)(path[-1]))
         g = grad(query)(path.pop())
         by_hessian, by_gauss_newton = g, g
-        for phi in reversed(path):
-            by_hessian = by_hessian - solver.lr * support.hvp(phi)(by_hessian)
-            by_gauss_newton = by_gauss_newton - solver.lr * support.gauss_newton_product(phi)(by_gauss_newton)
+        for rate, phi in zip(reversed(solver.rates), reversed(path), strict=True):
+            by_hessian = by_hessian - rate * support.hvp(phi)(by_hessian)
+            by_gauss_newton = by_gauss_newton - rate * support.gauss_newton_product(phi)(by_gauss_newton)
         exact.append(by_hessian)
         first_order.append(g)
         without_network.append(by_gauss_newton)
@@ -135,8 +137,8 @@ class CurvatureMeasurement(OnValidationTasks):
 
     def steps_of(self, training: Training) -> GradientDescent:
         solver = training.estimator.solver
-        if not isinstance(solver, GradientDescent) or solver.momentum:
-            raise refuse("curvature.every", self.every, "solver=gd without momentum, or 0 for never")
+        if not isinstance(solver, GradientDescent) or solver.momentum or solver.batch:
+            raise refuse("curvature.every", self.every, "solver=gd without momentum and batches, or 0 for never")
         return solver
 
     def __call__(self, training: Training) -> Event:

@@ -83,6 +83,9 @@ def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
             written = cast(dict[str, Any], OmegaConf.to_container(cfg[group], resolve=False))[key]
             said = re.fullmatch(r"\$\{([\w.]+)\}", str(written))
             text = f"{said[1] if said else f'{group}.{key}'}{text.removeprefix(key)}"
+        elif unknown := re.search("unexpected keyword argument '(.*)'", text):
+            text = f"{group}.{unknown[1]}: {group}={choices().get(group)} has no such setting; ~{group}.{unknown[1]}"
+            text += " takes it back, where another choice sets it"
         else:
             text = f"{group}={choices()[group]}: {text}" if group in GROUPS else f"{group}: {text}"
         raise ConfigError(text) from error

@@ -1,7 +1,9 @@
 """The inner problem and its solvers. All rows (task × offset) are solved as one batch."""
 
+from fobmaml.solvers.adam import Adam
 from fobmaml.solvers.barzilai_borwein import BarzilaiBorwein
 from fobmaml.solvers.base import Iterate, Iterative, Solver
+from fobmaml.solvers.descent import Descent
 from fobmaml.solvers.gradient_descent import GradientDescent
 from fobmaml.solvers.linear import LinearSolve, LinearStatistics, conjugate_gradients
 from fobmaml.solvers.newton import Inexact, NewtonCG
@@ -9,7 +11,9 @@ from fobmaml.solvers.problem import RESULTS, InnerProblem, Solution
 
 __all__ = [
     "RESULTS",
+    "Adam",
     "BarzilaiBorwein",
+    "Descent",
     "GradientDescent",
     "Inexact",
     "InnerProblem",

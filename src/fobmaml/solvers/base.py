@@ -21,6 +21,9 @@ class Solver(ABC):
     """
 
     differentiable_steps = False
+    batch: int | None = None
+    """How many support examples each step takes, None: all."""
+    query_batch: int | None = None
 
     @abstractmethod
     def solve(self, problem: InnerProblem) -> Solution:

@@ -1,64 +1,54 @@
 """Gradient descent."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fobmaml.arguments import number, whole_number
-from fobmaml.solvers.base import Solver
+from fobmaml.arguments import number
+from fobmaml.solvers.descent import Descent, Memory
 from fobmaml.solvers.problem import InnerProblem, Solution
 
 
-class GradientDescent(Solver):
+class GradientDescent(Descent):
     """Gradient descent with heavy-ball momentum: v ← μv + ∇h(φ), φ ← φ − lr·v, ``steps`` times.
 
-    Cost: ``steps`` gradients a row. Memory: flat in ``steps`` unless unrolled.
-    Raises ValueError unless steps ≥ 1, lr > 0 and 0 ≤ momentum < 1.
+    Raises ValueError as ``Descent`` does, and unless 0 ≤ momentum < 1.
     """
 
-    differentiable_steps = True
+    linear = True
 
-    def __init__(self, steps: int = 10, lr: float = 0.1, momentum: float = 0.0):
-        self.steps = whole_number("steps", steps)
-        self.lr = number("lr", lr, above=0.0)
+    def __init__(
+        self,
+        steps: int = 10,
+        lr: float | Sequence[float] | Tensor = 0.1,
+        momentum: float = 0.0,
+        batch: int | None = None,
+        query_batch: int | None = None,
+    ):
+        super().__init__(steps, lr, batch, query_batch)
         self.momentum = number("momentum", momentum, at_least=0.0, below=1.0)
 
     def solve(self, problem: InnerProblem) -> Solution:
-        displacement = problem.engine().gradient_descent(problem.theta, self.steps, self.lr, problem.lam, self.momentum)
+        if isinstance(self.rates, Tensor):
+            return super().solve(problem)
+        seen = self.drawn(problem)
+        displacement = seen.engine().gradient_descent(problem.theta, self.rates, problem.lam, self.momentum, seen.draws)
         return self._solution(problem, displacement)
 
-    def _solution(self, problem: InnerProblem, displacement: Tensor) -> Solution:
-        taken = torch.full((problem.rows,), self.steps)
-        return Solution(problem, displacement, taken, torch.zeros_like(taken))
+    def memory(self, like: Tensor) -> Memory:
+        return (torch.zeros_like(like),) if self.momentum else ()
 
-    def unroll(self, problem: InnerProblem, checkpoint: bool = False) -> tuple[Solution, Callable[[Tensor], Tensor]]:
-        """Memory: ``steps`` times a gradient's activations, or one time and ``steps`` × [R, P] with ``checkpoint``.
+    def direction(self, gradient: Tensor, memory: Memory, step: int) -> tuple[Tensor, Memory]:
+        if not self.momentum:
+            return gradient, ()
+        velocity = self.momentum * memory[0] + gradient
+        return velocity, (velocity,)
 
-        Cost of the pull-back: a Hessian-vector product a step, and with ``checkpoint`` one more gradient.
-        """
-        displacement = velocity = torch.zeros_like(problem.theta)
-        hessians: list[Tensor | Callable[[Tensor], Tensor]] = []  # where to take one, or its products
-        for _ in range(self.steps):
-            phi = problem.theta + displacement
-            if checkpoint:
-                gradient = problem.gradient(phi)
-                hessians.append(phi)
-            else:
-                gradient, product = problem.linearize(phi)
-                hessians.append(product)
-            velocity = self.momentum * velocity + gradient
-            displacement = displacement - self.lr * velocity
-
-        def pull_back(v: Tensor) -> Tensor:
-            wrt_phi, wrt_velocity, wrt_theta = v, torch.zeros_like(v), torch.zeros_like(v)
-            while hessians:
-                wrt_velocity = wrt_velocity - self.lr * wrt_phi
-                hessian = hessians.pop()
-                product = problem.linearize(hessian)[1] if isinstance(hessian, Tensor) else hessian
-                wrt_phi = wrt_phi + product(wrt_velocity)
-                wrt_theta = wrt_theta - problem.lam * wrt_velocity
-                wrt_velocity = self.momentum * wrt_velocity
-            return wrt_theta + wrt_phi
-
-        return self._solution(problem, displacement), pull_back
+    def pulled_back(
+        self, gradient: Tensor, memory: Memory, step: int, wrt_direction: Tensor, wrt_memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        if not self.momentum:
+            return wrt_direction, ()
+        wrt_velocity = wrt_memory[0] + wrt_direction
+        return wrt_velocity, (self.momentum * wrt_velocity,)

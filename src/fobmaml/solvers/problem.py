@@ -1,16 +1,19 @@
 """The inner problem, and what a solver returns."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fobmaml.arguments import refuse
 from fobmaml.engine import Learner
-from fobmaml.engine.base import Engine
-from fobmaml.engine.losses import Part
+from fobmaml.engine.base import Draws, Engine
+from fobmaml.engine.losses import Part, rows_taken
 from fobmaml.tasks.batch import TaskBatch
+from fobmaml.tasks.draws import drawn
 
 
 class InnerProblem:
@@ -21,26 +24,64 @@ class InnerProblem:
     """
 
     def __init__(self, learner: Learner, theta: Tensor, tasks: TaskBatch, lam: float, nu: Tensor | None = None):
-        self.learner, self.lam = learner, lam
-        offsets = 1 if nu is None else len(nu)
-        self.rows = len(tasks) * offsets
+        self.learner, self.tasks, self.lam, self.nu = learner, tasks, lam, nu
+        self.draws: Draws | None = None
+        self.offsets = 1 if nu is None else len(nu)
+        self.rows = len(tasks) * self.offsets
         theta = theta.detach()
         if theta.dim() == 1:
             self.theta = theta.expand(self.rows, -1)  # [R, P]
         else:
-            self.theta = theta.repeat_interleave(offsets, dim=0)
+            self.theta = theta.repeat_interleave(self.offsets, dim=0)
         if nu is None:
             self.x, targets = tasks.support_x, tasks.support_y
-            parts = [Part(slice(None), 1.0, "support_y")]
         else:
-            self.x = torch.cat([tasks.support_x, tasks.query_x], dim=1).repeat_interleave(offsets, dim=0)
-            targets = torch.cat([tasks.support_y, tasks.query_y], dim=1).repeat_interleave(offsets, dim=0)
-            support = tasks.support_x.shape[1]
-            parts = [
-                Part(slice(support), 1.0, "support_y"),
-                Part(slice(support, None), nu.repeat(len(tasks)), "query_y"),
-            ]
-        self.loss = learner.row_loss(targets, parts)
+            self.x = torch.cat([tasks.support_x, tasks.query_x], dim=1).repeat_interleave(self.offsets, dim=0)
+            targets = torch.cat([tasks.support_y, tasks.query_y], dim=1).repeat_interleave(self.offsets, dim=0)
+        self.loss = learner.row_loss(targets, self._parts(tasks.support_x.shape[1]))
+
+    def _parts(self, support: int) -> list[Part]:
+        """So many support examples, and query examples behind them if there is an offset."""
+        if self.nu is None:
+            return [Part(slice(None), 1.0, "support_y")]
+        factor = self.nu.repeat(len(self.tasks))
+        return [Part(slice(support), 1.0, "support_y"), Part(slice(support, None), factor, "query_y")]
+
+    def drawn(self, steps: int, batch: int | None = None, query_batch: int | None = None) -> "InnerProblem":
+        """The same problem, of whose support and query examples each of ``steps`` takes so many (None: all).
+
+        What is drawn depends on a task's key, not on ν: the steps of all offsets, and of the unperturbed problem, see
+        the same examples, so that the draws cancel in differences. Raises ValueError for tasks without keys.
+        """
+        sets = [(self.tasks.support_x.shape[1], batch)]
+        if self.nu is not None:
+            sets.append((self.tasks.query_x.shape[1], query_batch))
+        if all(size is None for _, size in sets):
+            return self
+        if (keys := self.tasks.keys) is None:
+            raise refuse("tasks", "no keys", "tasks with keys to draw batches by (TaskBatch.keyed)")
+        chosen, before = [], 0
+        for stream, (count, size) in enumerate(sets):
+            if size is None:
+                examples = torch.arange(count, device=keys.device).expand(len(keys), steps, -1)
+            else:
+                examples = drawn(keys, count, size, steps, stream)
+            chosen.append(before + examples)
+            before += count
+        examples = torch.cat(chosen, dim=2).repeat_interleave(self.offsets, dim=0)
+        problem = copy(self)
+        problem.draws = Draws(examples, self._parts(chosen[0].shape[2]))
+        return problem
+
+    def at(self, step: int) -> "InnerProblem":
+        """The problem that a step of a ``drawn`` one sees."""
+        if self.draws is None:
+            return self
+        examples, problem = self.draws.examples[:, step], copy(self)
+        problem.draws = None
+        problem.x = rows_taken(self.x, examples)
+        problem.loss = self.loss.of_examples(examples, self.draws.parts)
+        return problem
 
     def engine(self, second_order: bool = False) -> Engine:
         """Of f̂ + ν f, the problem without its proximal term. Support and query are one pass."""

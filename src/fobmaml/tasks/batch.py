@@ -1,7 +1,7 @@
 """A batch of tasks, and what a source of tasks offers."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -16,14 +16,16 @@ Split = Literal["train", "validation", "test"]
 class TaskBatch:
     """T tasks, each with a support (training) and a query (test) set.
 
-    ``support_x`` [T, S, ...], ``support_y`` [T, S, ...], ``query_x`` [T, Q, ...], ``query_y`` [T, Q, ...].
-    Raises ValueError if the tensors do not belong together.
+    ``support_x`` [T, S, ...], ``support_y`` [T, S, ...], ``query_x`` [T, Q, ...], ``query_y`` [T, Q, ...]. ``keys``
+    [T], integers: a task's own decides what a solver draws of it that takes batches. Raises ValueError if the tensors
+    do not belong together.
     """
 
     support_x: Tensor
     support_y: Tensor
     query_x: Tensor
     query_y: Tensor
+    keys: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("support_x", "support_y", "query_x", "query_y"):
@@ -50,11 +52,25 @@ class TaskBatch:
                     f"examples like support_{kind}'s: {s.dtype} [..., *{tuple(s.shape[2:])}] on {s.device}",
                 )
 
+        if self.keys is not None and (self.keys.dtype != torch.int64 or self.keys.shape != (len(self),)):
+            raise refuse("keys", f"{self.keys.dtype} {tuple(self.keys.shape)}", f"torch.int64 ({len(self)},)")
+
     def __len__(self) -> int:
         return self.support_x.shape[0]
 
     def __getitem__(self, rows: slice) -> "TaskBatch":
-        return TaskBatch(self.support_x[rows], self.support_y[rows], self.query_x[rows], self.query_y[rows])
+        keys = None if self.keys is None else self.keys[rows]
+        return TaskBatch(self.support_x[rows], self.support_y[rows], self.query_x[rows], self.query_y[rows], keys)
+
+    def keyed(self, generator: torch.Generator | None = None) -> "TaskBatch":
+        """The same tasks, with new ``keys`` from ``generator``, torch's own by default."""
+        keys = torch.randint(2**62, (len(self),), generator=generator).to(self.support_x.device)
+        return replace(self, keys=keys)
+
+    def pooled(self) -> "TaskBatch":
+        """The same tasks, with all of their examples in the support set."""
+        x, y = torch.cat([self.support_x, self.query_x], dim=1), torch.cat([self.support_y, self.query_y], dim=1)
+        return replace(self, support_x=x, support_y=y)
 
     def split(self, count: int) -> Iterator["TaskBatch"]:
         """The tasks in order, ``count`` at a time; the last part may be smaller."""
@@ -66,7 +82,8 @@ class TaskBatch:
         def move(t: Tensor) -> Tensor:
             return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
 
-        return TaskBatch(move(self.support_x), move(self.support_y), move(self.query_x), move(self.query_y))
+        keys = None if self.keys is None else self.keys.to(device)
+        return TaskBatch(move(self.support_x), move(self.support_y), move(self.query_x), move(self.query_y), keys)
 
 
 class TaskSource(Protocol):
