@@ -257,7 +257,8 @@ class Random(random.Random):
         """``into`` begins a few numbers behind another tensor's beginning."""
         name = "chosen_weights" if name == "weights" and d.order is not None else name  # which are read
         t, size = getattr(d, name), d.into.numel()
-        if name == "into" or t is None or t.numel() <= 3 or not size:
+        unread = name == "weights" and d.order is not None
+        if name == "into" or t is None or unread or t.numel() <= 3 or not size:
             return None
         memory = torch.zeros(max(t.numel(), size) + 3)
         d.into = memory[3 : size + 3].view(d.into.shape)
