@@ -53,32 +53,47 @@ class Description:
     scale: Any
     step: Any
     times: Any
+    order: Tensor | None = None
+    chosen_weights: Tensor | None = None
 
     def compute(self) -> None:
         """By the kernel, into ``into``."""
         gradient = fused.FusedGradient(self.layers, self.shapes, self.inputs, self.targets, self.weights)
-        gradient.add(self.start, self.displacement, self.into, self.scale, self.step, self.times)
+        gradient.add(
+            self.start,
+            self.displacement,
+            self.into,
+            self.scale,
+            self.step,
+            self.times,
+            self.order,
+            self.chosen_weights,
+        )
 
     def wanted(self) -> Tensor:
         """The same by plain autograd in float64, a row at a time."""
         rows = []
         for r, into in enumerate(self.into.double()):
             start = self.start[r if len(self.start) > 1 else 0].double()
-            for _ in range(self.times):
+            for t in range(self.times):
                 moved = (
                     into
                     if self.displacement is self.into
                     else (0.0 if self.displacement is None else self.displacement[r].double())
                 )
-                into = self.scale * into + self.step * self._gradient(r, start + moved)
+                scale, step = (f[t] if isinstance(f, list) else f for f in (self.scale, self.step))
+                into = scale * into + step * self._gradient(r, t, start + moved)
             rows.append(into)
         return torch.stack(rows) if rows else self.into.double()
 
-    def _gradient(self, r: int, phi: Tensor) -> Tensor:
+    def _gradient(self, r: int, t: int, phi: Tensor) -> Tensor:
+        x, targets, weights = self.inputs[r].double(), self.targets[r].double(), self.weights[r].double().flatten()
+        if self.order is not None and self.chosen_weights is not None:
+            x, targets, weights = x[self.order[r, t]], targets[self.order[r, t]], self.chosen_weights[r, t].double()
         phi = phi.clone().requires_grad_()
         parts = phi.split([shape.numel() for shape in self.shapes.values()])
         parameters = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
-        h = self.inputs[r].double().mT  # [N, channels, length]
+        h = x.mT  # [N, channels, length]
         for layer in self.layers:
             weight, bias = parameters[layer.weight], parameters[layer.bias]
             if isinstance(layer, Convolution):
@@ -86,8 +101,7 @@ class Description:
             else:
                 h = F.linear(h.mT.flatten(1), weight.flatten(1), bias).unsqueeze(2)
             h = F.silu(h) if layer is not self.layers[-1] else h
-        each = -(self.targets[r].double() * h[:, :, 0].log_softmax(1)).sum(1)
-        weights = self.weights[r].double().flatten()
+        each = -(targets * h[:, :, 0].log_softmax(1)).sum(1)
         return torch.autograd.grad((each * weights).sum(), phi)[0]
 
 
@@ -125,6 +139,14 @@ class Random(random.Random):
         into = 0.3 * self.parameters(shapes, rows)
         displacement = self.choice([None, into, 0.3 * self.parameters(shapes, rows)])
         start = self.parameters(shapes, self.choice([1, rows]) if rows else 1)
+        times, order, chosen_weights = self.choice([1, 1, 2, 3]), None, None
+        if self.random() < 0.4:
+            chosen = self.choice([0, 1, 5, 26, 60]) if examples else 0
+            order = torch.randint(max(examples, 1), (rows, times, chosen))
+            order = order.mT.contiguous().mT if self.random() < 0.3 else order
+            chosen_weights = self.laid_out(torch.rand(rows, times, chosen) / max(chosen, 1))
+        scale, step = self.choice([0.0, 1.0, 0.9]), -0.1 if displacement is into else self.choice([1.0, -0.1])
+        each = self.random() < 0.3  # a number for each time
         return Description(
             layers,
             shapes,
@@ -134,9 +156,11 @@ class Random(random.Random):
             self.laid_out(start),
             displacement,
             into,
-            scale=self.choice([0.0, 1.0, 0.9]),
-            step=-0.1 if displacement is into else self.choice([1.0, -0.1]),
-            times=self.choice([1, 1, 2, 3]),
+            scale=[scale * self.random() for _ in range(times)] if each else scale,
+            step=[step * self.random() for _ in range(times)] if each else step,
+            times=times,
+            order=order,
+            chosen_weights=chosen_weights,
         )
 
     def parameters(self, shapes: dict[str, torch.Size], rows: int) -> Tensor:
@@ -164,7 +188,9 @@ class Random(random.Random):
         """One with something wrong in it, and the names by which it may be refused."""
         while True:
             d, name = copy.copy(right), self.choice(["inputs", "targets", "weights", "start", "displacement", "into"])
-            kind = self.choice([self._tensor, self._tensor, self._layers, self._shapes, self._overlap, self._number])
+            kind = self.choice(
+                [self._tensor, self._tensor, self._layers, self._shapes, self._overlap, self._number, self._order]
+            )
             if names := kind(d, name):
                 return d, names
 
@@ -195,7 +221,7 @@ class Random(random.Random):
 
     def _without_memory(self, t: Tensor) -> Tensor:
         t = t.clone(memory_format=torch.contiguous_format)
-        t.untyped_storage().resize_(self.choice([0, 4 * t.numel() - 4]))
+        t.untyped_storage().resize_(self.choice([0, t.nbytes - 4]))
         return t
 
     def _layers(self, d: Description, _: str) -> str:
@@ -229,17 +255,49 @@ class Random(random.Random):
 
     def _overlap(self, d: Description, name: str) -> str | None:
         """``into`` begins a few numbers behind another tensor's beginning."""
+        name = "chosen_weights" if name == "weights" and d.order is not None else name  # which are read
         t, size = getattr(d, name), d.into.numel()
-        if name == "into" or t is None or t.numel() <= 3 or not size:
+        unread = name == "weights" and d.order is not None
+        if name == "into" or t is None or unread or t.numel() <= 3 or not size:
             return None
         memory = torch.zeros(max(t.numel(), size) + 3)
         d.into = memory[3 : size + 3].view(d.into.shape)
         setattr(d, name, memory[: t.numel()].view(t.shape))
         return "into"
 
+    def _order(self, d: Description, _: str) -> str | None:
+        if d.order is None or d.chosen_weights is None:
+            return None
+        order, weights = d.order, d.chosen_weights
+        ways: list[tuple[str, object]] = [
+            ("order", None),
+            ("weights", None),
+            ("order", order.int()),
+            ("order", order.double()),
+            ("order", order.tolist()),
+            ("order", order.flatten()),
+            ("order", torch.cat([order, order, order.new_zeros(7, *order.shape[1:])])),
+            ("order", torch.cat([order, order], 1)),
+            ("order", order.to("meta")),
+            ("weights", weights.double()),
+            ("weights", weights.new_zeros(*weights.shape[:-1], weights.shape[-1] + 1)),
+            ("weights", weights.flatten()),
+        ]
+        if order.numel():
+            wrong = order.clone()
+            wrong[-1, -1, -1] = self.choice([-1, d.inputs.shape[1], 2**62, -(2**63)])
+            ways += [("order", wrong)] * 4
+            ways += [("order", self._without_memory(order)), ("weights", self._without_memory(weights))]
+        name, value = self.choice(ways)
+        setattr(d, "order" if name == "order" else "chosen_weights", value)
+        return "order, weights" if order.shape[0] == 0 or d.inputs.shape[1] == 0 else name
+
     def _number(self, d: Description, _: str) -> str:
         name = self.choice(["times", "scale", "step"])
-        values = [0, -1, 1.5, True, 2**70, "1"] if name == "times" else [float("nan"), float("inf"), 1e300, "1", None]
+        bad = [float("nan"), float("inf"), 1e300, "1", None]
+        values = (
+            [0, -1, 1.5, True, 2**70, "1"] if name == "times" else [*bad, [], [1.0] * (d.times + 1), [bad] * d.times]
+        )
         setattr(d, name, self.choice(values))
         return name
 
@@ -302,6 +360,9 @@ def _fewer_parameters(gradient: fused.FusedGradient) -> None:
 
 
 def _larger_blocks(gradient: fused.FusedGradient) -> None:
+    phi = torch.zeros(1, gradient.parameters)
+    gradient.add(phi, None, torch.zeros(2, gradient.parameters), 0.0, 1.0)  # takes memory
+    gradient.at_once *= 2
     gradient.block *= 2
     gradient.examples *= 2
     gradient.data = {name: torch.cat([t, t], 1).contiguous() for name, t in gradient.data.items()}
@@ -313,7 +374,10 @@ def _another_length(gradient: fused.FusedGradient) -> None:
 
 def _wide_stride(gradient: fused.FusedGradient) -> None:
     gradient.layers[0].stride = 2**62
-    gradient.kernel.fused_prepare(gradient.layers, len(gradient.layers), gradient.block, gradient.scratch, 1)
+
+
+def _more_examples(gradient: fused.FusedGradient) -> None:
+    gradient.examples += 1
 
 
 BEHIND_THE_CHECKS: dict[str, Callable[[fused.FusedGradient], None]] = {
@@ -324,6 +388,7 @@ BEHIND_THE_CHECKS: dict[str, Callable[[fused.FusedGradient], None]] = {
     "block": _larger_blocks,
     "length": _another_length,
     "stride": _wide_stride,
+    "order": _more_examples,
 }
 
 
@@ -344,7 +409,9 @@ def _is_caught(name: str) -> bool:
             os.dup2(report.fileno(), 2)
             BEHIND_THE_CHECKS[name](gradient)
             phi = torch.randn(2, gradient.parameters)
-            gradient.add(phi, None, torch.zeros_like(phi), 0.0, 1.0)
+            order = torch.full((2, 1, 20), gradient.examples - 1) if name == "order" else None
+            weights = None if order is None else torch.rand(order.shape)
+            gradient.add(phi, None, torch.zeros_like(phi), 0.0, 1.0, 1, order, weights)
             os._exit(0)
         _, status = os.waitpid(process, 0)
         report.seek(0)

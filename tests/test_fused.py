@@ -87,6 +87,45 @@ def test_compiled_gradients_equal_autograd(instructions, seed):
     assert (found[0] - found[1]).norm() <= 1e-5 * found[1].norm()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_descent_on_mini_batches_equals_autograd(instructions, seed):
+    """Random orders, examples taken twice among them, in several blocks; steps of their own lengths."""
+    choose = np.random.default_rng(seed)
+    length, outputs, width, depth, rows, examples, times, chosen = (
+        int(choose.integers(low, high))
+        for low, high in ((3, 50), (2, 60), (1, 80), (1, 4), (1, 6), (1, 60), (1, 5), (1, 120))
+    )
+    torch.manual_seed(seed)
+    model = (CNN1d if seed % 3 else MLP)((length,), outputs, width, depth)
+    precise = Learner(model.double(), F.cross_entropy, engine="autograd")
+    x, targets = torch.randn(rows, examples, length), torch.randint(outputs, (rows, examples))
+    order, weights = torch.randint(examples, (rows, times, chosen)), torch.rand(rows, times, chosen) / chosen
+    theta = precise.theta().expand(rows, -1)
+    scales, steps = torch.rand(2, times).tolist()
+    wanted = torch.zeros(rows, precise.parameter_count, dtype=torch.float64)
+    for t, (scale, step) in enumerate(zip(scales, steps, strict=True)):
+        for r in range(rows):
+            phi, which = (theta[r] + wanted[r]).requires_grad_(), order[r, t]
+            output = precise.one_row(phi, x[r, which].double())
+            loss = F.cross_entropy(output, targets[r, which], reduction="none") @ weights[r, t].double()
+            wanted[r] = scale * wanted[r] - step * torch.autograd.grad(loss, phi)[0]
+    kernel = FusedGradient(
+        model.stacked_layers(), precise.shapes, model.stacked_inputs(x), F.one_hot(targets, outputs).float(), x[..., 0]
+    )
+    found = torch.zeros(rows, precise.parameter_count)
+    kernel.add(theta.float(), found, found, scales, [-step for step in steps], times, order, weights)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_an_order_of_all_examples_is_the_whole_gradient(instructions):
+    given = _given()
+    wanted = _add(given | {"into": torch.zeros(2, 25)})
+    order = torch.arange(3).flip(0).expand(2, 1, 3)
+    weights = given["weights"][:, order[0, 0]].unsqueeze(1)
+    found = _add(given | {"weights": torch.full((2, 3), torch.nan), "order": order, "chosen_weights": weights})
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_compiled_gradients_do_not_depend_on_threads_and_tasks_at_once(instructions):
     learner, tasks = Learner(CNN1d((40,), 5, width=20), F.cross_entropy), _tasks().to(dtype=torch.float32)
     assert learner.fused
@@ -274,6 +313,10 @@ def test_the_lengths_taken_are_those_that_convolutions_leave_alike():
             assert list(found) == wanted
 
 
+def _order(order, shape=None) -> dict:
+    return {"order": order, "chosen_weights": torch.zeros(shape or order.shape)}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -310,6 +353,18 @@ def test_the_lengths_taken_are_those_that_convolutions_leave_alike():
         ({"scale": float("nan")}, "scale=nan"),
         ({"step": float("inf")}, "step=inf"),
         ({"step": 1e39}, "step=1e+39"),
+        ({"scale": [1.0, 1.0]}, "scale=2 numbers"),
+        ({"step": [float("nan")]}, "step=nan"),
+        ({"order": torch.zeros(2, 1, 4, dtype=torch.long)}, "weights=NoneType"),
+        ({"chosen_weights": torch.zeros(2, 1, 4)}, "order=NoneType"),
+        (_order(torch.zeros(2, 1, 4)), "order=torch.float32"),
+        (_order(torch.zeros(2, 1, 4, dtype=torch.int32)), "order=torch.int32"),
+        (_order(torch.zeros(2, 2, 4, dtype=torch.long)), "order=torch.int64 (2, 2, 4)"),
+        (_order(torch.zeros(1, 1, 4, dtype=torch.long)), "order=torch.int64 (1, 1, 4)"),
+        (_order(torch.zeros(2, 4, dtype=torch.long)), "order=(2, 4)"),
+        (_order(torch.full((2, 1, 4), 3)), "order=3"),
+        (_order(torch.full((2, 1, 4), -1)), "order=-1"),
+        (_order(torch.zeros(2, 1, 4, dtype=torch.long), (2, 1, 3)), "weights=torch.float32 (2, 1, 3)"),
     ],
 )
 def test_what_the_kernel_cannot_take_is_refused_by_name(instructions, change, says):
@@ -332,12 +387,15 @@ def _given() -> dict:
         "scale": 1.0,
         "step": 1.0,
         "times": 1,
+        "order": None,
+        "chosen_weights": None,
     }
 
 
 def _add(given: dict) -> torch.Tensor:
     gradient = FusedGradient(*(given[name] for name in ("layers", "shapes", "inputs", "targets", "weights")))
-    gradient.add(*(given[name] for name in ("start", "displacement", "into", "scale", "step", "times")))
+    told = ("start", "displacement", "into", "scale", "step", "times", "order", "chosen_weights")
+    gradient.add(*(given[name] for name in told))
     return given["into"]
 
 

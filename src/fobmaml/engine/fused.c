@@ -409,10 +409,11 @@ void fused_prepare(const Layer *layers, int64_t count, int64_t block, char *scra
     }
 }
 
-static void forward(const Layer *layers, int64_t count, int64_t examples, const float *x, Buffers *at) {
+static void forward(const Layer *layers, int64_t count, int64_t examples, const float *x, const int64_t *order,
+                    Buffers *at) {
     int64_t size = layers->length_in * layers->in;
     for (int64_t n = 0; n < examples; n++)
-        memcpy(at->h + n * (size + 2 * layers->in) + layers->in, x + n * size, 4 * size);
+        memcpy(at->h + n * (size + 2 * layers->in) + layers->in, x + (order ? order[n] : n) * size, 4 * size);
     for (int64_t l = 0; l < count; l++) {
         const Layer *layer = layers + l;
         int64_t windows = examples * layer->length_out;
@@ -429,9 +430,9 @@ static void forward(const Layer *layers, int64_t count, int64_t examples, const 
 
 /* gz = weight * (softmax(outputs) - targets) */
 static void loss_gradient(int64_t examples, int64_t classes, const float *outputs, const float *targets,
-                          const float *weights, float *gz) {
+                          const int64_t *order, const float *weights, float *gz) {
     for (int64_t n = 0; n < examples; n++) {
-        const float *z = outputs + n * classes, *target = targets + n * classes;
+        const float *z = outputs + n * classes, *target = targets + (order ? order[n] : n) * classes;
         float *g = gz + n * classes, top = z[0], sum = 0.0f;
         for (int64_t c = 1; c < classes; c++) top = z[c] > top ? z[c] : top;
         for (int64_t c = 0; c < classes; c++) sum += g[c] = expf(z[c] - top);
@@ -456,19 +457,22 @@ static void backward(const Layer *layers, int64_t count, int64_t examples, Buffe
     }
 }
 
-/* ``times`` times: into[r] = scale * into[r] + step * (the gradient at phi[r] of the sum over n of weights[r][n] *
-cross-entropy)
+/* At t = 0, ..., times - 1: into[r] = scale[t] * into[r] + step[t] * (the gradient at phi[r] of the sum over n of
+weights[r][n] * cross-entropy)
 
 phi[r] = start[r] + moved[r], or start[r] where ``moved`` is NULL; ``into`` may be ``moved``, which makes it gradient
 descent, without a thread waiting for another between the steps. start [rows][parameters], with ``stride`` numbers from
 a row to the next, moved and into [rows][parameters]; x [rows][examples][length][channels];
-targets [rows][examples][classes], one-hot; weights [rows][examples]. ``scratch``: threads * fused_scratch(layers,
-count, block) prepared bytes, aligned to 64; examples are taken in blocks of ``block``. What it returns does not depend
-on the number of threads. */
-void fused_gradient(const Layer *layers, int64_t count, int64_t rows, int64_t examples, int64_t block,
+targets [rows][examples][classes], one-hot; weights [rows][examples].
+
+Where ``order`` [rows][times][chosen] is given, the examples at time t are those at order[r][t] of x and targets, and
+weights are [rows][times][chosen]; otherwise chosen = examples. ``scratch``: threads * fused_scratch(layers, count,
+block) prepared bytes, aligned to 64; examples are taken in blocks of ``block``. What it returns does not depend on the
+number of threads. */
+void fused_gradient(const Layer *layers, int64_t count, int64_t rows, int64_t examples, int64_t chosen, int64_t block,
                     int64_t parameters, const float *start, int64_t stride, const float *moved, const float *x,
-                    const float *targets, const float *weights, int64_t times, float scale, float step, float *into,
-                    char *scratch, int threads) {
+                    const float *targets, const float *weights, const int64_t *order, int64_t times,
+                    const float *scale, const float *step, float *into, char *scratch, int threads) {
     int64_t bytes = fused_scratch(layers, count, block), inputs = layers->length_in * layers->in;
     int64_t classes = layers[count - 1].out;
 #pragma omp parallel num_threads(threads)
@@ -480,11 +484,14 @@ void fused_gradient(const Layer *layers, int64_t count, int64_t rows, int64_t ex
             for (int64_t t = 0; t < times; t++) {
                 for (int64_t l = 0; l < count; l++)
                     pack(layers + l, start + r * stride, moved ? moved + r * parameters : NULL, at + l);
-                for (int64_t n = 0; n < examples; n += block) {
-                    int64_t some = MIN(block, examples - n), e = r * examples + n;
-                    forward(layers, count, some, x + e * inputs, at);
-                    loss_gradient(some, classes, at[count].h, targets + e * classes, weights + e, at[count - 1].gz);
-                    backward(layers, count, some, at, into + r * parameters, n ? 1.0f : scale, step);
+                for (int64_t n = 0; n < chosen; n += block) {
+                    int64_t some = MIN(block, chosen - n), first = r * examples + (order ? 0 : n);
+                    int64_t weight = (order ? r * times + t : r) * chosen + n;
+                    const int64_t *which = order ? order + weight : NULL;
+                    forward(layers, count, some, x + first * inputs, which, at);
+                    loss_gradient(some, classes, at[count].h, targets + first * classes, which, weights + weight,
+                                  at[count - 1].gz);
+                    backward(layers, count, some, at, into + r * parameters, n ? 1.0f : scale[t], step[t]);
                 }
             }
         }

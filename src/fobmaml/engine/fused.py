@@ -9,19 +9,21 @@ import math
 import platform
 import shutil
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fobmaml.arguments import number, refuse, whole_number
+from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine.activations import SiLU
 from fobmaml.engine.base import Draws, Engine
 from fobmaml.engine.layers import Convolution, Dense, check_chain
 from fobmaml.engine.losses import CrossEntropy, Part, rows_taken
+from fobmaml.engine.memory import check, check_in_order, factors, in_order
 from fobmaml.engine.network import Network
 from fobmaml.engine.stacked import Stacked
 
@@ -33,6 +35,7 @@ STEPS_A_CALL = 10
 ROWS_A_THREAD = 8
 """At least so many: a row is one thread's, and all threads wait for the last."""
 ALIGNMENT = 64
+MOST_TIMES = 2**20  # in a call: a step has numbers of its own
 MOST_LAYERS = 512  # a thread describes them on its stack
 MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not overflow
 
@@ -70,20 +73,17 @@ def _compiled() -> str | None:
 def load(path: str) -> ctypes.CDLL:
     """The kernel compiled into the library ``path``."""
     library = ctypes.CDLL(path)
-    layers, whole, real, memory = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    layers, whole, memory = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_void_p
     library.fused_scratch.argtypes, library.fused_scratch.restype = [layers, whole, whole], whole
     library.fused_prepare.argtypes, library.fused_prepare.restype = [layers, whole, whole, memory, ctypes.c_int], None
     library.fused_gradient.argtypes = [
         layers,
-        *[whole] * 5,
+        *[whole] * 6,
         memory,
+        whole,
+        *[memory] * 5,
         whole,
         *[memory] * 4,
-        whole,
-        real,
-        real,
-        memory,
-        memory,
         ctypes.c_int,
     ]
     library.fused_gradient.restype = None
@@ -141,7 +141,7 @@ class FusedGradient:
         targets: Tensor,
         weights: Tensor,
     ):
-        _check("inputs", x)
+        check("inputs", x)
         lengths = check_chain(layers, shapes, x)
         found = kernel()
         if found is None:
@@ -154,15 +154,14 @@ class FusedGradient:
             )
         rows, examples = x.shape[:2]
         classes = shapes[layers[-1].weight][0]
-        _check("targets", targets, (rows, examples, classes))
-        _check("weights", weights, (rows, examples), (rows, examples, 1))
-        self.data = {"inputs": _plain(x), "targets": _plain(targets), "weights": _plain(weights)}
+        check("targets", targets, (rows, examples, classes))
+        check("weights", weights, (rows, examples), (rows, examples, 1))
+        self.data = {"inputs": in_order(x), "targets": in_order(targets), "weights": in_order(weights)}
         self.kernel, self.rows, self.examples = found, rows, examples
         sizes = [math.prod(shape) for shape in shapes.values()]
         *begins, self.parameters = accumulate(sizes, initial=0)
         starts = dict(zip(shapes, begins, strict=True))
-        at_once = EXAMPLES_AT_ONCE if max(sizes) <= LARGE else OF_LARGE_LAYERS
-        self.block = math.ceil(examples / max(math.ceil(examples / at_once), 1))  # blocks of equal size
+        self.at_once = EXAMPLES_AT_ONCE if max(sizes) <= LARGE else OF_LARGE_LAYERS
         channels, described = x.shape[3], []
         for layer, (length, after) in zip(layers, pairwise(lengths), strict=True):
             dense, outputs = isinstance(layer, Dense), shapes[layer.weight][0]
@@ -180,116 +179,105 @@ class FusedGradient:
                     starts[layer.bias],
                 )
             )
-            if max(self.parameters, self.block * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:
+            if max(self.parameters, self.at_once * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:
                 raise refuse("inputs", tuple(x.shape), f"signals that fit into memory, {layer.weight}'s too")
             channels = outputs
         self.layers = (_Layer * len(layers))(*described)
         self.threads = min(torch.get_num_threads(), rows)
-        if not rows or not examples:
-            return
-        bytes_a_thread = self.kernel.fused_scratch(self.layers, len(layers), self.block)
-        self.memory = torch.zeros(self.threads * bytes_a_thread + ALIGNMENT, dtype=torch.uint8)
-        start = self.memory.data_ptr()
-        self.scratch = start + -start % ALIGNMENT
-        self.kernel.fused_prepare(self.layers, len(layers), self.block, self.scratch, self.threads)
+        self.block, self.memory = 0, torch.empty(0, dtype=torch.uint8)
 
     def add(
-        self, start: Tensor, displacement: Tensor | None, into: Tensor, scale: float, step: float, times: int = 1
+        self,
+        start: Tensor,
+        displacement: Tensor | None,
+        into: Tensor,
+        scale: float | Sequence[float],
+        step: float | Sequence[float],
+        times: int = 1,
+        order: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         """into ← scale · into + step · the gradient at φ = start + displacement, ``times`` times.
 
         ``into`` may be the displacement, which makes it gradient descent. ``start`` [1, P] or [R, P], which may be
-        expanded; the others contiguous [R, P].
+        expanded; the others contiguous [R, P]. ``scale`` and ``step``: a number, or one for each time.
+
+        Mini-batches: at time t row r takes the n examples ``order[r, t]`` only (int64 [R, times, n], some may be the
+        same), with ``weights[r, t]`` ([R, times, n]). Nothing of ``x`` is copied for it.
         """
-        times = whole_number("times", times, at_most=2**31)
-        scale, step = _factor("scale", scale), _factor("step", step)
+        times = whole_number("times", times, at_most=MOST_TIMES)
+        scales, steps = factors("scale", scale, times), factors("step", step, times)
         own = self.rows, self.parameters
-        read = {"start": _check("start", start, (1, self.parameters), own)}
-        for name, data in self.data.items():
-            read[name] = _check(name, data)  # its memory may have been taken away since
-        written = _check_in_order("into", into, own)
+        read = {"start": check("start", start, (1, self.parameters), own)}
+        data = dict(self.data)
+        if order is not None or weights is not None:
+            order, data["weights"] = self._chosen(order, weights, times)
+            read["order"] = check("order", order, dtype=torch.int64)
+        for name, part in data.items():
+            read[name] = check(name, part)  # its memory may have been taken away since
+        chosen = self.examples if order is None else order.shape[2]
+        written = check_in_order("into", into, own)
         if displacement is not None:
-            read["displacement"] = _check_in_order("displacement", displacement, own)
+            read["displacement"] = check_in_order("displacement", displacement, own)
         for name, there in read.items():
             descent = name == "displacement" and there == written
             if there.start < written.stop and written.start < there.stop and not descent:
                 raise refuse("into", f"memory of {name}", "memory of its own, or all of the displacement's")
         if not self.rows:
             return
-        if not self.examples:  # nothing is added
-            for _ in range(times):
-                into.mul_(scale) if scale else into.zero_()
+        if not chosen:  # nothing is added
+            for factor in scales.tolist():
+                into.mul_(factor) if factor else into.zero_()
             return
         if start.stride(1) != 1 or start.is_neg() or start.data_ptr() % 4:
-            start = _plain(start)
+            start = in_order(start)
+        scratch = self._scratch(chosen)
         self.kernel.fused_gradient(
             self.layers,
             len(self.layers),
             self.rows,
             self.examples,
+            chosen,
             self.block,
             self.parameters,
             start.data_ptr(),
             start.stride(0) if len(start) > 1 else 0,
             None if displacement is None else displacement.data_ptr(),
-            *(data.data_ptr() for data in self.data.values()),
+            *(part.data_ptr() for part in data.values()),
+            None if order is None else order.data_ptr(),
             times,
-            scale,
-            step,
+            scales.data_ptr(),
+            steps.data_ptr(),
             into.data_ptr(),
-            self.scratch,
+            scratch,
             self.threads,
         )
 
+    def _chosen(self, order: Tensor | None, weights: Tensor | None, times: int) -> tuple[Tensor, Tensor]:
+        """Which examples to take, and their weights, as the kernel reads them."""
+        if not isinstance(order, Tensor) or order.dim() != 3:
+            got = tuple(order.shape) if isinstance(order, Tensor) else type(order).__name__
+            raise refuse("order", got, "a tensor [rows, times, examples at a time], and weights like it")
+        shape = self.rows, times, order.shape[2]
+        check("order", order, shape, dtype=torch.int64)
+        check("weights", cast(Tensor, weights), shape)
+        if order.numel():
+            least, most = (int(index) for index in order.aminmax())
+            if least < 0 or most >= self.examples:
+                raise refuse("order", least if least < 0 else most, f"indices of {self.examples} examples, from 0 on")
+        return in_order(order), in_order(cast(Tensor, weights))
 
-def _check(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> range:
-    """Its addresses. Raises ValueError for anything but float32 numbers in this machine's memory, of one of ``shapes``
-    if given."""
-    if not isinstance(tensor, Tensor):
-        raise refuse(name, type(tensor).__name__, "a tensor")
-    if (
-        tensor.dtype != torch.float32
-        or tensor.device.type != "cpu"
-        or tensor.layout != torch.strided
-        or (shapes and tensor.shape not in shapes)
-    ):
-        wanted = f" of shape {' or '.join(map(str, shapes))}" if shapes else ""
-        raise refuse(
-            name,
-            f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, {tensor.layout}",
-            f"torch.float32{wanted} on the CPU, {torch.strided}",
-        )
-    if not tensor.numel():
-        return range(0)
-    try:
-        first, memory = tensor.data_ptr(), tensor.untyped_storage()
-        steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        addresses = range(first, first + 4 * (steps + 1))
-        if first and addresses.stop <= memory.data_ptr() + memory.nbytes():
-            return addresses
-    except RuntimeError:  # tensors of torch.func have none
-        pass
-    raise refuse(name, f"a {type(tensor).__name__} without memory", "numbers in memory")
-
-
-def _check_in_order(name: str, tensor: Tensor, shape: tuple[int, ...]) -> range:
-    """The same, for numbers that are written or read as they lie there."""
-    addresses = _check(name, tensor, shape)
-    if not tensor.is_contiguous() or tensor.is_neg() or addresses.start % 4:
-        raise refuse(name, f"strides {tensor.stride()}", "a contiguous tensor")
-    return addresses
-
-
-def _factor(name: str, value: float) -> float:
-    if abs(factor := number(name, value)) > torch.finfo(torch.float32).max:
-        raise refuse(name, value, "a number that float32 can hold")
-    return factor
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The same numbers one after another, at addresses that float32 has; no later ``resize_`` of it is seen."""
-    tensor = tensor.detach().resolve_neg().contiguous()
-    return tensor.clone() if tensor.data_ptr() % 4 else tensor
+    def _scratch(self, chosen: int) -> int:
+        """The address of memory for blocks of equal size, which are as many as so many examples take."""
+        block = math.ceil(chosen / math.ceil(chosen / self.at_once))
+        if block != self.block:
+            described = self.layers, len(self.layers), block
+            bytes_a_thread = self.kernel.fused_scratch(*described)
+            self.memory = torch.zeros(self.threads * bytes_a_thread + ALIGNMENT, dtype=torch.uint8)
+            self.block, start = block, self.memory.data_ptr()
+            self.kernel.fused_prepare(*described, start + -start % ALIGNMENT, self.threads)
+        start = self.memory.data_ptr()
+        return start + -start % ALIGNMENT
 
 
 class Fused(Stacked):
@@ -315,11 +303,17 @@ class Fused(Stacked):
         momentum: float = 0.0,
         draws: Draws | None = None,
     ) -> Tensor:
-        if momentum or draws is not None:
+        if momentum:
             return Engine.gradient_descent(self, theta, rates, lam, momentum, draws)
         displacement = torch.zeros(theta.shape, dtype=theta.dtype)
-        for _, count, rate in _alike(rates):
-            self.kernel.add(theta, displacement, displacement, 1.0 - rate * lam, -rate, count)
+        for first in range(0, len(rates), STEPS_A_CALL):
+            these = rates[first : first + STEPS_A_CALL]
+            chosen: dict[str, Tensor] = {}
+            if draws is not None:
+                chosen["order"] = draws.examples[:, first : first + len(these)].contiguous()
+                chosen["weights"] = self.cross_entropy.weights_of(chosen["order"], draws.parts)
+            scale, step = [1.0 - rate * lam for rate in these], [-rate for rate in these]
+            self.kernel.add(theta, displacement, displacement, scale, step, len(these), **chosen)
         return displacement
 
     def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "Fused":
@@ -327,13 +321,3 @@ class Fused(Stacked):
 
     def _add_gradient(self, phi: Tensor, into: Tensor, scale: float, step: float) -> None:
         self.kernel.add(phi, None, into, scale, step)
-
-
-def _alike(rates: Sequence[float]) -> Iterator[tuple[int, int, float]]:
-    """Runs of steps of one length that a call of the kernel may take: the first, how many, and their length."""
-    first = 0
-    for rate, steps in groupby(rates):
-        last = first + len(list(steps))
-        for begin in range(first, last, STEPS_A_CALL):
-            yield begin, min(STEPS_A_CALL, last - begin), rate
-        first = last
