@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine import Learner
+from fobmaml.logged import WORK, worked
 from fobmaml.measure.base import Event, Measurement, Periodic, Training, shown
 from fobmaml.precision import full_precision
 from fobmaml.tasks import TaskBatch, TaskSource
@@ -128,6 +129,7 @@ class Validation(Periodic):
         "val/accuracy": "fraction of a validation task's query labels that it gets right, mean over tasks",
         "val/loss": "query loss there, mean over tasks",
         "time/train_s": "seconds in meta-steps until then",
+        **WORK,
     }
     progress = ("val/accuracy", "val/loss")
 
@@ -144,7 +146,12 @@ class Validation(Periodic):
 
     def __call__(self, training: Training) -> Event:
         found = score(training, training.fixed("validation", self.tasks))
-        return {"val/accuracy": found.accuracy, "val/loss": found.loss, "time/train_s": training.train_seconds}
+        return {
+            "val/accuracy": found.accuracy,
+            "val/loss": found.loss,
+            "time/train_s": training.train_seconds,
+            **worked(training.work),
+        }
 
 
 @dataclass

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, cast
 
 import hydra
@@ -18,9 +19,10 @@ from fobmaml.measure import Measurement
 from fobmaml.run.errors import ConfigError
 from fobmaml.run.settings import GROUPS, choices, measurements_in, plain_config
 from fobmaml.run.tracking import check_options
+from fobmaml.settings import Settings
 from fobmaml.solvers import Solver
 from fobmaml.tasks.checks import check_members
-from fobmaml.training import MetaTraining, Settings
+from fobmaml.training import MetaTraining
 
 KINDS = {
     "dataset": object,
@@ -39,23 +41,7 @@ def build(cfg: DictConfig) -> MetaTraining:
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
         check_options(plain_config(cfg)["wandb"])
         whole_number("seed", cfg.seed, at_least=0, at_most=2**64 - 1)  # what torch takes
-        settings = Settings(
-            **{
-                key: cfg[key]
-                for key in (
-                    "steps",
-                    "seed",
-                    "meta_batch",
-                    "fixed_tasks",
-                    "task_chunk",
-                    "memory_limit_mb",
-                    "engine",
-                    "schedule",
-                    "log_every",
-                    "checkpoint_every",
-                )
-            }
-        )
+        settings = Settings(**{field.name: cfg[field.name] for field in fields(Settings)})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     dataset = build_part(cfg, "dataset")
     with bad_values_named():
