@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from fobmaml import distributed
 from fobmaml.arguments import refuse
 from fobmaml.engine import Learner, Work
-from fobmaml.estimators import Estimator, MeanEstimate, chunk_size, estimate
+from fobmaml.estimators import Adaptation, Estimator, MeanEstimate, chunk_size, estimate
 from fobmaml.logged import LINEAR, loss_name, worked
 from fobmaml.measure import Event, Measurement, peak_bytes
 from fobmaml.measure.accuracy import task_scores
@@ -59,9 +59,12 @@ class MetaTraining:
         settings: Settings,
         make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
         measurements: Sequence[Measurement] = (),
+        adaptation: Adaptation | None = None,
     ):
+        """``adaptation``: of validation and meta-test tasks, by default as in training."""
         check_members(source)
         self.settings, self.source, self.estimator, self.measurements = settings, source, estimator, tuple(measurements)
+        self.adapting = estimator.adapting(adaptation) if adaptation else estimator
         self.step, self.train_seconds, self.negative_curvature_tasks, self.work = 0, 0.0, 0.0, Work()
         self._in_turn = False
         self.learner = Learner(model, source.loss_fn, settings.engine)

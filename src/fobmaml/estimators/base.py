@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -39,6 +40,21 @@ class Cost:
     rows: int
     examples: int
     second_order: bool
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How a task's parameters are found at test time, where that differs from training: by ``solver``, with ``lam``,
+    the λ of the inner problem (0: no proximal term). None: the estimator's. Raises ValueError for anything else."""
+
+    solver: Solver | None = None
+    lam: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver is not None and not isinstance(self.solver, Solver):
+            raise refuse("solver", type(self.solver).__name__, "a fobmaml.solvers.Solver")
+        if self.lam is not None:
+            number("lam", self.lam, at_least=0.0)
 
 
 class Estimator(ABC):
@@ -78,6 +94,13 @@ class Estimator(ABC):
     def adapt(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Solution:
         """The solution of the unperturbed inner problem, φᵢ,₀: what a task's parameters are at test time."""
         return self.solve(InnerProblem(learner, theta, tasks, self.lam))
+
+    def adapting(self, by: Adaptation) -> "Estimator":
+        """This one, to ``adapt`` only: with another solver or λ, of which its formula may have no use."""
+        other = copy(self)
+        other.solver = by.solver or self.solver
+        other.lam = self.lam if by.lam is None else float(by.lam)
+        return other
 
     def solve(self, problem: InnerProblem) -> Solution:
         """By the solver. Raises ValueError for a solution that is none: of another shape, or, for an estimator that
@@ -165,7 +188,8 @@ def estimate(
 
     ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
     unperturbed problem where the estimator does not, and of one more gradient, which are no part of ``work``.
-    ``task_clip``: a task's meta-gradient is scaled to a norm of at most that, before the mean.
+    ``task_clip``: a task's meta-gradient is scaled to a norm of at most that, before the mean; bias and smoothness are
+    measured without, for they are the estimator's.
     """
     total, work = torch.zeros_like(theta), Work()
     query_loss, residual, linear, clipped = [], [], [], []

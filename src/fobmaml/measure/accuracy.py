@@ -89,12 +89,12 @@ class Score:
 
 
 def score(training: Training, tasks: TaskBatch) -> Score:
-    """On tasks adapted with the estimator's own inner problem, at the present parameters."""
+    """On tasks adapted as ``training.adapting`` does, at the present parameters."""
     tasks, learner, theta = training.placed(tasks), training.learner, training.learner.theta()
     parts = []
     for part in tasks.split(training.chunk(tasks)):
         with full_precision(learner.device):
-            phi = training.estimator.adapt(learner, theta, part).phi
+            phi = training.adapting.adapt(learner, theta, part).phi
             with torch.no_grad():
                 parts.append(task_scores(learner, training.source, learner.outputs(phi, part.query_x), part.query_y))
     losses, accuracies = (torch.cat(values) for values in zip(*parts, strict=True))

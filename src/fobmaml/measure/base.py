@@ -19,6 +19,8 @@ class Training(Protocol):
     learner: Learner
     """The network at its present parameters, ``learner.theta()`` [P], and the loss."""
     estimator: Estimator
+    adapting: Estimator
+    """The same, whose ``adapt`` is that of validation and meta-test tasks."""
     source: TaskSource
     step: int
     train_seconds: float

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
-from fobmaml.estimators import Estimator
+from fobmaml.estimators import Adaptation, Estimator
 from fobmaml.measure import Measurement
 from fobmaml.run.errors import ConfigError
 from fobmaml.run.settings import GROUPS, choices, measurements_in, plain_config
@@ -28,6 +28,7 @@ KINDS = {
     "dataset": object,
     "model": torch.nn.Module,
     "solver": Solver,
+    "eval.solver": Solver,
     "estimator": Estimator,
     "optimizer": torch.optim.Optimizer,
 }
@@ -50,10 +51,33 @@ def build(cfg: DictConfig) -> MetaTraining:
     model = build_part(cfg, "model", input_shape=dataset.input_shape, outputs=dataset.outputs).to(device, dtype)
     estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
     measurements = [build_part(cfg, name) for name in measurements_in(cfg)]
+    adaptation = build_adaptation(cfg)
     with bad_values_named():
         return MetaTraining(
-            model, dataset, estimator, settings, lambda p: build_part(cfg, "optimizer", params=p), measurements
+            model,
+            dataset,
+            estimator,
+            settings,
+            lambda p: build_part(cfg, "optimizer", params=p),
+            measurements,
+            adaptation,
         )
+
+
+def build_adaptation(cfg: DictConfig) -> Adaptation | None:
+    """Of validation and meta-test tasks: ``eval.solver``, what it does not say from ``solver`` if both make the same,
+    and ``eval.lam``. None: as in training. Raises ConfigError."""
+    said, solver, lam = plain_config(cfg)["eval"]["solver"] or {}, plain_config(cfg)["solver"], cfg.eval.lam
+    if not isinstance(said, dict):
+        raise ConfigError(str(refuse("eval.solver", said, "settings of a solver, or null")))
+    with bad_values_named():
+        if lam is not None:
+            number("eval.lam", lam, at_least=0.0)
+    if not said:
+        return None if lam is None else Adaptation(lam=lam)
+    if said.get("_target_", solver["_target_"]) == solver["_target_"]:
+        said = solver | said
+    return Adaptation(build_part(OmegaConf.create({"eval.solver": said}), "eval.solver"), lam)
 
 
 def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
