@@ -24,8 +24,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from tqdm import tqdm
 
 from fobmaml.files import write_csv, write_json
+from fobmaml.logged import KEYS
 from fobmaml.run.events import read_events
-from fobmaml.training import KEYS
 
 ROOT = Path(__file__).parents[1]
 

@@ -29,6 +29,8 @@ SUMMARY_KEYS = {
     "time/meta_step_s",
     "inner/residual",
     "meta_gradient/norm",
+    "work/example_gradients",
+    "work/hessian_products",
     "model/parameters",
 }
 QUICK = ("width=8", "steps=3", "eval.tasks=20", "eval.validation_tasks=10", "bias.tasks=2")

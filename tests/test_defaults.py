@@ -11,7 +11,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from fobmaml.run.settings import measurements_in
-from fobmaml.training import Settings
+from fobmaml.settings import Settings
 
 CONFIGS = ROOT / "configs"
 OURS = {

@@ -14,6 +14,7 @@ from torch import nn
 
 from fobmaml import Learner, TaskBatch, solvers
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Symmetric, chunk_size, estimate
+from fobmaml.logged import loss_name
 from fobmaml.measure import (
     BiasMeasurement,
     CurvatureMeasurement,
@@ -26,9 +27,10 @@ from fobmaml.measure.accuracy import score
 from fobmaml.models import MLP, CNN1d
 from fobmaml.optim import SNGDM, ClippedSGD
 from fobmaml.run.plotting import learning_curve
+from fobmaml.settings import Settings
 from fobmaml.tasks import Logistic, Sinusoid
 from fobmaml.tasks.mnist1d import mean_squared_error
-from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining, Settings, loss_name
+from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining
 
 QUICK = {
     "steps": 1,
@@ -394,8 +396,15 @@ def test_what_is_due(mnist1d):
     seen = [sorted({key.split("/")[0] for key in training.measure()})]
     for _ in training.train():
         seen.append(sorted({key.split("/")[0] for key in training.measure()}))
-    everything = ["curvature", "smoothness", "time", "val"]
-    assert seen == [everything, [], ["time", "val"], ["curvature"], ["smoothness", "time", "val"], everything]
+    everything = ["curvature", "smoothness", "time", "val", "work"]
+    assert seen == [
+        everything,
+        [],
+        ["time", "val", "work"],
+        ["curvature"],
+        ["smoothness", "time", "val", "work"],
+        everything,
+    ]
 
 
 def test_measuring_without_training_or_tasks(mnist1d):
@@ -437,6 +446,11 @@ def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
     [
         ("steps", -1),
         ("steps", 2.5),
+        ("steps", None),
+        ("budget", 0),
+        ("budget", "much"),
+        ("task_clip", 0),
+        ("clip", -1),
         ("meta_batch", 0),
         ("task_chunk", "some"),
         ("task_chunk", 0),

@@ -6,7 +6,7 @@ mean. The others keep nothing from one step to the next. With one process nothin
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeVar
@@ -114,6 +114,16 @@ def mean(values: Tensor, tasks: int, of: int) -> Tensor:
     with _losses_named():
         dist.reduce(total, 0)
     return total / of
+
+
+def total(counts: Sequence[int]) -> list[int]:
+    """In the first process: of each of ``counts`` the sum over the processes."""
+    if size() == 1:
+        return list(counts)
+    summed = torch.tensor(counts)
+    with _losses_named():
+        dist.reduce(summed, 0)
+    return summed.tolist()
 
 
 @contextmanager

@@ -2,15 +2,14 @@
 
 import logging
 import math
-import re
 import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import astuple
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fobmaml import distributed
-from fobmaml.arguments import number, one_of, refuse, whole_number
-from fobmaml.engine import ENGINES, Learner
-from fobmaml.estimators import Estimator, chunk_size, estimate
+from fobmaml.arguments import refuse
+from fobmaml.engine import Learner, Work
+from fobmaml.estimators import Adaptation, Estimator, MeanEstimate, chunk_size, estimate
+from fobmaml.logged import LINEAR, loss_name, worked
 from fobmaml.measure import Event, Measurement, peak_bytes
 from fobmaml.measure.accuracy import task_scores
+from fobmaml.settings import Settings
 from fobmaml.tasks import Split, TaskBatch, TaskSource
 from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample
 
@@ -31,66 +32,16 @@ log = logging.getLogger(__name__)
 
 EVALUATION_SEED = 0
 """Seeds the fixed tasks, whatever the training seed."""
-LINEAR = "linear/steps", "linear/relative_residual", "linear/negative_curvature"
-"""What linear solves met, means over tasks; the last one is the share of the tasks in which it happened."""
 A_FEW = 10
 """Tasks whose linear solve may meet negative curvature before it is said."""
 RECENT = 1000
 """Meta-steps whose times are kept, for their median."""
-KEYS = {
-    "train/loss": "query loss of the meta-step's tasks, mean",
-    "meta_gradient/norm": "of the mean over tasks",
-    "inner/residual": "norm of the inner problem's gradient where the solver stopped, mean over tasks",
-    "optimizer/lr": "step length, as scheduled",
-    "time/meta_step_s": "seconds, median of recent meta-steps",
-    "linear/steps": "Hessian products of a linear solve, mean over tasks as these",
-    "linear/relative_residual": "of the linear solve",
-    "linear/negative_curvature": "share of the tasks that met it",
-    "model/parameters": "number that are trained",
-    "loss/name": "of the data set's loss",
-}
-"""What is logged of training itself, each with what it is."""
 
 
 class Diverged(RuntimeError):
     """A meta-gradient was not finite."""
 
     advice = "{error}; the last good checkpoint is {checkpoint}"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the loop needs to know; the meaning of each is in configs/train.yaml. Raises ValueError."""
-
-    steps: int = 600
-    seed: int = 0
-    meta_batch: int = 16
-    fixed_tasks: bool = False
-    task_chunk: int | str = "auto"
-    memory_limit_mb: float | None = None
-    engine: str = "auto"
-    schedule: str = "cosine"
-    log_every: int = 10
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("meta_batch", "log_every", "checkpoint_every"):
-            whole_number(name, getattr(self, name))
-        whole_number("seed", self.seed, at_least=0, at_most=2**64 - 1)
-        whole_number("steps", self.steps, at_least=0)
-        if not isinstance(self.fixed_tasks, bool):
-            raise refuse("fixed_tasks", self.fixed_tasks, "true or false")
-        if self.task_chunk != "auto":
-            try:
-                whole_number("task_chunk", self.task_chunk)
-            except ValueError as error:
-                raise ValueError(f"{error}, or auto") from None
-        if self.memory_limit_mb is not None:
-            number("memory_limit_mb", self.memory_limit_mb, above=0.0)
-            if self.task_chunk != "auto":
-                raise refuse("memory_limit_mb", self.memory_limit_mb, "task_chunk=auto, which it limits")
-        one_of("engine", self.engine, ENGINES)
-        one_of("schedule", self.schedule, ("cosine", "constant"))
 
 
 class MetaTraining:
@@ -108,10 +59,13 @@ class MetaTraining:
         settings: Settings,
         make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
         measurements: Sequence[Measurement] = (),
+        adaptation: Adaptation | None = None,
     ):
+        """``adaptation``: of validation and meta-test tasks, by default as in training."""
         check_members(source)
         self.settings, self.source, self.estimator, self.measurements = settings, source, estimator, tuple(measurements)
-        self.step, self.train_seconds, self.negative_curvature_tasks = 0, 0.0, 0.0
+        self.adapting = estimator.adapting(adaptation) if adaptation else estimator
+        self.step, self.train_seconds, self.negative_curvature_tasks, self.work = 0, 0.0, 0.0, Work()
         self._in_turn = False
         self.learner = Learner(model, source.loss_fn, settings.engine)
         named = dict(model.named_parameters())
@@ -123,7 +77,11 @@ class MetaTraining:
             raise refuse("meta_batch", settings.meta_batch, f"at least {distributed.size()}, a task for each process")
         self._check_source()
         _ = self._at_most  # a limit that is too low is refused here
-        self.latest: Event = {"model/parameters": self.learner.parameter_count, "loss/name": loss_name(source.loss_fn)}
+        self.latest: Event = {
+            "model/parameters": self.learner.parameter_count,
+            "loss/name": loss_name(source.loss_fn),
+            **worked(self.work),
+        }
         self.step_seconds: deque[float] = deque(maxlen=RECENT)
 
     def _check_source(self) -> None:
@@ -140,10 +98,30 @@ class MetaTraining:
             with failures_named("dataset: loss_fn"):
                 task_scores(self.learner, self.source, outputs, one.query_y)
 
-    def _learning_rate_factor(self, step: int) -> float:
+    @property
+    def _ends(self) -> list[tuple[float, float]]:
+        """What there is of each thing that ends a run, and at how much it does."""
+        s = self.settings
+        return [(done, of) for done, of in ((self.step, s.steps), (self.work.total, s.budget)) if of is not None]
+
+    @property
+    def ended(self) -> bool:
+        """Whether all meta-steps have been taken: ``steps``, or the first one that reaches ``budget``."""
+        return any(done >= of for done, of in self._ends)
+
+    @property
+    def fraction(self) -> float:
+        """Of the way to whichever end comes first."""
+        return max(done / of for done, of in self._ends)
+
+    def _ends_at_next(self) -> bool:
+        """Whether the next meta-step is the last one, if it takes what they took on average."""
+        return any(done * (self.step + 1) >= of * self.step > 0 for done, of in self._ends)
+
+    def _learning_rate_factor(self) -> float:
         if self.settings.schedule == "constant":
             return 1.0
-        return 0.5 * (1.0 + math.cos(math.pi * step / self.settings.steps))
+        return min(0.5 * (1.0 + math.cos(math.pi * done / of)) for done, of in self._ends)
 
     def tasks(self, split: Split, count: int, seed: int, step: int = 0) -> TaskBatch:
         """Tasks as a function of (split, seed, step), in float64 on the CPU; with ``fixed_tasks`` of count alone."""
@@ -179,28 +157,30 @@ class MetaTraining:
 
     def _peak_bytes(self, tasks: TaskBatch, chunk: int) -> int:
         theta = self.learner.theta()
-        return peak_bytes(
-            lambda: estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose=False), self.learner.device
-        )
+        return peak_bytes(lambda: self._estimate(theta, tasks, chunk, diagnose=False), self.learner.device)
 
-    def _meta_gradient(self, step: int, theta: Tensor, logged: bool) -> Tensor:
+    def _estimate(self, theta: Tensor, tasks: TaskBatch, chunk: int, diagnose: bool) -> MeanEstimate:
+        return estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose, self.settings.task_clip)
+
+    def _meta_gradient(self, step: int, theta: Tensor, logged: bool) -> tuple[Tensor, Work, int]:
         """Of a meta-step's tasks, means: the gradient [P]; if ``logged``, behind it the query loss and the residual;
-        behind that what the linear solves met, where the estimator does some, in the order of ``LINEAR``.
+        behind that what the linear solves met, where the estimator does some, in the order of ``LINEAR``. Then what
+        it took, and of how many tasks the meta-gradient was clipped.
 
         In the first process of several; each computes its share.
         """
         s = self.settings
         tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
-        result = estimate(
-            self.estimator, self.learner, theta, tasks, self.chunk(tasks, self.estimator), diagnose=logged
-        )
+        result = self._estimate(theta, tasks, self.chunk(tasks, self.estimator), logged)
         values = result.gradient
         if result.query_loss is not None and result.residual is not None:
             values = torch.cat([values, result.query_loss.mean()[None], result.residual.mean()[None]])
         if result.linear is not None:
             met = result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature
             values = torch.cat([values, torch.stack([each.to(values).mean() for each in met])])
-        return distributed.mean(values, len(tasks), s.meta_batch)
+        clipped = 0 if result.clipped is None else int(result.clipped.sum())
+        *took, clipped = distributed.total((*astuple(result.work), clipped))
+        return distributed.mean(values, len(tasks), s.meta_batch), Work(*took), clipped
 
     @contextmanager
     def leading(self) -> Iterator[None]:
@@ -218,34 +198,37 @@ class MetaTraining:
             self._meta_gradient(step, theta, logged)
 
     def train(self, stopping: Callable[[], object] = lambda: False) -> Iterator[Event]:
-        """Meta-steps until ``settings.steps``, or until ``stopping()``, yielding what there is to log after each (often
-        nothing).
+        """Meta-steps until they have ``ended``, or until ``stopping()``, yielding what there is to log after each (if
+        anything).
 
         Raises Diverged, before the step is taken, if the meta-gradient is not finite.
         """
         s = self.settings
-        while self.step < s.steps and not stopping():
+        while not self.ended and not stopping():
             started = time.perf_counter()
-            logged = (self.step + 1) % s.log_every == 0 or self.step + 1 in (1, s.steps)
+            logged = (self.step + 1) % s.log_every == 0 or self.step == 0 or self._ends_at_next()
             theta = self.learner.theta()
             self._in_turn = True
             distributed.announce(self.step, logged, theta)
-            gradient, diagnosis, met = self._meta_gradient(self.step, theta, logged).tensor_split(
-                [len(theta), len(theta) + 2 * logged]
-            )
+            values, took, clipped = self._meta_gradient(self.step, theta, logged)
             self._in_turn = False
+            gradient, diagnosis, met = values.tensor_split([len(theta), len(theta) + 2 * logged])
             norm = float(gradient.norm())
             if not math.isfinite(norm):
                 raise Diverged(
                     f"the meta-gradient at step {self.step + 1} is not finite: try a smaller solver.lr or "
                     "optimizer.lr, or a larger estimator.lam"
                 )
+            if s.clip is not None and norm > s.clip:
+                gradient = gradient * (s.clip / norm)
             for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self._learning_rate_factor(self.step)
+                group["lr"] = group["initial_lr"] * self._learning_rate_factor()
             for name, part in self.learner.unflatten(gradient).items():
                 self.parameters[name].grad = part
             self.optimizer.step()
             self.step += 1
+            self.work += took
+            self._record(worked(self.work))
             spent = time.perf_counter() - started
             self.step_seconds.append(spent)
             self.train_seconds += spent
@@ -260,8 +243,11 @@ class MetaTraining:
                     "inner/residual": residual,
                     "optimizer/lr": self.optimizer.param_groups[0]["lr"],
                     "time/meta_step_s": statistics.median(self.step_seconds),
+                    **worked(self.work),
                     **linear,
                 }
+                if s.task_clip is not None:
+                    event["meta_gradient/clipped"] = clipped / s.meta_batch
             yield self._record(event)
 
     def _say_once_of_negative_curvature(self, tasks: float) -> None:
@@ -280,7 +266,8 @@ class MetaTraining:
 
     def due(self, ended: bool = False) -> list[Measurement]:
         """What is to be measured after the present step, at step 0 before the first; or when all have been taken."""
-        return [each for each in self.measurements if each.due(self.step, self.settings.steps, ended)]
+        last = self.step if self.ended else self.settings.steps or sys.maxsize
+        return [each for each in self.measurements if each.due(self.step, last, ended)]
 
     def measure(self, ended: bool = False) -> Event:
         event = Event()
@@ -303,6 +290,7 @@ class MetaTraining:
             "latest": dict(self.latest),
             "engine": self.learner.used,
             "train_seconds": self.train_seconds,
+            "work": astuple(self.work),
             "negative_curvature_tasks": self.negative_curvature_tasks,
             "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
         }
@@ -315,24 +303,4 @@ class MetaTraining:
         times = state["step_seconds"].tolist()
         self.step_seconds.clear()
         self.step_seconds.extend(times)
-        self.train_seconds = state["train_seconds"]
-
-
-LOSS_NAMES = {
-    **dict.fromkeys(("cross_entropy", "cross_entropy_loss"), "cross-entropy (nats)"),
-    "nll_loss": "negative log-likelihood (nats)",
-    "mse_loss": "mean squared error",
-    "l1_loss": "mean absolute error",
-}
-"""Of torch's functions and modules, where their own is not what a plot says."""
-
-
-def loss_name(loss_fn: Callable[..., Tensor]) -> str:
-    """What a plot calls a loss: its own name, in words."""
-    if isinstance(loss_fn, partial):
-        return loss_name(loss_fn.func)
-    if isinstance(loss_fn, nn.Module) or not hasattr(loss_fn, "__name__"):
-        name = re.sub("(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(loss_fn).__name__).lower()
-    else:
-        name = loss_fn.__name__
-    return LOSS_NAMES.get(name, "loss" if name in ("<lambda>", "loss_fn") else name.strip("_").replace("_", " "))
+        self.train_seconds, self.work = state["train_seconds"], Work(*state["work"])

@@ -18,6 +18,7 @@ from fobmaml.engine.modules import private_copy
 from fobmaml.engine.network import Network
 from fobmaml.engine.stacked import Stacked
 from fobmaml.engine.trial import Trial
+from fobmaml.engine.work import Counted, Counter
 from fobmaml.tasks.batch import TaskBatch
 
 WORK_AT_ONCE = 2**25
@@ -40,7 +41,8 @@ class Learner(Network):
     - ``loop``: any module, row by row;
     - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
 
-    Where a network's examples interact, support and query set are evaluated apart. Raises ValueError as ``Network``
+    Where a network's examples interact, support and query set are evaluated apart. ``work`` counts all that engines
+    compute but outputs. Raises ValueError as ``Network``
     does, for a ``loss_fn`` that is no function, and for an engine that does not take the model.
     """
 
@@ -64,6 +66,7 @@ class Learner(Network):
             )
         self._trial = Trial(self, engine)
         self._used: dict[str, None] = {}
+        self.work = Counter()
 
     @property
     def used(self) -> str:
@@ -95,7 +98,7 @@ class Learner(Network):
         """The engine for inputs ``x`` [R, N, ...]. ``second_order``: for Hessian products."""
         name, engine = self._chosen(x, loss, second_order)
         self._used[name] = None
-        return engine
+        return Counted(engine, self.work)
 
     def _chosen(self, x: Tensor, loss: RowLoss | None, second_order: bool) -> tuple[str, Engine]:
         rows = cast(RowLoss, loss)  # who wants outputs only asks for nothing of it

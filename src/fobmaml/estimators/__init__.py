@@ -1,6 +1,7 @@
 """Meta-gradient estimators, one family a file."""
 
 from fobmaml.estimators.base import (
+    Adaptation,
     Cost,
     Estimate,
     Estimator,
@@ -19,6 +20,7 @@ __all__ = [
     "FOMAML",
     "IMAML",
     "MAML",
+    "Adaptation",
     "Central",
     "Cost",
     "Estimate",

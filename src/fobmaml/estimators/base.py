@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import number, one_of, refuse, whole_number
-from fobmaml.engine import Learner
+from fobmaml.engine import Learner, Work
 from fobmaml.engine.losses import LossFn
 from fobmaml.precision import full_precision
 from fobmaml.solvers import InnerProblem, LinearStatistics, Solution, Solver
@@ -39,6 +40,21 @@ class Cost:
     rows: int
     examples: int
     second_order: bool
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How a task's parameters are found at test time, where that differs from training: by ``solver``, with ``lam``,
+    the λ of the inner problem (0: no proximal term). None: the estimator's. Raises ValueError for anything else."""
+
+    solver: Solver | None = None
+    lam: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver is not None and not isinstance(self.solver, Solver):
+            raise refuse("solver", type(self.solver).__name__, "a fobmaml.solvers.Solver")
+        if self.lam is not None:
+            number("lam", self.lam, at_least=0.0)
 
 
 class Estimator(ABC):
@@ -79,6 +95,13 @@ class Estimator(ABC):
         """The solution of the unperturbed inner problem, φᵢ,₀: what a task's parameters are at test time."""
         return self.solve(InnerProblem(learner, theta, tasks, self.lam))
 
+    def adapting(self, by: Adaptation) -> "Estimator":
+        """This one, to ``adapt`` only: with another solver or λ, of which its formula may have no use."""
+        other = copy(self)
+        other.solver = by.solver or self.solver
+        other.lam = self.lam if by.lam is None else float(by.lam)
+        return other
+
     def solve(self, problem: InnerProblem) -> Solution:
         """By the solver. Raises ValueError for a solution that is none: of another shape, or, for an estimator that
         differentiates it, with some parameters moved and others left where they were although they have a slope."""
@@ -112,7 +135,8 @@ class Estimator(ABC):
                 return []
         if not any(moved.values()):
             return []
-        slope, start = unflatten(problem.gradient(problem.theta)), unflatten(problem.theta)
+        with problem.learner.work.only(0):
+            slope, start = unflatten(problem.gradient(problem.theta)), unflatten(problem.theta)
         length = displacement.norm() / math.hypot(*(slope[name].norm() for name in moved if moved[name]))
         rounding = 100 * torch.finfo(displacement.dtype).eps
         return [
@@ -125,12 +149,15 @@ class Estimator(ABC):
 @dataclass(frozen=True)
 class MeanEstimate:
     """``gradient`` [P], the mean over tasks; ``query_loss`` and ``residual`` [T], None if they were not asked for;
-    ``linear``: what each task's linear solve met, None for estimators without."""
+    ``linear``: what each task's linear solve met, None for estimators without. ``work``: what the estimator took, all
+    tasks together. ``clipped`` [T]: whose meta-gradient was shortened, None without ``task_clip``."""
 
     gradient: Tensor
     query_loss: Tensor | None
     residual: Tensor | None
     linear: LinearStatistics | None
+    work: Work
+    clipped: Tensor | None
 
 
 def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
@@ -159,18 +186,28 @@ def estimate(
     tasks: TaskBatch,
     task_chunk: int | None = None,
     diagnose: bool = True,
+    task_clip: float | None = None,
 ) -> MeanEstimate:
     """The mean meta-gradient over ``tasks`` at ``theta`` [P], solving ``task_chunk`` tasks at once (None: all).
 
     ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
-    unperturbed problem where the estimator does not, and of one more gradient.
+    unperturbed problem where the estimator does not, and of one more gradient, which are no part of ``work``.
+    ``task_clip``: a task's meta-gradient is scaled to a norm of at most that, before the mean; bias and smoothness are
+    measured without, for they are the estimator's.
     """
-    total = torch.zeros_like(theta)
-    query_loss, residual, linear = [], [], []
+    total, work = torch.zeros_like(theta), Work()
+    query_loss, residual, linear, clipped = [], [], [], []
     with torch.inference_mode(False), full_precision(learner.device):
         for part in learner.check(tasks).split(task_chunk or len(tasks)):
+            before = learner.work.read()
             result = estimator(learner, theta, part)
-            total += result.gradients.sum(0)
+            work += learner.work.read() - before
+            if task_clip is None:
+                total += result.gradients.sum(0)
+            else:
+                norms = result.gradients.norm(dim=1)
+                clipped.append(norms > task_clip)
+                total += (task_clip / norms).clamp(max=1.0) @ result.gradients
             if result.linear is not None:
                 linear.append((result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature))
             if diagnose:
@@ -183,6 +220,8 @@ def estimate(
             torch.cat(query_loss) if diagnose else None,
             torch.cat(residual) if diagnose else None,
             LinearStatistics(*map(torch.cat, zip(*linear, strict=True))) if linear else None,
+            work,
+            torch.cat(clipped) if clipped else None,
         )
 
 
@@ -190,13 +229,17 @@ def estimate(
 class MetaGradient:
     """``gradient``: {parameter name: tensor of its shape}, the mean over tasks. ``query_loss`` [T]: fᵢ at the
     unperturbed adapted parameters. ``residual`` [T]: the norm of the inner problem's gradient there. ``linear``: what
-    the linear solves met, None for estimators without. ``engine``: what computed it (``Learner``)."""
+    the linear solves met, None for estimators without. ``engine``: what computed it (``Learner``). ``work``: what the
+    estimator took, all tasks together: ``work.example_gradients``, ``work.hessian_products``. ``clipped`` [T]: whose
+    meta-gradient was shortened, None without ``task_clip``."""
 
     gradient: dict[str, Tensor]
     query_loss: Tensor
     residual: Tensor
     linear: LinearStatistics | None
     engine: str
+    work: Work
+    clipped: Tensor | None
 
 
 def meta_gradient(
@@ -206,13 +249,15 @@ def meta_gradient(
     tasks: TaskBatch,
     task_chunk: int | str | None = "auto",
     engine: str = "auto",
+    task_clip: float | None = None,
 ) -> MetaGradient:
     """The meta-gradient at a model's present parameters, by any estimator.
 
     ``model``: any module whose outputs are a function of its parameters and inputs; it is not changed.
     ``loss_fn(outputs, targets)`` returns the mean loss of one task's examples. ``task_chunk``: how many tasks are
     solved at once (None: all); fewer take less memory, and ``auto`` as few as are fast. ``engine``: see ``Learner``.
-    Dtype and device follow the model; autocast is left.
+    ``task_clip``: each task's meta-gradient is scaled to a norm of at most that before the mean, so that no task
+    outweighs the others. Dtype and device follow the model; autocast is left.
 
     Raises ValueError, naming the argument, for a model with running batch statistics or active dropout, a loss that is
     not one number, labels without an output, and tasks of another device.
@@ -225,17 +270,21 @@ def meta_gradient(
         one_of("task_chunk", task_chunk, ("auto",))
     elif task_chunk is not None:
         whole_number("task_chunk", task_chunk)
+    if task_clip is not None:
+        number("task_clip", task_clip, above=0.0)
     with torch.inference_mode(False):
         learner = Learner(model, loss_fn, engine)
         tasks = learner.check(tasks.to(dtype=learner.dtype))
         if tasks.keys is None and (estimator.solver.batch or estimator.solver.query_batch):
             tasks = tasks.keyed()
         chunk = chunk_size(learner, tasks, estimator) if isinstance(task_chunk, str) else task_chunk
-        result = estimate(estimator, learner, learner.theta(), tasks, chunk)
+        result = estimate(estimator, learner, learner.theta(), tasks, chunk, task_clip=task_clip)
         return MetaGradient(
             learner.unflatten(result.gradient),
             cast(Tensor, result.query_loss),
             cast(Tensor, result.residual),
             result.linear,
             learner.used,
+            result.work,
+            result.clipped,
         )

@@ -22,7 +22,8 @@ class FiniteDifference(Estimator):
     Every offset is solved from θ with the same steps, so that most of the solver's error cancels in the difference.
     Non-zero offsets take gradients of support and query, offset zero of the support alone.
 
-    Cost: (non-zero offsets) × steps gradients of support and query, plus steps support gradients if 0 is an offset.
+    Cost: (non-zero offsets) × steps gradients of support and query, plus steps support gradients if 0 is an offset: of
+    K steps, S support and Q query examples, K(S + Q) example-gradients a non-zero offset, and K·S.
     Memory: (tasks at once) × (non-zero offsets) times one task's gradient; flat in the inner steps.
     Raises ValueError unless λ > 0, ν > 0 and the weights sum to zero, and for a model in half precision.
     """

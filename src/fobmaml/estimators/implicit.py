@@ -42,7 +42,7 @@ class IMAML(Estimator):
         return Estimate(self.lam * solve.x, lambda: solution, solve)
 
     def solve_linear(self, learner: Learner, solution: Solution, tasks: TaskBatch) -> LinearSolve:
-        _, hessian = solution.problem.linearize(solution.phi)  # of h, so with λI
+        hessian = solution.problem.hessian(solution.phi)  # of h, so with λI
         return conjugate_gradients(hessian, learner.query_gradient(solution.phi, tasks), self.cg_steps, self.cg_tol)
 
 

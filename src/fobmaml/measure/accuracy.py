@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine import Learner
+from fobmaml.logged import WORK, worked
 from fobmaml.measure.base import Event, Measurement, Periodic, Training, shown
 from fobmaml.precision import full_precision
 from fobmaml.tasks import TaskBatch, TaskSource
@@ -88,12 +89,12 @@ class Score:
 
 
 def score(training: Training, tasks: TaskBatch) -> Score:
-    """On tasks adapted with the estimator's own inner problem, at the present parameters."""
+    """On tasks adapted as ``training.adapting`` does, at the present parameters."""
     tasks, learner, theta = training.placed(tasks), training.learner, training.learner.theta()
     parts = []
     for part in tasks.split(training.chunk(tasks)):
         with full_precision(learner.device):
-            phi = training.estimator.adapt(learner, theta, part).phi
+            phi = training.adapting.adapt(learner, theta, part).phi
             with torch.no_grad():
                 parts.append(task_scores(learner, training.source, learner.outputs(phi, part.query_x), part.query_y))
     losses, accuracies = (torch.cat(values) for values in zip(*parts, strict=True))
@@ -128,6 +129,7 @@ class Validation(Periodic):
         "val/accuracy": "fraction of a validation task's query labels that it gets right, mean over tasks",
         "val/loss": "query loss there, mean over tasks",
         "time/train_s": "seconds in meta-steps until then",
+        **WORK,
     }
     progress = ("val/accuracy", "val/loss")
 
@@ -144,7 +146,12 @@ class Validation(Periodic):
 
     def __call__(self, training: Training) -> Event:
         found = score(training, training.fixed("validation", self.tasks))
-        return {"val/accuracy": found.accuracy, "val/loss": found.loss, "time/train_s": training.train_seconds}
+        return {
+            "val/accuracy": found.accuracy,
+            "val/loss": found.loss,
+            "time/train_s": training.train_seconds,
+            **worked(training.work),
+        }
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from fobmaml.arguments import whole_number
-from fobmaml.engine import Learner
+from fobmaml.engine import Learner, Work
 from fobmaml.estimators import Estimator
 from fobmaml.tasks import Split, TaskBatch, TaskSource
 
@@ -19,9 +19,13 @@ class Training(Protocol):
     learner: Learner
     """The network at its present parameters, ``learner.theta()`` [P], and the loss."""
     estimator: Estimator
+    adapting: Estimator
+    """The same, whose ``adapt`` is that of validation and meta-test tasks."""
     source: TaskSource
     step: int
     train_seconds: float
+    work: Work
+    """Of all meta-steps so far."""
 
     def fixed(self, split: Split, count: int, stream: int = 0) -> TaskBatch:
         """The same ``count`` tasks whatever the run's seed, in float64; another ``stream``, other tasks."""

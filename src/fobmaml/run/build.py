@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, cast
 
 import hydra
@@ -13,19 +14,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
-from fobmaml.estimators import Estimator
+from fobmaml.estimators import Adaptation, Estimator
 from fobmaml.measure import Measurement
 from fobmaml.run.errors import ConfigError
 from fobmaml.run.settings import GROUPS, choices, measurements_in, plain_config
 from fobmaml.run.tracking import check_options
+from fobmaml.settings import Settings
 from fobmaml.solvers import Solver
 from fobmaml.tasks.checks import check_members
-from fobmaml.training import MetaTraining, Settings
+from fobmaml.training import MetaTraining
 
 KINDS = {
     "dataset": object,
     "model": torch.nn.Module,
     "solver": Solver,
+    "eval.solver": Solver,
     "estimator": Estimator,
     "optimizer": torch.optim.Optimizer,
 }
@@ -39,23 +42,7 @@ def build(cfg: DictConfig) -> MetaTraining:
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
         check_options(plain_config(cfg)["wandb"])
         whole_number("seed", cfg.seed, at_least=0, at_most=2**64 - 1)  # what torch takes
-        settings = Settings(
-            **{
-                key: cfg[key]
-                for key in (
-                    "steps",
-                    "seed",
-                    "meta_batch",
-                    "fixed_tasks",
-                    "task_chunk",
-                    "memory_limit_mb",
-                    "engine",
-                    "schedule",
-                    "log_every",
-                    "checkpoint_every",
-                )
-            }
-        )
+        settings = Settings(**{field.name: cfg[field.name] for field in fields(Settings)})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     dataset = build_part(cfg, "dataset")
     with bad_values_named():
@@ -64,10 +51,33 @@ def build(cfg: DictConfig) -> MetaTraining:
     model = build_part(cfg, "model", input_shape=dataset.input_shape, outputs=dataset.outputs).to(device, dtype)
     estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
     measurements = [build_part(cfg, name) for name in measurements_in(cfg)]
+    adaptation = build_adaptation(cfg)
     with bad_values_named():
         return MetaTraining(
-            model, dataset, estimator, settings, lambda p: build_part(cfg, "optimizer", params=p), measurements
+            model,
+            dataset,
+            estimator,
+            settings,
+            lambda p: build_part(cfg, "optimizer", params=p),
+            measurements,
+            adaptation,
         )
+
+
+def build_adaptation(cfg: DictConfig) -> Adaptation | None:
+    """Of validation and meta-test tasks: ``eval.solver``, what it does not say from ``solver`` if both make the same,
+    and ``eval.lam``. None: as in training. Raises ConfigError."""
+    said, solver, lam = plain_config(cfg)["eval"]["solver"] or {}, plain_config(cfg)["solver"], cfg.eval.lam
+    if not isinstance(said, dict):
+        raise ConfigError(str(refuse("eval.solver", said, "settings of a solver, or null")))
+    with bad_values_named():
+        if lam is not None:
+            number("eval.lam", lam, at_least=0.0)
+    if not said:
+        return None if lam is None else Adaptation(lam=lam)
+    if said.get("_target_", solver["_target_"]) == solver["_target_"]:
+        said = solver | said
+    return Adaptation(build_part(OmegaConf.create({"eval.solver": said}), "eval.solver"), lam)
 
 
 def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from fobmaml.files import write_atomically
 from fobmaml.run.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:

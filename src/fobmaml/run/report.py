@@ -7,11 +7,11 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from fobmaml.logged import KEYS
 from fobmaml.measure import Measurement
 from fobmaml.measure.base import shown
 from fobmaml.run.plotting import method
 from fobmaml.run.settings import measurements_in
-from fobmaml.training import KEYS
 
 
 def summary_keys(measurements: Sequence[Measurement]) -> list[str]:
@@ -21,6 +21,8 @@ def summary_keys(measurements: Sequence[Measurement]) -> list[str]:
         "time/meta_step_s",
         "inner/residual",
         "meta_gradient/norm",
+        "work/example_gradients",
+        "work/hessian_products",
         "model/parameters",
         *(key for each in measurements for key in each.progress),
         "train/loss",
@@ -34,11 +36,17 @@ def report(summary: Mapping[str, Any], folder: Path, measurements: Sequence[Meas
         *(row for each in measurements for row in each.rows(summary)),
         ("time of a meta-step", shown(summary, "time/meta_step_s", ".4f") + " s"),
         ("meta-steps", f"{summary['step']}"),
+        ("work of meta-steps", work(summary)),
     ]
     if summary.get("val/loss") is not None:
         rows.append(("learning curve", str(folder / "learning_curve.png")))
     width = max(len(label) for label, _ in rows)
     print("\n" + "\n".join(f"  {label:<{width}}  {value}" for label, value in rows) + "\n", flush=True)
+
+
+def work(summary: Mapping[str, Any]) -> str:
+    gradients, products = (summary[f"work/{kind}"] for kind in ("example_gradients", "hessian_products"))
+    return f"{gradients:,.0f} example-gradients" + (f", {products:,} Hessian products" if products else "")
 
 
 def measured(_root_: DictConfig) -> str:

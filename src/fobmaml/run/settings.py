@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -16,6 +17,17 @@ GROUPS = ("dataset", "model", "estimator", "solver", "optimizer")
 """Of each one is chosen."""
 # Runs that agree in everything else are the same run, and continue each other's checkpoints.
 NOT_PART_OF_A_RUN = ("resume", "wandb", "device", "engine", "checkpoint_every")
+
+
+def open_node(name: str, key: str) -> None:
+    """Lets the command line add settings below a key without a plus, which configs/train.yaml asks for by ``open``."""
+    root = OmegaConf.create({})
+    OmegaConf.update(root, key, {})
+    OmegaConf.set_struct(OmegaConf.select(root, key), False)
+    ConfigStore.instance().store(name, root, group="open", package="_global_")
+
+
+open_node("eval_solver", "eval.solver")  # what may stand there depends on the solver
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
     with (
         logging_redirect_tqdm() if on_terminal else nullcontext(),
         tqdm(
-            total=s.steps,
+            total=s.steps if s.budget is None else None,
             initial=training.step,
             unit="step",
             disable=not on_terminal,
@@ -112,7 +112,7 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
             measured = training.measure()
             event |= measured
             record.event(event)
-            if training.step % s.checkpoint_every == 0 or training.step == s.steps:
+            if training.step % s.checkpoint_every == 0 or training.ended:
                 record.checkpoint()
             if start.state and training.step == first:
                 say_if_another_engine(start.state.get("engine", ""), training.learner.used)
@@ -120,11 +120,11 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
             bar.update()
             if measured and not on_terminal:
                 log.info(
-                    "step %d/%d, %s, %.0f s left",
+                    "step %d%s, %s, %.0f s left",
                     training.step,
-                    s.steps,
+                    f"/{s.steps}" if s.budget is None else f", {100 * training.fraction:.0f} % of the budget",
                     ", ".join(f"{key} {value}" for key, value in progress(training).items()),
-                    (s.steps - training.step) * statistics.median(training.step_seconds),
+                    training.step * (1 / training.fraction - 1) * statistics.median(training.step_seconds),
                 )
     if stop.requested:
         record.checkpoint()

@@ -79,7 +79,8 @@ class Iterative(Solver):
             active = residual > self.tol
             if not active.any():
                 break
-            at = self.step(problem, at, active)
+            with problem.learner.work.only(int(active.sum())):  # the others wait
+                at = self.step(problem, at, active)
             residual = at.gradient.norm(dim=1)
             gradients += active
             if at.hessian_products is not None:

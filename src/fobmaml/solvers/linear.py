@@ -31,13 +31,13 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: i
     ``tol`` may differ by row, [R]. Cost: at most ``steps`` products.
     """
     x = torch.zeros_like(b)
-    r, p = b.clone(), b.clone()
-    rr = b.square().sum(1)
+    r, rr = b.clone(), b.square().sum(1)
     threshold = tol**2 * rr
     negative = torch.zeros_like(rr, dtype=torch.bool)
     taken = torch.zeros_like(rr, dtype=torch.long)
+    active = rr > threshold
+    p = torch.where(active.unsqueeze(1), b, 0.0)
     for _ in range(steps):
-        active = (rr > threshold) & ~negative
         if not active.any():
             break
         ap = product(p)
@@ -49,7 +49,8 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: i
         x = x + alpha * p
         r = r - alpha * ap
         previous, rr = rr, torch.where(active, r.square().sum(1), rr)
-        p = torch.where(active.unsqueeze(1), r + (rr / previous).unsqueeze(1) * p, p)
+        active = (rr > threshold) & ~negative
+        p = torch.where(active.unsqueeze(1), r + (rr / previous).unsqueeze(1) * p, 0.0)  # who is done asks for nothing
     norm = b.norm(dim=1)
     relative = torch.where(norm > 0, rr.sqrt() / norm, 0.0)
     return LinearSolve(taken, relative, negative, x)

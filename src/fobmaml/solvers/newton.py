@@ -45,9 +45,10 @@ class NewtonCG(Iterative):
         """The first of 1, 1/2, 1/4, ... that decreases each row enough (Armijo), up to the objective's rounding."""
         start, slope = problem.objective(phi), (gradient * step).sum(1)
         rounding = 100 * torch.finfo(phi.dtype).eps * (1 + start.abs())
-        length = torch.ones_like(start)
+        length, enough = torch.ones_like(start), ~step.any(dim=1)
         for _ in range(40):
-            enough = problem.objective(phi + length.unsqueeze(1) * step) <= start + 1e-4 * length * slope + rounding
+            with problem.learner.work.only(int((~enough).sum())):
+                enough = problem.objective(phi + length.unsqueeze(1) * step) <= start + 1e-4 * length * slope + rounding
             if enough.all():
                 break
             length = torch.where(enough, length, 0.5 * length)

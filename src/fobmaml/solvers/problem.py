@@ -100,6 +100,12 @@ class InnerProblem:
         gradient, hvp = self.engine(second_order=True).linearize(phi)
         return gradient + self.lam * (phi - self.theta), lambda v: hvp(v) + self.lam * v
 
+    def hessian(self, phi: Tensor) -> Callable[[Tensor], Tensor]:
+        """The second of ``linearize`` alone. The gradient that comes with it does not count as work: what the products
+        need of it counts with them."""
+        with self.learner.work.only(0):
+            return self.linearize(phi)[1]
+
 
 RESULTS = ("converged", "out of steps", "negative curvature", "diverged")
 
