@@ -1,12 +1,13 @@
 """How much was computed: a measure of cost that depends neither on the machine nor on how tasks are grouped."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fobmaml.engine.base import Engine
+from fobmaml.engine.base import Draws, Engine
+from fobmaml.engine.losses import Part
 
 GRADIENT, HESSIAN_PRODUCT = 3, 8
 """Passes of multiply-adds, as many as a forward pass has, of one example. A gradient: the forward pass, the way back
@@ -111,6 +112,17 @@ class Counted(Engine):
 
         return gradient, counted
 
-    def gradient_descent(self, theta: Tensor, steps: int, lr: float, lam: float = 0.0, momentum: float = 0.0) -> Tensor:
-        self.counter.gradient(self.size[0], steps * self.size[1])
-        return self.engine.gradient_descent(theta, steps, lr, lam, momentum)
+    def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "Counted":
+        return Counted(self.engine.of_examples(examples, parts), self.counter)
+
+    def gradient_descent(
+        self,
+        theta: Tensor,
+        rates: Sequence[float],
+        lam: float = 0.0,
+        momentum: float = 0.0,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        rows, examples = self.size
+        self.counter.gradient(rows, len(rates) * (examples if draws is None else draws.examples.shape[2]))
+        return self.engine.gradient_descent(theta, rates, lam, momentum, draws)
