@@ -268,8 +268,8 @@ class MetaTraining:
         before, self.negative_curvature_tasks = self.negative_curvature_tasks, self.negative_curvature_tasks + tasks
         if before <= A_FEW < self.negative_curvature_tasks:
             log.warning(
-                "negative curvature stopped the conjugate gradients of %.0f tasks in %d meta-steps: their "
-                "meta-gradients are cut short (linear/negative_curvature); a larger estimator.lam avoids it",
+                "negative curvature met by linear solves of %.0f tasks in %d meta-steps (linear/negative_curvature): "
+                "estimator.linear=cg cuts their meta-gradients short, minres goes on; a larger estimator.lam avoids it",
                 self.negative_curvature_tasks,
                 self.step,
             )
