@@ -24,6 +24,7 @@ from fobmaml.engine import ENGINES, Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.measure import Event, Measurement, peak_bytes
 from fobmaml.measure.accuracy import task_scores
+from fobmaml.outer import Outer
 from fobmaml.tasks import Split, TaskBatch, TaskSource
 from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample
 
@@ -114,9 +115,8 @@ class MetaTraining:
         self.step, self.train_seconds, self.negative_curvature_tasks = 0, 0.0, 0.0
         self._in_turn = False
         self.learner = Learner(model, source.loss_fn, settings.engine)
-        named = dict(model.named_parameters())
-        self.parameters = {name: named[name] for name in self.learner.shapes}
-        self.optimizer = make_optimizer(list(self.parameters.values()))
+        self.outer = Outer(self.learner, estimator)
+        self.optimizer = self.outer.optimizer(make_optimizer)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         if settings.meta_batch < distributed.size():
@@ -179,22 +179,24 @@ class MetaTraining:
 
     def _peak_bytes(self, tasks: TaskBatch, chunk: int) -> int:
         theta = self.learner.theta()
+        self.estimator.progress = 1.0  # of those that change, when they need the most
         return peak_bytes(
             lambda: estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose=False), self.learner.device
         )
 
     def _meta_gradient(self, step: int, theta: Tensor, logged: bool) -> Tensor:
-        """Of a meta-step's tasks, means: the gradient [P]; if ``logged``, behind it the query loss and the residual;
-        behind that what the linear solves met, where the estimator does some, in the order of ``LINEAR``.
+        """Of a meta-step's tasks, means: the gradient, as ``outer``; if ``logged``, behind it the query loss and the
+        residual; behind that what the linear solves met, where the estimator does some, in the order of ``LINEAR``.
 
         In the first process of several; each computes its share.
         """
         s = self.settings
+        self.estimator.progress = step / s.steps
         tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
         result = estimate(
             self.estimator, self.learner, theta, tasks, self.chunk(tasks, self.estimator), diagnose=logged
         )
-        values = result.gradient
+        values = torch.cat([result.gradient, *(each.flatten() for each in result.variables.values())])
         if result.query_loss is not None and result.residual is not None:
             values = torch.cat([values, result.query_loss.mean()[None], result.residual.mean()[None]])
         if result.linear is not None:
@@ -213,9 +215,9 @@ class MetaTraining:
 
     def follow(self) -> None:
         """What the other processes of a run do until the first one is through: their shares (``distributed``)."""
-        theta = self.learner.theta()
-        for step, logged in distributed.turns(theta):
-            self._meta_gradient(step, theta, logged)
+        outer = self.outer.vector()
+        for step, logged in distributed.turns(outer):
+            self._meta_gradient(step, self.outer.take(outer), logged)
 
     def train(self, stopping: Callable[[], object] = lambda: False) -> Iterator[Event]:
         """Meta-steps until ``settings.steps``, or until ``stopping()``, yielding what there is to log after each (often
@@ -227,11 +229,11 @@ class MetaTraining:
         while self.step < s.steps and not stopping():
             started = time.perf_counter()
             logged = (self.step + 1) % s.log_every == 0 or self.step + 1 in (1, s.steps)
-            theta = self.learner.theta()
+            outer = self.outer.vector()
             self._in_turn = True
-            distributed.announce(self.step, logged, theta)
-            gradient, diagnosis, met = self._meta_gradient(self.step, theta, logged).tensor_split(
-                [len(theta), len(theta) + 2 * logged]
+            distributed.announce(self.step, logged, outer)
+            gradient, diagnosis, met = self._meta_gradient(self.step, self.learner.theta(), logged).tensor_split(
+                [len(outer), len(outer) + 2 * logged]
             )
             self._in_turn = False
             norm = float(gradient.norm())
@@ -242,8 +244,7 @@ class MetaTraining:
                 )
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self._learning_rate_factor(self.step)
-            for name, part in self.learner.unflatten(gradient).items():
-                self.parameters[name].grad = part
+            self.outer.set_gradients(gradient)
             self.optimizer.step()
             self.step += 1
             spent = time.perf_counter() - started
@@ -285,6 +286,7 @@ class MetaTraining:
     def measure(self, ended: bool = False) -> Event:
         event = Event()
         for measurement in self.due(ended):
+            self.estimator.progress = self.step / max(self.settings.steps, 1)
             event |= self._record(measurement(self))
         return event
 
@@ -298,7 +300,7 @@ class MetaTraining:
         """Everything that the rest of the run depends on, as tensors and plain values."""
         return {
             "step": self.step,
-            "model": self.learner.model.state_dict(),
+            **self.outer.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "latest": dict(self.latest),
             "engine": self.learner.used,
@@ -308,7 +310,7 @@ class MetaTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.model.load_state_dict(state["model"])
+        self.outer.load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.latest = state["step"], {**self.latest, **state["latest"]}
         self.negative_curvature_tasks = state["negative_curvature_tasks"]

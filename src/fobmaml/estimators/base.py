@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -23,12 +23,13 @@ class Estimate:
 
     ``adapted()`` returns the solution of the unperturbed inner problem. It is a call because some estimators do not
     need that solution themselves: nothing is solved unless somebody asks. ``linear``: what a linear solve met, if the
-    estimator does one.
+    estimator does one. ``variables``: the derivatives by the estimator's own, one a task each.
     """
 
     gradients: Tensor
     adapted: Callable[[], Solution]
     linear: LinearStatistics | None = None
+    variables: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Estimator(ABC):
     needs_proximal_term = True
     differentiates_solution = False
     """Whether its formula takes the solver's result for the minimiser in all parameters."""
+    progress = 0.0
+    """The part of training that is over, from 0 to 1, for formulas that change on the way. Whoever trains sets it."""
+    learn_lr = 0.0
+    """The outer learning rate of its own variables, as a multiple of θ's."""
 
     def __init__(self, solver: Solver, lam: float):
         if not isinstance(solver, Solver):
@@ -65,6 +70,10 @@ class Estimator(ABC):
     @abstractmethod
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         """The estimate of each task's meta-gradient at ``theta`` [P]."""
+
+    def variables(self, learner: Learner) -> dict[str, nn.Parameter]:
+        """Its own outer variables, trained beside θ: the same objects at every call."""
+        return {}
 
     def cost(self, support: int, query: int) -> Cost:
         """For tasks of so many support and query examples; by default that of a method with Hessian products."""
@@ -125,12 +134,14 @@ class Estimator(ABC):
 @dataclass(frozen=True)
 class MeanEstimate:
     """``gradient`` [P], the mean over tasks; ``query_loss`` and ``residual`` [T], None if they were not asked for;
-    ``linear``: what each task's linear solve met, None for estimators without."""
+    ``linear``: what each task's linear solve met, None for estimators without. ``variables``: as ``gradient``, by the
+    estimator's own variables."""
 
     gradient: Tensor
     query_loss: Tensor | None
     residual: Tensor | None
     linear: LinearStatistics | None
+    variables: dict[str, Tensor]
 
 
 def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
@@ -165,12 +176,14 @@ def estimate(
     ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
     unperturbed problem where the estimator does not, and of one more gradient.
     """
-    total = torch.zeros_like(theta)
+    total, variables = torch.zeros_like(theta), dict[str, Tensor]()
     query_loss, residual, linear = [], [], []
     with torch.inference_mode(False), full_precision(learner.device):
         for part in learner.check(tasks).split(task_chunk or len(tasks)):
             result = estimator(learner, theta, part)
             total += result.gradients.sum(0)
+            for name, each in result.variables.items():
+                variables[name] = variables.get(name, 0.0) + each.sum(0) / len(tasks)
             if result.linear is not None:
                 linear.append((result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature))
             if diagnose:
@@ -183,12 +196,14 @@ def estimate(
             torch.cat(query_loss) if diagnose else None,
             torch.cat(residual) if diagnose else None,
             LinearStatistics(*map(torch.cat, zip(*linear, strict=True))) if linear else None,
+            variables,
         )
 
 
 @dataclass(frozen=True)
 class MetaGradient:
-    """``gradient``: {parameter name: tensor of its shape}, the mean over tasks. ``query_loss`` [T]: fᵢ at the
+    """``gradient``: {parameter name: tensor of its shape}, the mean over tasks, and as ``solver.lr`` the derivative by
+    step lengths where the estimator learns them (``Estimator.variables``). ``query_loss`` [T]: fᵢ at the
     unperturbed adapted parameters. ``residual`` [T]: the norm of the inner problem's gradient there. ``linear``: what
     the linear solves met, None for estimators without. ``engine``: what computed it (``Learner``)."""
 
@@ -233,7 +248,7 @@ def meta_gradient(
         chunk = chunk_size(learner, tasks, estimator) if isinstance(task_chunk, str) else task_chunk
         result = estimate(estimator, learner, learner.theta(), tasks, chunk)
         return MetaGradient(
-            learner.unflatten(result.gradient),
+            learner.unflatten(result.gradient) | result.variables,
             cast(Tensor, result.query_loss),
             cast(Tensor, result.residual),
             result.linear,
