@@ -37,7 +37,7 @@ FORMULAS = {
     "maml": (MAML, K * S + Q, K * S),
     "maml_checkpoint": (partial(MAML, checkpoint=True), 2 * K * S + Q, K * S),
     "fomaml": (FOMAML, K * S + Q, 0),
-    "reptile": (Reptile, K * S, 0),
+    "reptile": (Reptile, K * (S + Q), 0),
     "imaml": (IMAML, K * S + Q, None),  # the products that conjugate gradients took
     "own": (Own, K * S + 2 * Q, 0),
 }

@@ -76,13 +76,13 @@ def share(tasks: TaskBatch) -> TaskBatch:
     return tasks[slice(*edges)]
 
 
-def announce(step: int, logged: bool, theta: Tensor) -> None:
-    """The first process says which meta-step is next, whether it is logged, and its parameters ``theta`` [P]; or that
-    there is none: ``END``."""
+def announce(step: int, fraction: float, logged: bool, theta: Tensor) -> None:
+    """The first process says which meta-step is next, how much of training is behind it, whether it is logged, and its
+    parameters ``theta`` [P]; or that there is none: ``END``."""
     if size() == 1:
         return
     with _losses_named():
-        dist.broadcast(torch.tensor([step, logged], device=theta.device), 0)
+        dist.broadcast(torch.tensor([step, fraction, logged], dtype=torch.float64, device=theta.device), 0)
         if step != END:
             dist.broadcast(theta, 0)
 
@@ -90,20 +90,20 @@ def announce(step: int, logged: bool, theta: Tensor) -> None:
 def end(device: torch.device) -> None:
     """The first process says that no meta-step is left: the others' ``turns`` end."""
     with suppress(ProcessLost):
-        announce(END, False, torch.zeros(0, device=device))
+        announce(END, 1.0, False, torch.zeros(0, device=device))
 
 
-def turns(theta: Tensor) -> Iterator[tuple[int, bool]]:
-    """In the other processes: (step, logged) of every meta-step announced, its parameters in ``theta`` [P]."""
-    turn = torch.zeros(2, dtype=torch.int64, device=theta.device)
+def turns(theta: Tensor) -> Iterator[tuple[int, float, bool]]:
+    """In the other processes: (step, fraction, logged) of every meta-step, its parameters in ``theta`` [P]."""
+    turn = torch.zeros(3, dtype=torch.float64, device=theta.device)
     while True:
         with _losses_named():
             dist.broadcast(turn, 0)
-            step, logged = turn.tolist()
+            step, fraction, logged = turn.tolist()
             if step == END:
                 return
             dist.broadcast(theta, 0)
-        yield step, bool(logged)
+        yield int(step), fraction, bool(logged)
 
 
 def mean(values: Tensor, tasks: int, of: int) -> Tensor:

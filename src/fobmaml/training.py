@@ -24,6 +24,7 @@ from fobmaml.estimators import Adaptation, Estimator, MeanEstimate, chunk_size, 
 from fobmaml.logged import LINEAR, loss_name, worked
 from fobmaml.measure import Event, Measurement, peak_bytes
 from fobmaml.measure.accuracy import task_scores
+from fobmaml.outer import Outer
 from fobmaml.settings import Settings
 from fobmaml.tasks import Split, TaskBatch, TaskSource
 from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample
@@ -68,9 +69,8 @@ class MetaTraining:
         self.step, self.train_seconds, self.negative_curvature_tasks, self.work = 0, 0.0, 0.0, Work()
         self._in_turn = False
         self.learner = Learner(model, source.loss_fn, settings.engine)
-        named = dict(model.named_parameters())
-        self.parameters = {name: named[name] for name in self.learner.shapes}
-        self.optimizer = make_optimizer(list(self.parameters.values()))
+        self.outer = Outer(self.learner, estimator)
+        self.optimizer = self.outer.optimizer(make_optimizer)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         if settings.meta_batch < distributed.size():
@@ -112,7 +112,7 @@ class MetaTraining:
     @property
     def fraction(self) -> float:
         """Of the way to whichever end comes first."""
-        return max(done / of for done, of in self._ends)
+        return max(done / of if of else 1.0 for done, of in self._ends)
 
     def _ends_at_next(self) -> bool:
         """Whether the next meta-step is the last one, if it takes what they took on average."""
@@ -157,22 +157,24 @@ class MetaTraining:
 
     def _peak_bytes(self, tasks: TaskBatch, chunk: int) -> int:
         theta = self.learner.theta()
+        self.estimator.progress = 1.0  # of those that change, when they need the most
         return peak_bytes(lambda: self._estimate(theta, tasks, chunk, diagnose=False), self.learner.device)
 
     def _estimate(self, theta: Tensor, tasks: TaskBatch, chunk: int, diagnose: bool) -> MeanEstimate:
         return estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose, self.settings.task_clip)
 
-    def _meta_gradient(self, step: int, theta: Tensor, logged: bool) -> tuple[Tensor, Work, int]:
-        """Of a meta-step's tasks, means: the gradient [P]; if ``logged``, behind it the query loss and the residual;
-        behind that what the linear solves met, where the estimator does some, in the order of ``LINEAR``. Then what
-        it took, and of how many tasks the meta-gradient was clipped.
+    def _meta_gradient(self, step: int, fraction: float, theta: Tensor, logged: bool) -> tuple[Tensor, Work, int]:
+        """Of a meta-step's tasks, means: the gradient, as ``outer``; if ``logged``, behind it the query loss and the
+        residual; behind that what the linear solves met, where the estimator does some, in the order of ``LINEAR``.
+        Then what it took, and of how many tasks the meta-gradient was clipped.
 
         In the first process of several; each computes its share.
         """
         s = self.settings
+        self.estimator.progress = fraction
         tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
         result = self._estimate(theta, tasks, self.chunk(tasks, self.estimator), logged)
-        values = result.gradient
+        values = torch.cat([result.gradient, *(each.flatten() for each in result.variables.values())])
         if result.query_loss is not None and result.residual is not None:
             values = torch.cat([values, result.query_loss.mean()[None], result.residual.mean()[None]])
         if result.linear is not None:
@@ -193,9 +195,9 @@ class MetaTraining:
 
     def follow(self) -> None:
         """What the other processes of a run do until the first one is through: their shares (``distributed``)."""
-        theta = self.learner.theta()
-        for step, logged in distributed.turns(theta):
-            self._meta_gradient(step, theta, logged)
+        outer = self.outer.vector()
+        for step, fraction, logged in distributed.turns(outer):
+            self._meta_gradient(step, fraction, self.outer.take(outer), logged)
 
     def train(self, stopping: Callable[[], object] = lambda: False) -> Iterator[Event]:
         """Meta-steps until they have ``ended``, or until ``stopping()``, yielding what there is to log after each (if
@@ -207,12 +209,12 @@ class MetaTraining:
         while not self.ended and not stopping():
             started = time.perf_counter()
             logged = (self.step + 1) % s.log_every == 0 or self.step == 0 or self._ends_at_next()
-            theta = self.learner.theta()
+            outer = self.outer.vector()
             self._in_turn = True
-            distributed.announce(self.step, logged, theta)
-            values, took, clipped = self._meta_gradient(self.step, theta, logged)
+            distributed.announce(self.step, self.fraction, logged, outer)
+            values, took, clipped = self._meta_gradient(self.step, self.fraction, self.learner.theta(), logged)
             self._in_turn = False
-            gradient, diagnosis, met = values.tensor_split([len(theta), len(theta) + 2 * logged])
+            gradient, diagnosis, met = values.tensor_split([len(outer), len(outer) + 2 * logged])
             norm = float(gradient.norm())
             if not math.isfinite(norm):
                 raise Diverged(
@@ -223,8 +225,7 @@ class MetaTraining:
                 gradient = gradient * (s.clip / norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self._learning_rate_factor()
-            for name, part in self.learner.unflatten(gradient).items():
-                self.parameters[name].grad = part
+            self.outer.set_gradients(gradient)
             self.optimizer.step()
             self.step += 1
             self.work += took
@@ -254,8 +255,8 @@ class MetaTraining:
         before, self.negative_curvature_tasks = self.negative_curvature_tasks, self.negative_curvature_tasks + tasks
         if before <= A_FEW < self.negative_curvature_tasks:
             log.warning(
-                "negative curvature stopped the conjugate gradients of %.0f tasks in %d meta-steps: their "
-                "meta-gradients are cut short (linear/negative_curvature); a larger estimator.lam avoids it",
+                "negative curvature met by linear solves of %.0f tasks in %d meta-steps (linear/negative_curvature): "
+                "estimator.linear=cg cuts their meta-gradients short, minres goes on; a larger estimator.lam avoids it",
                 self.negative_curvature_tasks,
                 self.step,
             )
@@ -272,6 +273,7 @@ class MetaTraining:
     def measure(self, ended: bool = False) -> Event:
         event = Event()
         for measurement in self.due(ended):
+            self.estimator.progress = self.fraction
             event |= self._record(measurement(self))
         return event
 
@@ -285,7 +287,7 @@ class MetaTraining:
         """Everything that the rest of the run depends on, as tensors and plain values."""
         return {
             "step": self.step,
-            "model": self.learner.model.state_dict(),
+            **self.outer.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "latest": dict(self.latest),
             "engine": self.learner.used,
@@ -296,7 +298,7 @@ class MetaTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.model.load_state_dict(state["model"])
+        self.outer.load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.latest = state["step"], {**self.latest, **state["latest"]}
         self.negative_curvature_tasks = state["negative_curvature_tasks"]

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -24,12 +24,13 @@ class Estimate:
 
     ``adapted()`` returns the solution of the unperturbed inner problem. It is a call because some estimators do not
     need that solution themselves: nothing is solved unless somebody asks. ``linear``: what a linear solve met, if the
-    estimator does one.
+    estimator does one. ``variables``: the derivatives by the estimator's own, one a task each.
     """
 
     gradients: Tensor
     adapted: Callable[[], Solution]
     linear: LinearStatistics | None = None
+    variables: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Estimator(ABC):
     needs_proximal_term = True
     differentiates_solution = False
     """Whether its formula takes the solver's result for the minimiser in all parameters."""
+    progress = 0.0
+    """The part of training that is over, from 0 to 1, for formulas that change on the way. Whoever trains sets it."""
+    learn_lr = 0.0
+    """The outer learning rate of its own variables, as a multiple of θ's."""
 
     def __init__(self, solver: Solver, lam: float):
         if not isinstance(solver, Solver):
@@ -81,6 +86,10 @@ class Estimator(ABC):
     @abstractmethod
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         """The estimate of each task's meta-gradient at ``theta`` [P]."""
+
+    def variables(self, learner: Learner) -> dict[str, nn.Parameter]:
+        """Its own outer variables, trained beside θ: the same objects at every call."""
+        return {}
 
     def cost(self, support: int, query: int) -> Cost:
         """For tasks of so many support and query examples; by default that of a method with Hessian products."""
@@ -150,7 +159,8 @@ class Estimator(ABC):
 class MeanEstimate:
     """``gradient`` [P], the mean over tasks; ``query_loss`` and ``residual`` [T], None if they were not asked for;
     ``linear``: what each task's linear solve met, None for estimators without. ``work``: what the estimator took, all
-    tasks together. ``clipped`` [T]: whose meta-gradient was shortened, None without ``task_clip``."""
+    tasks together. ``clipped`` [T]: whose meta-gradient was shortened, None without ``task_clip``. ``variables``: as
+    ``gradient``, by the estimator's own variables."""
 
     gradient: Tensor
     query_loss: Tensor | None
@@ -158,6 +168,7 @@ class MeanEstimate:
     linear: LinearStatistics | None
     work: Work
     clipped: Tensor | None
+    variables: dict[str, Tensor]
 
 
 def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
@@ -195,7 +206,7 @@ def estimate(
     ``task_clip``: a task's meta-gradient is scaled to a norm of at most that, before the mean; bias and smoothness are
     measured without, for they are the estimator's.
     """
-    total, work = torch.zeros_like(theta), Work()
+    total, work, variables = torch.zeros_like(theta), Work(), dict[str, Tensor]()
     query_loss, residual, linear, clipped = [], [], [], []
     with torch.inference_mode(False), full_precision(learner.device):
         for part in learner.check(tasks).split(task_chunk or len(tasks)):
@@ -208,6 +219,8 @@ def estimate(
                 norms = result.gradients.norm(dim=1)
                 clipped.append(norms > task_clip)
                 total += (task_clip / norms).clamp(max=1.0) @ result.gradients
+            for name, each in result.variables.items():
+                variables[name] = variables.get(name, 0.0) + each.sum(0) / len(tasks)
             if result.linear is not None:
                 linear.append((result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature))
             if diagnose:
@@ -222,12 +235,14 @@ def estimate(
             LinearStatistics(*map(torch.cat, zip(*linear, strict=True))) if linear else None,
             work,
             torch.cat(clipped) if clipped else None,
+            variables,
         )
 
 
 @dataclass(frozen=True)
 class MetaGradient:
-    """``gradient``: {parameter name: tensor of its shape}, the mean over tasks. ``query_loss`` [T]: fᵢ at the
+    """``gradient``: {parameter name: tensor of its shape}, the mean over tasks, and as ``solver.lr`` the derivative by
+    step lengths where the estimator learns them (``Estimator.variables``). ``query_loss`` [T]: fᵢ at the
     unperturbed adapted parameters. ``residual`` [T]: the norm of the inner problem's gradient there. ``linear``: what
     the linear solves met, None for estimators without. ``engine``: what computed it (``Learner``). ``work``: what the
     estimator took, all tasks together: ``work.example_gradients``, ``work.hessian_products``. ``clipped`` [T]: whose
@@ -280,7 +295,7 @@ def meta_gradient(
         chunk = chunk_size(learner, tasks, estimator) if isinstance(task_chunk, str) else task_chunk
         result = estimate(estimator, learner, learner.theta(), tasks, chunk, task_clip=task_clip)
         return MetaGradient(
-            learner.unflatten(result.gradient),
+            learner.unflatten(result.gradient) | result.variables,
             cast(Tensor, result.query_loss),
             cast(Tensor, result.residual),
             result.linear,

@@ -5,28 +5,44 @@ from torch import Tensor
 from fobmaml.arguments import one_of
 from fobmaml.engine import Learner
 from fobmaml.estimators.base import Cost, Estimate, Estimator
-from fobmaml.solvers import Solution, Solver
+from fobmaml.estimators.multi_step import multi_step_gradient, part_of_training
+from fobmaml.solvers import Descent, InnerProblem, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
 
 
 class FOMAML(Estimator):
     """∇fᵢ(φᵢ,K): MAML with dφ_K/dθ replaced by the identity.
 
-    Cost: K support gradients and one query gradient a task. Memory: one gradient of the tasks solved at once.
-    Reference: Finn, Abbeel & Levine 2017, arXiv:1703.03400, section 5.2.
+    ``multi_step``: Σ_k w_k ∇fᵢ(φᵢ,k) instead, with equal weights at the start of training that are the last step's
+    alone after this part of it (``step_weights``); 0: the last step's alone from the start.
+    Cost: K support gradients and one query gradient a task, with ``multi_step`` K until it is over. Memory: one
+    gradient of the tasks solved at once, and then K times their parameters.
+    Reference: Finn, Abbeel & Levine 2017, arXiv:1703.03400, section 5.2; multi-step: Antoniou, Edwards & Storkey 2019,
+    arXiv:1810.09502, section 4. Raises ValueError for a ``multi_step`` below 0, and for one after a solver that is no
+    ``Descent``.
     """
 
     needs_proximal_term = False
 
-    def __init__(self, solver: Solver, lam: float = 0.0):
+    def __init__(self, solver: Solver, lam: float = 0.0, multi_step: float = 0.0):
         super().__init__(solver, lam)
+        self.multi_step = part_of_training("multi_step", multi_step, solver)
 
     def cost(self, support: int, query: int) -> Cost:
         return Cost(1, support, second_order=False)
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
-        solution = self.adapt(learner, theta, tasks)
-        return Estimate(learner.query_gradient(solution.phi, tasks), lambda: solution)
+        if self.progress >= self.multi_step or not isinstance(self.solver, Descent):
+            solution = self.adapt(learner, theta, tasks)
+            return Estimate(learner.query_gradient(solution.phi, tasks), lambda: solution)
+        solution, gradients = multi_step_gradient(
+            self.solver,
+            InnerProblem(learner, theta, tasks, self.lam),
+            lambda phi: learner.query_gradient(phi, tasks),
+            self.progress / self.multi_step,
+            first_order=True,
+        )
+        return Estimate(gradients, lambda: solution)
 
 
 class Reptile(Estimator):

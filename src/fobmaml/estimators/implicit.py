@@ -1,12 +1,16 @@
 """Implicit differentiation: iMAML, and the exact meta-gradient as a converged iMAML."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from fobmaml.arguments import number, whole_number
+from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.engine import Learner
 from fobmaml.estimators.base import Estimate, Estimator
-from fobmaml.solvers import LinearSolve, Solution, Solver, conjugate_gradients
+from fobmaml.solvers import InnerProblem, LinearSolve, Solution, Solver, conjugate_gradients, minres
 from fobmaml.tasks.batch import TaskBatch
+
+LINEAR = {"cg": conjugate_gradients, "minres": minres}
 
 
 class NotConverged(RuntimeError):
@@ -19,31 +23,70 @@ class NotConverged(RuntimeError):
 
 
 class IMAML(Estimator):
-    """λvᵢ with (∇²f̂ᵢ(φᵢ,K) + λI) vᵢ = ∇fᵢ(φᵢ,K) solved by conjugate gradients.
+    """vᵢ with ((1 + d)I + ∇²f̂ᵢ(φᵢ,K)/(λ + c)) vᵢ = ∇fᵢ(φᵢ,K). With damping d = c = 0: λ(∇²f̂ᵢ + λI)⁻¹∇fᵢ, the formula.
+
+    ``damping`` d, ``lam_damping`` c: in general v is the formula's with μ = (1 + d)(λ + c) for λ, divided by 1 + d. The
+    authors' code takes d = 1 and c = 10 at λ = 2, so that v is near ∇fᵢ/2: FO-MAML's, but for curvature near μ = 24.
+    ``pull_back``: also as their code has it, the solver's steps are taken on f̂ᵢ alone, and then one of the same length
+    on the proximal term alone: φ − θ ← (1 − lr·λ)(φ − θ).
+
+    ``linear``: ``cg``, conjugate gradients, or ``minres``. Where the matrix is not positive definite, φᵢ,K lies where h
+    is no bowl. Conjugate gradients stop as soon as they see that, and v is what they had until then, zero at the first
+    step. MINRES goes on to the inverse, which is there the derivative of the stationary point next to φᵢ,K, a saddle,
+    by θ: the implicit function theorem asks for no minimum. No bound holds for it, for eigenvalues near zero;
+    ``cg_steps`` is what limits it. ``Estimate.linear`` says for which tasks.
 
     Cost: K support gradients, up to ``cg_steps`` Hessian-vector products, one query gradient a task.
     Memory: one twice-differentiable support gradient of the tasks solved at once; flat in K and ``cg_steps``.
-    Where conjugate gradients meet negative curvature, v is what they had until then, zero at the first step;
-    ``Estimate.linear`` says for which tasks.
-    Reference: Rajeswaran, Finn, Kakade & Levine 2019, arXiv:1909.04630, lemma 1 and algorithm 2.
-    Raises ValueError unless λ > 0, cg_steps ≥ 1 and cg_tol ≥ 0.
+    Reference: Rajeswaran, Finn, Kakade & Levine 2019, arXiv:1909.04630, lemma 1 and algorithm 2; damping and pull-back:
+    their code, github.com/aravindr93/imaml_dev.
+    Raises ValueError unless λ > 0, cg_steps ≥ 1, cg_tol, damping and lam_damping ≥ 0, and for a pull-back after a
+    solver without one ``lr``.
     """
 
     differentiates_solution = True
 
-    def __init__(self, solver: Solver, lam: float = 0.5, cg_steps: int = 5, cg_tol: float = 1e-10):
+    def __init__(
+        self,
+        solver: Solver,
+        lam: float = 0.5,
+        cg_steps: int = 5,
+        cg_tol: float = 1e-10,
+        damping: float = 0.0,
+        lam_damping: float = 0.0,
+        linear: str = "cg",
+        pull_back: bool = False,
+    ):
         super().__init__(solver, lam)
         self.cg_steps = whole_number("cg_steps", cg_steps)
         self.cg_tol = number("cg_tol", cg_tol, at_least=0.0)
+        self.damping = number("damping", damping, at_least=0.0)
+        self.lam_damping = number("lam_damping", lam_damping, at_least=0.0)
+        self.linear = one_of("linear", linear, tuple(LINEAR))
+        if not isinstance(pull_back, bool):
+            raise refuse("pull_back", pull_back, "true or false")
+        lr = getattr(solver, "lr", None)
+        if pull_back and not isinstance(lr, float):
+            raise refuse("pull_back", pull_back, "a solver with one lr for all steps")
+        self.pull_back = lr if pull_back else None
+
+    def adapt(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Solution:
+        problem = InnerProblem(learner, theta, tasks, self.lam)
+        if self.pull_back is None:
+            return self.solve(problem)
+        free = self.solve(InnerProblem(learner, theta, tasks, 0.0))
+        return replace(free, problem=problem, displacement=(1.0 - self.pull_back * self.lam) * free.displacement)
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         solution = self.adapt(learner, theta, tasks)
         solve = self.solve_linear(learner, solution, tasks)
-        return Estimate(self.lam * solve.x, lambda: solution, solve)
+        return Estimate((self.lam + self.lam_damping) * solve.x, lambda: solution, solve)
 
     def solve_linear(self, learner: Learner, solution: Solution, tasks: TaskBatch) -> LinearSolve:
         hessian = solution.problem.hessian(solution.phi)  # of h, so with λI
-        return conjugate_gradients(hessian, learner.query_gradient(solution.phi, tasks), self.cg_steps, self.cg_tol)
+        more = (1.0 + self.damping) * (self.lam + self.lam_damping) - self.lam
+        damped = (lambda v: hessian(v) + more * v) if more else hessian
+        return LINEAR[self.linear](damped, learner.query_gradient(solution.phi, tasks), self.cg_steps, self.cg_tol)
 
 
 class Exact(IMAML):

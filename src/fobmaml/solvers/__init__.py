@@ -5,7 +5,7 @@ from fobmaml.solvers.barzilai_borwein import BarzilaiBorwein
 from fobmaml.solvers.base import Iterate, Iterative, Solver
 from fobmaml.solvers.descent import Descent
 from fobmaml.solvers.gradient_descent import GradientDescent
-from fobmaml.solvers.linear import LinearSolve, LinearStatistics, conjugate_gradients
+from fobmaml.solvers.linear import LinearSolve, LinearStatistics, conjugate_gradients, minres
 from fobmaml.solvers.newton import Inexact, NewtonCG
 from fobmaml.solvers.problem import RESULTS, InnerProblem, Solution
 
@@ -25,4 +25,5 @@ __all__ = [
     "Solution",
     "Solver",
     "conjugate_gradients",
+    "minres",
 ]

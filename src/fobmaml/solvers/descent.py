@@ -81,27 +81,30 @@ class Descent(Solver):
         rates: Rates | None = None,
         visit: Callable[[int, Tensor], None] | None = None,
         slope: Callable[[int, Tensor], None] | None = None,
+        first_order: bool = False,
     ) -> tuple[Solution, Callable[..., Tensor]]:
         """``Solver.unroll``, and more of what lies between θ and φ_K.
 
         ``rates``: in place of the solver's own, one a step. ``visit(k, φ)``: called with φ_{k+1} [R, P] after step k.
         The pull-back takes v and, as a second argument, derivatives with respect to φ₁, ..., φ_{K−1}, [R, P] or None
         each. ``slope(k, ∂)``: called by it with each parameter's share [R, P] of the derivative by step k's rate.
+        ``first_order``: the pull-back takes directions for constants, so that ∂φ_{k+1}/∂φ_k is the identity.
 
-        Memory: ``steps`` times a gradient's activations, or one time and ``steps`` × [R, P] with ``checkpoint``.
-        Cost of the pull-back: a Hessian-vector product a step, and with ``checkpoint`` one more gradient.
+        Memory: ``steps`` times a gradient's activations, or one time and ``steps`` × [R, P] with ``checkpoint`` or
+        ``first_order``. Cost of the pull-back: a Hessian-vector product a step, and with ``checkpoint`` one more
+        gradient; none with ``first_order``.
         """
         seen, displacement = self.drawn(problem), torch.zeros_like(problem.theta)
         memory = self.memory(displacement)
         tape = []  # of a step: its rate, products with its Hessian or where to take them, what its direction came from
         for step, rate in enumerate(_on(problem, self.rates if rates is None else rates)):
             phi, hessian = problem.theta + displacement, None
-            if checkpoint:
+            if checkpoint or first_order:
                 gradient = seen.at(step).gradient(phi)
             else:
                 gradient, hessian = seen.at(step).linearize(phi)
-            kept = None if self.linear and slope is None else (gradient, memory)
-            tape.append((rate, hessian or phi, kept))
+            kept = None if slope is None and (self.linear or first_order) else (gradient, memory)
+            tape.append((rate, hessian or (None if first_order else phi), kept))
             direction, memory = self.direction(gradient, memory, step)
             displacement = displacement - rate * direction
             if visit:
@@ -117,6 +120,8 @@ class Descent(Solver):
                     wrt_phi = wrt_phi + more
                 if slope and kept:
                     slope(step, -wrt_phi * self.direction(*kept, step)[0])
+                if hessian is None:
+                    continue
                 wrt_gradient, wrt_after = self.pulled_back(*(kept or (v, ())), step, -rate * wrt_phi, wrt_after)
                 product = seen.at(step).linearize(hessian)[1] if isinstance(hessian, Tensor) else hessian
                 wrt_phi = wrt_phi + product(wrt_gradient)
