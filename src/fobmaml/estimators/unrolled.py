@@ -14,7 +14,8 @@ class MAML(Estimator):
 
     ``checkpoint``: keep the parameters of each step instead of its activations, which are computed again.
     Cost: K support gradients, as many Hessian-vector products, and one query gradient a task; with ``checkpoint``
-    K more support gradients. Memory: K times one task's activations, or its parameters, for the tasks solved at once.
+    K more support gradients. Memory: K times one task's activations, or its parameters, for the tasks solved at once;
+    parameters with the compiled kernel, too, which computes activations again anyway.
     Reference: Finn, Abbeel & Levine 2017, arXiv:1703.03400, equation (1); λ > 0 adds the proximal term to its inner
     problem. Raises ValueError for a solver that cannot be differentiated through.
     """

@@ -33,11 +33,13 @@ class GradientDescent(Solver):
         return Solution(problem, displacement, taken, torch.zeros_like(taken))
 
     def unroll(self, problem: InnerProblem, checkpoint: bool = False) -> tuple[Solution, Callable[[Tensor], Tensor]]:
-        """Memory: ``steps`` times a gradient's activations, or one time and ``steps`` × [R, P] with ``checkpoint``.
+        """Memory: ``steps`` times a gradient's activations, or one time and ``steps`` × [R, P] with ``checkpoint`` or
+        the compiled kernel.
 
         Cost of the pull-back: a Hessian-vector product a step, and with ``checkpoint`` one more gradient.
         """
         displacement = velocity = torch.zeros_like(problem.theta)
+        engine = problem.engine(second_order=True)
         hessians: list[Tensor | Callable[[Tensor], Tensor]] = []  # where to take one, or its products
         for _ in range(self.steps):
             phi = problem.theta + displacement
@@ -45,7 +47,7 @@ class GradientDescent(Solver):
                 gradient = problem.gradient(phi)
                 hessians.append(phi)
             else:
-                gradient, product = problem.linearize(phi)
+                gradient, product = problem.linearize(phi, engine)
                 hessians.append(product)
             velocity = self.momentum * velocity + gradient
             displacement = displacement - self.lr * velocity
@@ -55,7 +57,7 @@ class GradientDescent(Solver):
             while hessians:
                 wrt_velocity = wrt_velocity - self.lr * wrt_phi
                 hessian = hessians.pop()
-                product = problem.linearize(hessian)[1] if isinstance(hessian, Tensor) else hessian
+                product = problem.linearize(hessian, engine)[1] if isinstance(hessian, Tensor) else hessian
                 wrt_phi = wrt_phi + product(wrt_velocity)
                 wrt_theta = wrt_theta - problem.lam * wrt_velocity
                 wrt_velocity = self.momentum * wrt_velocity
