@@ -2,10 +2,11 @@
 
 5-way 5-shot 15-query MNIST-1D, 16 tasks, by width and inner steps K. Three tables, into results/: bench.csv (by
 estimator), bench_chunks.csv (by how many tasks are solved at once) and bench_loop.csv (what a training run spends
-beside the meta-gradients). Gradients are the compiled kernel's, where it was compiled; Hessian products, and all of
-``symmetric_operators``, are by torch's operators. Whatever is compared takes turns, so that a slow spell of the machine
+beside the meta-gradients). Gradients and Hessian products are the compiled kernel's, where it was compiled;
+``symmetric_operators`` is by torch's operators. Whatever is compared takes turns, so that a slow spell of the machine
 hits all alike, and the rate of a large matrix product is measured before and after every call, which solves as many
-tasks as are solved at once. A run that was stopped continues.
+tasks as are solved at once. Counted are the multiply-adds of passes that keep their activations: what the kernel takes
+again to keep less is not. A run that was stopped continues.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python scripts/sanitize_kernel.py --count 300
 
-Valid descriptions have to give plain autograd's gradient, invalid ones have to be refused before the kernel is called,
-and mistakes made behind the checks have to be seen by the sanitizers. Takes gcc with libasan, on x86-64 Linux.
+Valid descriptions have to give plain autograd's gradient or Hessian product, invalid ones have to be refused before the
+kernel is called, and mistakes made behind the checks have to be seen by the sanitizers. Takes gcc with libasan, on
+x86-64 Linux.
 """
 
 import argparse
@@ -55,6 +56,7 @@ class Description:
     times: Any
     order: Tensor | None = None
     chosen_weights: Tensor | None = None
+    along: Tensor | None = None
 
     def compute(self) -> None:
         """By the kernel, into ``into``."""
@@ -68,6 +70,7 @@ class Description:
             self.times,
             self.order,
             self.chosen_weights,
+            self.along,
         )
 
     def wanted(self) -> Tensor:
@@ -102,7 +105,11 @@ class Description:
                 h = F.linear(h.mT.flatten(1), weight.flatten(1), bias).unsqueeze(2)
             h = F.silu(h) if layer is not self.layers[-1] else h
         each = -(targets * h[:, :, 0].log_softmax(1)).sum(1)
-        return torch.autograd.grad((each * weights).sum(), phi)[0]
+        along = None if self.along is None else self.along[r].double()
+        (gradient,) = torch.autograd.grad((each * weights).sum(), phi, create_graph=along is not None)
+        if along is None or not gradient.requires_grad:  # of no examples
+            return gradient
+        return torch.autograd.grad(gradient, phi, along)[0]
 
 
 class Random(random.Random):
@@ -147,6 +154,7 @@ class Random(random.Random):
             chosen_weights = self.laid_out(torch.rand(rows, times, chosen) / max(chosen, 1))
         scale, step = self.choice([0.0, 1.0, 0.9]), -0.1 if displacement is into else self.choice([1.0, -0.1])
         each = self.random() < 0.3  # a number for each time
+        along = self.parameters(shapes, rows) if self.random() < 0.4 else None
         return Description(
             layers,
             shapes,
@@ -161,6 +169,7 @@ class Random(random.Random):
             times=times,
             order=order,
             chosen_weights=chosen_weights,
+            along=along,
         )
 
     def parameters(self, shapes: dict[str, torch.Size], rows: int) -> Tensor:
@@ -187,7 +196,8 @@ class Random(random.Random):
     def mistake(self, right: Description) -> tuple[Description, str]:
         """One with something wrong in it, and the names by which it may be refused."""
         while True:
-            d, name = copy.copy(right), self.choice(["inputs", "targets", "weights", "start", "displacement", "into"])
+            d = copy.copy(right)
+            name = self.choice(["inputs", "targets", "weights", "start", "displacement", "along", "into"])
             kind = self.choice(
                 [self._tensor, self._tensor, self._layers, self._shapes, self._overlap, self._number, self._order]
             )
@@ -214,7 +224,7 @@ class Random(random.Random):
             ways.append(lambda: t[..., :-1].contiguous())
         if t.numel():
             ways.append(lambda: self._without_memory(t))
-        if t.numel() and name in ("displacement", "into"):
+        if t.numel() and name in ("displacement", "along", "into"):
             ways += [lambda: torch.stack([t, t], -1)[..., 0], lambda: t[:, :1].expand(t.shape)]
         setattr(d, name, self.choice(ways)())
         return "inputs, targets" if name == "inputs" else name  # of more rows, either may be the wrong one
@@ -376,6 +386,12 @@ def _wide_stride(gradient: fused.FusedGradient) -> None:
     gradient.layers[0].stride = 2**62
 
 
+def _half_the_memory(gradient: fused.FusedGradient) -> None:
+    phi = torch.zeros(1, gradient.parameters)
+    gradient.add(phi, None, torch.zeros(2, gradient.parameters), 0.0, 1.0)
+    gradient.parts = 2  # as if a Hessian product's were there
+
+
 def _more_examples(gradient: fused.FusedGradient) -> None:
     gradient.examples += 1
 
@@ -389,6 +405,7 @@ BEHIND_THE_CHECKS: dict[str, Callable[[fused.FusedGradient], None]] = {
     "length": _another_length,
     "stride": _wide_stride,
     "order": _more_examples,
+    "along": _half_the_memory,
 }
 
 
@@ -411,7 +428,8 @@ def _is_caught(name: str) -> bool:
             phi = torch.randn(2, gradient.parameters)
             order = torch.full((2, 1, 20), gradient.examples - 1) if name == "order" else None
             weights = None if order is None else torch.rand(order.shape)
-            gradient.add(phi, None, torch.zeros_like(phi), 0.0, 1.0, 1, order, weights)
+            along = torch.randn_like(phi) if name == "along" else None
+            gradient.add(phi, None, torch.zeros_like(phi), 0.0, 1.0, 1, order, weights, along)
             os._exit(0)
         _, status = os.waitpid(process, 0)
         report.seek(0)
@@ -494,7 +512,7 @@ def main() -> None:
             for key, value in json.loads(done.stdout.splitlines()[-1]).items():
                 total[key] = total.get(key, 0) + value
     print(
-        f"sanitized kernel ({' and '.join(sets)}): {total['valid']} valid descriptions give autograd's gradient, "
+        f"sanitized kernel ({' and '.join(sets)}): {total['valid']} valid descriptions give autograd's derivatives, "
         f"{total['invalid']} invalid ones are refused, {total['caught']} mistakes behind the checks are caught"
     )
 

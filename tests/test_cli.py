@@ -173,7 +173,10 @@ def test_the_table_is_printed(run_train, tmp_path):
         (["eval.every=0"], "eval.every=0: takes a whole number of at least 1"),
         (["eval.tasks=1"], "eval.tasks=1: takes a whole number of at least 2, or 0 for none"),
         (["dataset.loss=l1"], "dataset.loss=l1: takes one of cross_entropy, mse"),
-        (["curvature.every=1", "solver=bb"], "curvature.every=1: takes solver=gd without momentum and batches, or 0 for never"),
+        (
+            ["curvature.every=1", "solver=bb"],
+            "curvature.every=1: takes solver=gd without momentum and batches, or 0 for never",
+        ),
         (["depht=3"], "depht: there is no such setting.*"),
         (
             ["dataset=sinusoid", "model=cnn"],

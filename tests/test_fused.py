@@ -117,6 +117,38 @@ def test_descent_on_mini_batches_equals_autograd(instructions, seed):
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_compiled_hessian_products_equal_autograd(instructions, seed):
+    """Sizes on both sides of all that the kernel cuts into blocks; every other time with saturated units."""
+    choose = np.random.default_rng(seed)
+    length, outputs, width, depth, rows, examples = (
+        int(choose.integers(low, high)) for low, high in ((3, 50), (2, 60), (1, 90), (1, 4), (1, 4), (1, 90))
+    )
+    if seed == 11:
+        length, width, depth, examples = 40, 230, 2, 60  # in the blocks of large layers
+    torch.manual_seed(seed)
+    model = (CNN1d if seed % 3 else MLP)((length,), outputs, width, depth if seed else 0)
+    learner, precise = Learner(model, F.cross_entropy), Learner(model.double(), F.cross_entropy, engine="autograd")
+    x, targets = torch.randn(rows, examples, length), torch.randint(outputs, (rows, examples))
+    phi = precise.theta().float() * (1.0, 3.0)[seed % 2] + 0.1 * torch.randn(rows, precise.parameter_count)
+    v, parts = torch.randn_like(phi), [Part(slice(None), torch.rand(rows))]
+    loss = Loss(F.cross_entropy)
+    engine = learner.engine_for(x, loss.rows(targets, parts), second_order=True)
+    assert learner.used.startswith("fused-")
+    gradient, product = engine.linearize(moved := phi.clone())
+    moved.zero_()  # is not read again
+    exact = precise.engine_for(x.double(), loss.rows(targets, parts), second_order=True)
+    gradient_wanted, product_wanted = exact.linearize(phi.double())
+    for found, wanted in ((gradient, gradient_wanted), (product(v), product_wanted(v.double()))):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    u = torch.randn_like(phi)
+    torch.testing.assert_close((u * product(v)).sum(1), (v * product(u)).sum(1), rtol=1e-3, atol=1e-4)
+    engine.kernel.add(phi, None, into := v.clone(), 0.5, -0.1, along=u)
+    wanted = 0.5 * v - 0.1 * product_wanted(u.double())
+    assert (into - wanted).norm() <= 1e-5 * wanted.norm()
+    assert torch.equal(engine.gradient(phi), gradient)
+
+
 def test_an_order_of_all_examples_is_the_whole_gradient(instructions):
     given = _given()
     wanted = _add(given | {"into": torch.zeros(2, 25)})
@@ -347,6 +379,9 @@ def _order(order, shape=None) -> dict:
         ({"into": torch.zeros(1, 25).expand(2, 25)}, "into=strides (0, 1)"),
         ({"displacement": torch.zeros(2, 24)}, "displacement="),
         ({"displacement": torch.zeros(25, 2).mT}, "displacement="),
+        ({"along": torch.zeros(1, 25)}, "along="),
+        ({"along": torch.zeros(2, 25).double()}, "along=torch.float64"),
+        ({"along": torch.zeros(25, 2).mT}, "along=strides (1, 2)"),
         ({"times": 0}, "times=0"),
         ({"times": 2**64 + 1}, "times="),
         ({"times": 1.0}, "times=1.0"),
@@ -389,22 +424,23 @@ def _given() -> dict:
         "times": 1,
         "order": None,
         "chosen_weights": None,
+        "along": None,
     }
 
 
 def _add(given: dict) -> torch.Tensor:
     gradient = FusedGradient(*(given[name] for name in ("layers", "shapes", "inputs", "targets", "weights")))
-    told = ("start", "displacement", "into", "scale", "step", "times", "order", "chosen_weights")
+    told = ("start", "displacement", "into", "scale", "step", "times", "order", "chosen_weights", "along")
     gradient.add(*(given[name] for name in told))
     return given["into"]
 
 
-@pytest.mark.parametrize("name", ["inputs", "targets", "weights", "start", "displacement"])
+@pytest.mark.parametrize("name", ["inputs", "targets", "weights", "start", "displacement", "along"])
 def test_what_is_read_is_not_written(instructions, name):
     given = _given()
     memory = torch.zeros(100)
     given["into"] = memory[3:53].view(2, 25)
-    shape = (2, 25) if name == "displacement" else given[name].shape
+    shape = (2, 25) if name in ("displacement", "along") else given[name].shape
     given[name] = memory[: math.prod(shape)].view(shape)
     with pytest.raises(ValueError, match=f"^into=memory of {name}: takes memory of its own"):
         _add(given)

@@ -1,10 +1,14 @@
-/* The gradient of a network's softmax cross-entropy for many rows of parameters, all passes in one call.
+/* Gradients and Hessian products of a network's softmax cross-entropy for many rows of parameters, all passes in one
+call.
 
 Each row has its own parameters and examples and belongs to one thread, which takes a block of examples through all
 layers and back before the next, so that its activations stay in the cache. Signals are channels-last and padded by one
 place on both sides: the window of a convolution is a run of consecutive numbers, and nothing is copied for it. The
-products are sums over tiles held in registers; the activation, SiLU, and its derivative are taken of a tile before it
-leaves them. Compiled for each of two instruction sets; Python picks one. */
+products are sums over tiles held in registers; the activation, SiLU, and its derivatives are taken of a tile before it
+leaves them. Compiled for each of two instruction sets; Python picks one.
+
+A Hessian product is the derivative of all that a gradient takes as the parameters move along a vector: what is called
+``moving`` has the derivatives of what ``at`` has. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -60,7 +64,8 @@ typedef struct {
     float *bias;
     float *h;             /* the input, [examples][1 + length_in + 1][in] */
     float *gh;            /* the loss's derivative by it, zero until it is summed up */
-    float *gz;            /* first a'(z), then the derivative by z: [examples][length_out][out] */
+    float *gz;            /* first a'(z), then the derivative by z: [examples][length_out][out]; of what is moving, first
+                             the derivative of a'(z) */
     int64_t *from, *to;   /* where window m starts in h, and where its outputs go in the next layer's h */
     float *part;          /* room for a part of one of these, in another order */
 } Buffers;
@@ -166,51 +171,76 @@ INLINE void multiply(const int width, int64_t depth, const float *const *a, cons
     UNROLL for (int i = 0; i < HEIGHT; i++) UNROLL for (int v = 0; v < width; v++) sum[i][v] = s[i][v];
 }
 
-/* h' = a(z) and a'(z) for z = W h + b, for ``width`` vectors of outputs, from the ``first`` on. */
-INLINE void forward_panel(const int width, const int activate, const Layer *layer, const Buffers *at, int64_t windows,
-                          int64_t first, float *h_next) {
+/* h' = a(z) and a'(z) for z = W h + b, for ``width`` vectors of outputs, from the ``first`` on. With ``moving``, their
+derivatives, too; at the inputs, which do not move, its h is NULL. */
+INLINE void forward_panel(const int width, const int activate, const Layer *layer, const Buffers *at,
+                          const Buffers *moving, int64_t windows, int64_t first) {
     int64_t depth = layer->kernel_size * layer->in, columns = MIN(layer->out - first, width * LANES);
-    vec b[WIDTH];
-    UNROLL for (int v = 0; v < width; v++) b[v] = load(at->bias + first + v * LANES);
+    const float *panel = at->forward + first * depth;
+    vec b[WIDTH], db[WIDTH];
+    UNROLL for (int v = 0; v < width; v++) {
+        b[v] = load(at->bias + first + v * LANES);
+        if (moving) db[v] = load(moving->bias + first + v * LANES);
+    }
     for (int64_t m = 0; m < windows; m += HEIGHT) {
-        const float *a[HEIGHT];
-        vec z[HEIGHT][WIDTH];
+        const float *a[HEIGHT], *da[HEIGHT];
+        vec z[HEIGHT][WIDTH], dz[HEIGHT][WIDTH];
         UNROLL for (int i = 0; i < HEIGHT; i++) {
-            a[i] = at->h + at->from[MIN(m + i, windows - 1)];
-            UNROLL for (int v = 0; v < width; v++) z[i][v] = b[v];
+            int64_t from = at->from[MIN(m + i, windows - 1)];
+            a[i] = at->h + from;
+            da[i] = moving && moving->h ? moving->h + from : NULL;
+            UNROLL for (int v = 0; v < width; v++) {
+                z[i][v] = b[v];
+                if (moving) dz[i][v] = db[v];
+            }
         }
-        multiply(width, depth, a, at->forward + first * depth, width * LANES, z);
+        multiply(width, depth, a, panel, width * LANES, z);
+        if (moving) {
+            multiply(width, depth, a, moving->forward + first * depth, width * LANES, dz);
+            if (moving->h) multiply(width, depth, da, panel, width * LANES, dz);
+        }
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
             UNROLL for (int v = 0; v < width; v++) {
-                float *out = h_next + at->to[m + i] + first + v * LANES;
-                int64_t n = columns - v * LANES;
-                if (activate) {
-                    vec e = exponential(-z[i][v]), sigmoid = inverse(1.0f + e), silu = z[i][v] * sigmoid;
-                    store_first(out, silu, n);
-                    store_first(at->gz + (m + i) * layer->out + first + v * LANES, sigmoid + silu * (e * sigmoid), n);
-                } else {
-                    store_first(out, z[i][v], n);
+                int64_t to = at->to[m + i] + first + v * LANES, n = columns - v * LANES;
+                int64_t place = (m + i) * layer->out + first + v * LANES;
+                if (!activate) {
+                    store_first(at[1].h + to, z[i][v], n);
+                    if (moving) store_first(moving[1].h + to, dz[i][v], n);
+                    continue;
+                }
+                vec e = exponential(-z[i][v]), sigmoid = inverse(1.0f + e), silu = z[i][v] * sigmoid;
+                vec slope = sigmoid + silu * (e * sigmoid);
+                store_first(at[1].h + to, silu, n);
+                store_first(at->gz + place, slope, n);
+                if (moving) { /* a'' = s (1 - s) (2 + z (1 - 2 s)) */
+                    vec rest = e * sigmoid, second = sigmoid * rest * (2.0f + z[i][v] * (rest - sigmoid));
+                    store_first(moving[1].h + to, slope * dz[i][v], n);
+                    store_first(moving->gz + place, second * dz[i][v], n);
                 }
             }
         }
     }
 }
 
-/* gh += gz W, for ``width`` vectors of the windows. */
-INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, int64_t windows, int64_t first) {
-    int64_t columns = MIN(layer->kernel_size * layer->in - first, width * LANES);
+/* gh += gz W + other V, for ``width`` vectors of the windows; the second product where ``other`` is given. */
+INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, int64_t windows, int64_t first,
+                        float *gh, const float *gz, const float *w, const float *other, const float *v_panels) {
+    int64_t columns = MIN(layer->kernel_size * layer->in - first, width * LANES), out = layer->out;
     for (int64_t m = 0; m < windows; m += HEIGHT) {
-        const float *a[HEIGHT];
+        const float *a[HEIGHT], *b[HEIGHT];
         vec sum[HEIGHT][WIDTH];
         UNROLL for (int i = 0; i < HEIGHT; i++) {
-            a[i] = at->gz + MIN(m + i, windows - 1) * layer->out;
+            int64_t row = MIN(m + i, windows - 1) * out;
+            a[i] = gz + row;
+            b[i] = other ? other + row : NULL;
             UNROLL for (int v = 0; v < width; v++) sum[i][v] = (vec){0};
         }
-        multiply(width, layer->out, a, at->backward + first * layer->out, width * LANES, sum);
+        multiply(width, out, a, w + first * out, width * LANES, sum);
+        if (other) multiply(width, out, b, v_panels + first * out, width * LANES, sum);
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
             UNROLL for (int v = 0; v < width; v++) {
-                float *out = at->gh + at->from[m + i] + first + v * LANES;
-                store_first(out, load_first(out, columns - v * LANES) + sum[i][v], columns - v * LANES);
+                float *to = gh + at->from[m + i] + first + v * LANES;
+                store_first(to, load_first(to, columns - v * LANES) + sum[i][v], columns - v * LANES);
             }
         }
     }
@@ -261,15 +291,16 @@ static void weight_rows(int height, int width, int64_t windows, const float *gz,
 
 /* into = scale * into + step * the gradient with respect to the weights, where so few enter an output that lanes
    would be idle. */
-static void few_weights(const Layer *layer, const Buffers *at, int64_t windows, float *into, float scale, float step) {
+static void few_weights(const Layer *layer, const Buffers *at, int64_t windows, const float *gz, const float *h,
+                        float *into, float scale, float step) {
     int64_t out = layer->out, depth = layer->kernel_size * layer->in;
     for (int64_t k = 0; k < depth; k++)
-        for (int64_t m = 0; m < windows; m++) at->part[k * windows + m] = at->h[at->from[m] + k];
+        for (int64_t m = 0; m < windows; m++) at->part[k * windows + m] = h[at->from[m] + k];
     for (int64_t first = 0; first < depth; first += HEIGHT) EACH_PANEL(out, o, width) {
         const float *a[HEIGHT];
         vec sum[HEIGHT][WIDTH] = {0};
         for (int i = 0; i < HEIGHT; i++) a[i] = at->part + MIN(first + i, depth - 1) * windows;
-#define SUM(width) multiply(width, windows, a, at->gz + o, out, sum)
+#define SUM(width) multiply(width, windows, a, gz + o, out, sum)
         BY_WIDTH(width, SUM);
 #undef SUM
         for (int64_t j = 0; j < MIN(out - o, width * LANES); j++)
@@ -280,33 +311,40 @@ static void few_weights(const Layer *layer, const Buffers *at, int64_t windows, 
     }
 }
 
-/* into = scale * into + step * the gradient with respect to the layer's parameters. */
-static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t windows, float *into, float scale,
-                               float step) {
+/* into = scale * into + step * the gradient with respect to the layer's parameters: the sum over windows of gz h for the
+weights, of gz for the biases. With ``other``, of gz h + other moved. */
+static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t windows, const float *gz, const float *h,
+                               const float *other, const float *moved, float *into, float scale, float step) {
     int64_t out = layer->out, depth = layer->kernel_size * layer->in, groups = CEIL(out, HEIGHT);
     float *bias = into + layer->bias;
     for (int64_t o = 0; o < out; o += LANES) {
         vec sum = {0};
-        for (int64_t m = 0; m < windows; m++) sum += load(at->gz + m * out + o);
+        for (int64_t m = 0; m < windows; m++) sum += load(gz + m * out + o);
         sum *= step;
         if (scale != 0.0f) sum += scale * load_first(bias + o, out - o);
         store_first(bias + o, sum, out - o);
     }
     if (depth < LANES) {
-        few_weights(layer, at, windows, into + layer->weight, scale, step);
+        few_weights(layer, at, windows, gz, h, into + layer->weight, scale, step);
+        if (other) few_weights(layer, at, windows, other, moved, into + layer->weight, 1.0f, step);
         return;
     }
-    for (int64_t m = 0, deep; m < windows; m += deep, scale = 1.0f) {
-        deep = MIN(windows - m, DEPTH);
+    int64_t terms = other ? 2 : 1;
+    for (int64_t m = 0, some; m < windows; m += some, scale = 1.0f) {
+        some = MIN(windows - m, DEPTH / terms);
+        int64_t deep = terms * some;
         for (int64_t group = 0; group < groups; group++) /* what a tile reads of gz lies together */
             for (int64_t i = 0; i < deep; i++)
-                memcpy(at->part + (group * deep + i) * HEIGHT, at->gz + (m + i) * out + group * out / groups,
+                memcpy(at->part + (group * deep + i) * HEIGHT,
+                       (i < some ? gz + (m + i) * out : other + (m + i - some) * out) + group * out / groups,
                        HEIGHT * sizeof(float));
         EACH_PANEL(depth, k, width) {
             float panel[DEPTH * WIDTH * LANES] ALIGNED;
-            for (int64_t i = 0; i < deep; i++)
+            for (int64_t i = 0; i < deep; i++) {
+                const float *window = (i < some ? h + at->from[m + i] : moved + at->from[m + i - some]) + k;
                 for (int v = 0; v < width; v++)
-                    *(vec *)(panel + (i * width + v) * LANES) = load(at->h + at->from[m + i] + k + v * LANES);
+                    *(vec *)(panel + (i * width + v) * LANES) = load(window + v * LANES);
+            }
             for (int64_t group = 0; group < groups; group++) {
                 int64_t first = group * out / groups, last = (group + 1) * out / groups;
                 weight_rows(last - first, width, deep, at->part + group * deep * HEIGHT, panel,
@@ -367,7 +405,7 @@ static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *
         }
         int64_t depth = layer->kernel_size * layer->in, windows = block * layer->length_out;
         largest = MAX(largest, MAX(LANES, depth < LANES ? windows : 0) * depth);
-        largest = MAX(largest, MIN(windows, DEPTH) * CEIL(layer->out, HEIGHT) * HEIGHT);
+        largest = MAX(largest, MIN(2 * windows, DEPTH) * CEIL(layer->out, HEIGHT) * HEIGHT);
         PLACE(b->forward, CEIL(layer->out, LANES) * LANES * depth);
         PLACE(b->bias, layer->out);
         PLACE(b->h, block * (layer->length_in + 2) * layer->in);
@@ -410,88 +448,123 @@ void fused_prepare(const Layer *layers, int64_t count, int64_t block, char *scra
 }
 
 static void forward(const Layer *layers, int64_t count, int64_t examples, const float *x, const int64_t *order,
-                    Buffers *at) {
+                    Buffers *at, Buffers *moving) {
     int64_t size = layers->length_in * layers->in;
     for (int64_t n = 0; n < examples; n++)
         memcpy(at->h + n * (size + 2 * layers->in) + layers->in, x + (order ? order[n] : n) * size, 4 * size);
     for (int64_t l = 0; l < count; l++) {
         const Layer *layer = layers + l;
         int64_t windows = examples * layer->length_out;
-#define HIDDEN(width) forward_panel(width, 1, layer, at + l, windows, o, at[l + 1].h)
-#define LAST(width) forward_panel(width, 0, layer, at + l, windows, o, at[l + 1].h)
+#define HIDDEN(width) forward_panel(width, 1, layer, at + l, NULL, windows, o)
+#define LAST(width) forward_panel(width, 0, layer, at + l, NULL, windows, o)
+#define MOVING_HIDDEN(width) forward_panel(width, 1, layer, at + l, moving + l, windows, o)
+#define MOVING_LAST(width) forward_panel(width, 0, layer, at + l, moving + l, windows, o)
         EACH_PANEL(layer->out, o, width) {
-            if (l + 1 < count) BY_WIDTH(width, HIDDEN);
+            if (l + 1 < count)
+                if (moving) BY_WIDTH(width, MOVING_HIDDEN);
+                else BY_WIDTH(width, HIDDEN);
+            else if (moving) BY_WIDTH(width, MOVING_LAST);
             else BY_WIDTH(width, LAST);
         }
 #undef HIDDEN
 #undef LAST
+#undef MOVING_HIDDEN
+#undef MOVING_LAST
     }
 }
 
-/* gz = weight * (softmax(outputs) - targets) */
-static void loss_gradient(int64_t examples, int64_t classes, const float *outputs, const float *targets,
-                          const int64_t *order, const float *weights, float *gz) {
+/* gz = weight * (p - targets), for p = softmax(outputs). Where the outputs move along t, with weight * p (t - p.t). */
+static void loss_gradient(int64_t examples, int64_t classes, const float *targets, const int64_t *order,
+                          const float *weights, const Buffers *at, const Buffers *moving) {
     for (int64_t n = 0; n < examples; n++) {
-        const float *z = outputs + n * classes, *target = targets + (order ? order[n] : n) * classes;
-        float *g = gz + n * classes, top = z[0], sum = 0.0f;
+        const float *z = at[1].h + n * classes, *target = targets + (order ? order[n] : n) * classes;
+        float *g = at->gz + n * classes, top = z[0], sum = 0.0f;
         for (int64_t c = 1; c < classes; c++) top = z[c] > top ? z[c] : top;
         for (int64_t c = 0; c < classes; c++) sum += g[c] = expf(z[c] - top);
+        if (moving) {
+            const float *t = moving[1].h + n * classes;
+            float *dg = moving->gz + n * classes, mean = 0.0f;
+            for (int64_t c = 0; c < classes; c++) mean += g[c] / sum * t[c];
+            for (int64_t c = 0; c < classes; c++) dg[c] = weights[n] * (g[c] / sum) * (t[c] - mean);
+        }
         for (int64_t c = 0; c < classes; c++) g[c] = weights[n] * (g[c] / sum - target[c]);
     }
 }
 
-static void backward(const Layer *layers, int64_t count, int64_t examples, Buffers *at, float *into, float scale,
-                     float step) {
+/* Into ``into`` goes the gradient or, where something is moving, its derivative. */
+static void backward(const Layer *layers, int64_t count, int64_t examples, Buffers *at, Buffers *moving, float *into,
+                     float scale, float step) {
     for (int64_t l = count - 1; l >= 0; l--) {
         const Layer *layer = layers + l;
+        const Buffers *a = at + l, *d = moving ? moving + l : NULL;
         int64_t windows = examples * layer->length_out, size = layer->length_out * layer->out;
         for (int64_t n = 0; n < examples && l + 1 < count; n++) {
-            float *gh = at[l + 1].gh + n * (size + 2 * layer->out), *gz = at[l].gz + n * size;
+            int64_t padded = n * (size + 2 * layer->out);
+            float *gh = at[l + 1].gh + padded, *gz = a->gz + n * size;
+            if (d) {
+                float *dgh = moving[l + 1].gh + padded, *dgz = d->gz + n * size;
+                for (int64_t i = 0; i < size; i++)
+                    dgz[i] = dgz[i] * gh[layer->out + i] + gz[i] * dgh[layer->out + i];
+                memset(dgh, 0, (size + 2 * layer->out) * sizeof(float));
+            }
             for (int64_t i = 0; i < size; i++) gz[i] *= gh[layer->out + i];
             memset(gh, 0, (size + 2 * layer->out) * sizeof(float)); /* for the next block */
         }
-        parameter_gradient(layer, at + l, windows, into, scale, step);
-#define INPUT(width) input_panel(width, layer, at + l, windows, k)
-        if (l) EACH_PANEL(layer->kernel_size * layer->in, k, width) BY_WIDTH(width, INPUT);
+        if (d) parameter_gradient(layer, a, windows, d->gz, a->h, d->h ? a->gz : NULL, d->h, into, scale, step);
+        else parameter_gradient(layer, a, windows, a->gz, a->h, NULL, NULL, into, scale, step);
+#define INPUT(width) input_panel(width, layer, a, windows, k, a->gh, a->gz, a->backward, NULL, NULL)
+#define MOVING(width) input_panel(width, layer, a, windows, k, d->gh, d->gz, a->backward, a->gz, d->backward)
+        if (l) EACH_PANEL(layer->kernel_size * layer->in, k, width) {
+            BY_WIDTH(width, INPUT);
+            if (d) BY_WIDTH(width, MOVING);
+        }
 #undef INPUT
+#undef MOVING
     }
 }
 
 /* At t = 0, ..., times - 1: into[r] = scale[t] * into[r] + step[t] * (the gradient at phi[r] of the sum over n of
-weights[r][n] * cross-entropy)
+weights[r][n] * cross-entropy), or in its place the Hessian times along[r], where ``along`` is given
 
 phi[r] = start[r] + moved[r], or start[r] where ``moved`` is NULL; ``into`` may be ``moved``, which makes it gradient
 descent, without a thread waiting for another between the steps. start [rows][parameters], with ``stride`` numbers from
-a row to the next, moved and into [rows][parameters]; x [rows][examples][length][channels];
+a row to the next, moved, along and into [rows][parameters]; x [rows][examples][length][channels];
 targets [rows][examples][classes], one-hot; weights [rows][examples].
 
 Where ``order`` [rows][times][chosen] is given, the examples at time t are those at order[r][t] of x and targets, and
 weights are [rows][times][chosen]; otherwise chosen = examples. ``scratch``: threads * fused_scratch(layers, count,
-block) prepared bytes, aligned to 64; examples are taken in blocks of ``block``. What it returns does not depend on the
-number of threads. */
+block) prepared bytes, for Hessian products twice as many, aligned to 64; examples are taken in blocks of ``block``. What
+it returns does not depend on the number of threads. */
 void fused_gradient(const Layer *layers, int64_t count, int64_t rows, int64_t examples, int64_t chosen, int64_t block,
-                    int64_t parameters, const float *start, int64_t stride, const float *moved, const float *x,
-                    const float *targets, const float *weights, const int64_t *order, int64_t times,
+                    int64_t parameters, const float *start, int64_t stride, const float *moved, const float *along,
+                    const float *x, const float *targets, const float *weights, const int64_t *order, int64_t times,
                     const float *scale, const float *step, float *into, char *scratch, int threads) {
     int64_t bytes = fused_scratch(layers, count, block), inputs = layers->length_in * layers->in;
     int64_t classes = layers[count - 1].out;
 #pragma omp parallel num_threads(threads)
     {
-        Buffers at[count + 1];
-        arrange(layers, count, block, scratch + omp_get_thread_num() * bytes, at);
+        Buffers at[count + 1], directions[count + 1], *moving = along ? directions : NULL;
+        char *own = scratch + omp_get_thread_num() * bytes;
+        arrange(layers, count, block, own, at);
+        if (moving) {
+            arrange(layers, count, block, own + threads * bytes, moving);
+            moving->h = NULL;
+        }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t r = 0; r < rows; r++) {
             for (int64_t t = 0; t < times; t++) {
-                for (int64_t l = 0; l < count; l++)
+                for (int64_t l = 0; l < count; l++) {
                     pack(layers + l, start + r * stride, moved ? moved + r * parameters : NULL, at + l);
+                    if (moving) pack(layers + l, along + r * parameters, NULL, moving + l);
+                }
                 for (int64_t n = 0; n < chosen; n += block) {
                     int64_t some = MIN(block, chosen - n), first = r * examples + (order ? 0 : n);
                     int64_t weight = (order ? r * times + t : r) * chosen + n;
                     const int64_t *which = order ? order + weight : NULL;
-                    forward(layers, count, some, x + first * inputs, which, at);
-                    loss_gradient(some, classes, at[count].h, targets + first * classes, which, weights + weight,
-                                  at[count - 1].gz);
-                    backward(layers, count, some, at, into + r * parameters, n ? 1.0f : scale[t], step[t]);
+                    forward(layers, count, some, x + first * inputs, which, at, moving);
+                    loss_gradient(some, classes, targets + first * classes, which, weights + weight, at + count - 1,
+                                  moving ? moving + count - 1 : NULL);
+                    backward(layers, count, some, at, moving, into + r * parameters, n ? 1.0f : scale[t], step[t]);
                 }
             }
         }

@@ -1,4 +1,4 @@
-"""Gradients by the compiled kernel ``fused.c``: finding it, checking what it is told, calling it.
+"""Gradients and Hessian products by the compiled kernel ``fused.c``: finding it, checking what it is told, calling it.
 
 The kernel takes all passes of all rows in one call. It was compiled when the package was installed, once for AVX2 and
 once for AVX-512; where neither fits the processor, ``Stacked`` does the same with torch's operators.
@@ -9,7 +9,7 @@ import math
 import platform
 import shutil
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
@@ -81,7 +81,7 @@ def load(path: str) -> ctypes.CDLL:
         *[whole] * 6,
         memory,
         whole,
-        *[memory] * 5,
+        *[memory] * 6,
         whole,
         *[memory] * 4,
         ctypes.c_int,
@@ -127,7 +127,7 @@ class FusedGradient:
     ``shapes``: of the parameters by name, in the order of a row. ``x`` [R, N, length, channels], ``targets``
     [R, N, classes], each summing to one, ``weights`` [R, N] or [R, N, 1]. Rows are shared out among torch's threads,
     and the result does not depend on their number. Memory, a thread: the weights twice and the activations of the
-    examples taken at once. One caller at a time.
+    examples taken at once, for Hessian products twice as much. One caller at a time.
 
     The kernel believes what it is told, so everything that it is told is checked here. Raises ValueError naming the
     argument (``x`` is called inputs).
@@ -184,7 +184,7 @@ class FusedGradient:
             channels = outputs
         self.layers = (_Layer * len(layers))(*described)
         self.threads = min(torch.get_num_threads(), rows)
-        self.block, self.memory = 0, torch.empty(0, dtype=torch.uint8)
+        self.block, self.parts, self.memory = 0, 0, torch.empty(0, dtype=torch.uint8)
 
     def add(
         self,
@@ -196,6 +196,7 @@ class FusedGradient:
         times: int = 1,
         order: Tensor | None = None,
         weights: Tensor | None = None,
+        along: Tensor | None = None,
     ) -> None:
         """into ← scale · into + step · the gradient at φ = start + displacement, ``times`` times.
 
@@ -203,7 +204,10 @@ class FusedGradient:
         expanded; the others contiguous [R, P]. ``scale`` and ``step``: a number, or one for each time.
 
         Mini-batches: at time t row r takes the n examples ``order[r, t]`` only (int64 [R, times, n], some may be the
-        same), with ``weights[r, t]`` ([R, times, n]). Nothing of ``x`` is copied for it.
+        with ``weights[r, t]`` ([R, times, n]). Nothing of ``x`` is copied for it.
+
+        With ``along`` the Hessian at φᵣ times ``along[r]`` takes the gradient's place. Cost: 8 products of a layer's
+        weights and signals, where a gradient takes 3.
         """
         times = whole_number("times", times, at_most=MOST_TIMES)
         scales, steps = factors("scale", scale, times), factors("step", step, times)
@@ -217,8 +221,9 @@ class FusedGradient:
             read[name] = check(name, part)  # its memory may have been taken away since
         chosen = self.examples if order is None else order.shape[2]
         written = check_in_order("into", into, own)
-        if displacement is not None:
-            read["displacement"] = check_in_order("displacement", displacement, own)
+        for name, rows in (("displacement", displacement), ("along", along)):
+            if rows is not None:
+                read[name] = check_in_order(name, rows, own)
         for name, there in read.items():
             descent = name == "displacement" and there == written
             if there.start < written.stop and written.start < there.stop and not descent:
@@ -231,7 +236,7 @@ class FusedGradient:
             return
         if start.stride(1) != 1 or start.is_neg() or start.data_ptr() % 4:
             start = in_order(start)
-        scratch = self._scratch(chosen)
+        scratch = self._scratch(chosen, 1 if along is None else 2)
         self.kernel.fused_gradient(
             self.layers,
             len(self.layers),
@@ -243,6 +248,7 @@ class FusedGradient:
             start.data_ptr(),
             start.stride(0) if len(start) > 1 else 0,
             None if displacement is None else displacement.data_ptr(),
+            None if along is None else along.data_ptr(),
             *(part.data_ptr() for part in data.values()),
             None if order is None else order.data_ptr(),
             times,
@@ -267,21 +273,24 @@ class FusedGradient:
                 raise refuse("order", least if least < 0 else most, f"indices of {self.examples} examples, from 0 on")
         return in_order(order), in_order(cast(Tensor, weights))
 
-    def _scratch(self, chosen: int) -> int:
-        """The address of memory for blocks of equal size, which are as many as so many examples take."""
+    def _scratch(self, chosen: int, parts: int) -> int:
+        """The address of ``parts`` times the memory for blocks of equal size, as many as so many examples take."""
         block = math.ceil(chosen / math.ceil(chosen / self.at_once))
-        if block != self.block:
+        if block != self.block or parts > self.parts:
             described = self.layers, len(self.layers), block
-            bytes_a_thread = self.kernel.fused_scratch(*described)
-            self.memory = torch.zeros(self.threads * bytes_a_thread + ALIGNMENT, dtype=torch.uint8)
-            self.block, start = block, self.memory.data_ptr()
-            self.kernel.fused_prepare(*described, start + -start % ALIGNMENT, self.threads)
+            bytes_a_part = self.threads * self.kernel.fused_scratch(*described)
+            self.memory = torch.zeros(parts * bytes_a_part + ALIGNMENT, dtype=torch.uint8)
+            self.block, self.parts, start = block, parts, self.memory.data_ptr()
+            self.kernel.fused_prepare(*described, start + -start % ALIGNMENT, parts * self.threads)
         start = self.memory.data_ptr()
         return start + -start % ALIGNMENT
 
 
 class Fused(Stacked):
-    """A gradient's passes in one call of the kernel; what it does not know is done as in ``Stacked``."""
+    """The passes of a gradient or Hessian product in one call of the kernel; outputs are computed as in ``Stacked``.
+
+    A Hessian product takes its forward passes anew: between calls nothing is kept but parameters.
+    """
 
     def __init__(self, network: Network, x: Tensor, loss: CrossEntropy):
         super().__init__(network, x, loss)
@@ -294,6 +303,16 @@ class Fused(Stacked):
         into = torch.empty(phi.shape, dtype=phi.dtype)
         self.kernel.add(phi.detach(), None, into, 0.0, 1.0)
         return into
+
+    def linearize(self, phi: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        phi = phi.detach().clone()  # the caller's may change
+
+        def product(v: Tensor) -> Tensor:
+            into = torch.empty(phi.shape, dtype=phi.dtype)
+            self.kernel.add(phi, None, into, 0.0, 1.0, along=in_order(v))
+            return into
+
+        return self.gradient(phi), product
 
     def gradient_descent(
         self,

@@ -36,7 +36,7 @@ class Learner(Network):
     ``engine``, what computes gradients; ``used`` says which have:
 
     - ``stacked``: networks that list their layers (``stacked_layers``, ``stacked_inputs``, see ``CNN1d``), by hand;
-    - ``fused``: their gradients of a cross-entropy by a compiled kernel (Hessian products are ``stacked``);
+    - ``fused``: the same for a cross-entropy by a compiled kernel, in float32 on a CPU;
     - ``autograd``: any module that ``torch.func.vmap`` batches, all rows at once;
     - ``loop``: any module, row by row;
     - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
@@ -103,7 +103,7 @@ class Learner(Network):
     def _chosen(self, x: Tensor, loss: RowLoss | None, second_order: bool) -> tuple[str, Engine]:
         rows = cast(RowLoss, loss)  # who wants outputs only asks for nothing of it
         if self.lists_layers and self._trial.listed(x):
-            if self.fused and isinstance(loss, CrossEntropy) and not second_order:
+            if self.fused and isinstance(loss, CrossEntropy):
                 return f"fused-{fused.instructions()}", fused.Fused(self, x, loss)
             return "stacked", Stacked(self, x, rows)
         batched = self._trial.batched(x, second_order)
@@ -119,8 +119,7 @@ class Learner(Network):
         x = x[[0, -1]].to(self.dtype if x.is_floating_point() else x.dtype)
         if self.lists_layers and self._trial.listed(x):
             rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
-            kernel = self.fused and not second_order
-            return max(rows, fused.ROWS_A_THREAD * torch.get_num_threads()) if kernel else rows
+            return max(rows, fused.ROWS_A_THREAD * torch.get_num_threads()) if self.fused else rows
         if not self._trial.batched(x, second_order):
             return 1
         return math.ceil(FLOPS_AT_ONCE / max(self._trial.flops_an_example * examples, 1))

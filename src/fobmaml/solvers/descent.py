@@ -95,14 +95,14 @@ class Descent(Solver):
         gradient; none with ``first_order``.
         """
         seen, displacement = self.drawn(problem), torch.zeros_like(problem.theta)
-        memory = self.memory(displacement)
+        memory, engine = self.memory(displacement), seen.engine(second_order=True) if seen.draws is None else None
         tape = []  # of a step: its rate, products with its Hessian or where to take them, what its direction came from
         for step, rate in enumerate(_on(problem, self.rates if rates is None else rates)):
             phi, hessian = problem.theta + displacement, None
             if checkpoint or first_order:
                 gradient = seen.at(step).gradient(phi)
             else:
-                gradient, hessian = seen.at(step).linearize(phi)
+                gradient, hessian = seen.at(step).linearize(phi, engine)
             kept = None if slope is None and (self.linear or first_order) else (gradient, memory)
             tape.append((rate, hessian or (None if first_order else phi), kept))
             direction, memory = self.direction(gradient, memory, step)
@@ -123,7 +123,7 @@ class Descent(Solver):
                 if hessian is None:
                     continue
                 wrt_gradient, wrt_after = self.pulled_back(*(kept or (v, ())), step, -rate * wrt_phi, wrt_after)
-                product = seen.at(step).linearize(hessian)[1] if isinstance(hessian, Tensor) else hessian
+                product = seen.at(step).linearize(hessian, engine)[1] if isinstance(hessian, Tensor) else hessian
                 wrt_phi = wrt_phi + product(wrt_gradient)
                 wrt_theta = wrt_theta - problem.lam * wrt_gradient
             return wrt_theta + wrt_phi

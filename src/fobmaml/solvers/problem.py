@@ -95,9 +95,12 @@ class InnerProblem:
         """hᵣ at each row: [R, P] -> [R]."""
         return self.engine().loss(phi) + 0.5 * self.lam * (phi - self.theta).square().sum(1)
 
-    def linearize(self, phi: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """∇hᵣ(φᵣ) and v ↦ ∇²hᵣ(φᵣ) vᵣ for all rows, each [R, P] -> [R, P]."""
-        gradient, hvp = self.engine(second_order=True).linearize(phi)
+    def linearize(self, phi: Tensor, engine: Engine | None = None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """∇hᵣ(φᵣ) and v ↦ ∇²hᵣ(φᵣ) vᵣ for all rows, each [R, P] -> [R, P].
+
+        ``engine``: for several calls one, so that they share its memory; by default one of their own.
+        """
+        gradient, hvp = (engine or self.engine(second_order=True)).linearize(phi)
         return gradient + self.lam * (phi - self.theta), lambda v: hvp(v) + self.lam * v
 
     def hessian(self, phi: Tensor) -> Callable[[Tensor], Tensor]:
