@@ -43,6 +43,7 @@ KEYS = {
     "inner/residual": "norm of the inner problem's gradient where the solver stopped, mean over tasks",
     "optimizer/lr": "step length, as scheduled",
     "time/meta_step_s": "seconds, median of recent meta-steps",
+    "estimator/nu": "ν that estimator.nu=auto has chosen",
     "linear/steps": "Hessian products of a linear solve, mean over tasks as these",
     "linear/relative_residual": "of the linear solve",
     "linear/negative_curvature": "share of the tasks that met it",
@@ -184,7 +185,7 @@ class MetaTraining:
         )
 
     def _meta_gradient(self, step: int, theta: Tensor, logged: bool) -> Tensor:
-        """Of a meta-step's tasks, means: the gradient [P]; if ``logged``, behind it the query loss and the residual;
+        """Of a meta-step's tasks, means: the gradient [P]; if ``logged``, behind it the query loss, the residual and ν;
         behind that what the linear solves met, where the estimator does some, in the order of ``LINEAR``.
 
         In the first process of several; each computes its share.
@@ -196,7 +197,8 @@ class MetaTraining:
         )
         values = result.gradient
         if result.query_loss is not None and result.residual is not None:
-            values = torch.cat([values, result.query_loss.mean()[None], result.residual.mean()[None]])
+            nu = values.new_tensor([result.nu or 0.0])
+            values = torch.cat([values, result.query_loss.mean()[None], result.residual.mean()[None], nu])
         if result.linear is not None:
             met = result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature
             values = torch.cat([values, torch.stack([each.to(values).mean() for each in met])])
@@ -231,7 +233,7 @@ class MetaTraining:
             self._in_turn = True
             distributed.announce(self.step, logged, theta)
             gradient, diagnosis, met = self._meta_gradient(self.step, theta, logged).tensor_split(
-                [len(theta), len(theta) + 2 * logged]
+                [len(theta), len(theta) + 3 * logged]
             )
             self._in_turn = False
             norm = float(gradient.norm())
@@ -253,7 +255,7 @@ class MetaTraining:
             self._say_once_of_negative_curvature(s.meta_batch * linear.get("linear/negative_curvature", 0.0))
             event: Event = {}
             if logged:
-                loss, residual = diagnosis.tolist()
+                loss, residual, nu = diagnosis.tolist()
                 event = {
                     "train/loss": loss,
                     "meta_gradient/norm": norm,
@@ -261,6 +263,7 @@ class MetaTraining:
                     "optimizer/lr": self.optimizer.param_groups[0]["lr"],
                     "time/meta_step_s": statistics.median(self.step_seconds),
                     **linear,
+                    **({"estimator/nu": nu} if self.estimator.nu == "auto" else {}),
                 }
             yield self._record(event)
 

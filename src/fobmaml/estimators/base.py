@@ -49,6 +49,8 @@ class Estimator(ABC):
     problem. Raises ValueError for a negative or, where the formula divides by λ or needs a minimiser, zero ``lam``.
     """
 
+    nu: float | str | None = None
+    """ν, of an estimator that has it; ``auto``: chosen for the tasks, see ``settled``."""
     needs_proximal_term = True
     differentiates_solution = False
     """Whether its formula takes the solver's result for the minimiser in all parameters."""
@@ -74,6 +76,10 @@ class Estimator(ABC):
         """What its bias is measured against, to a residual of ``tol`` in float64, and what to call that. None: the
         exact meta-gradient of the inner problem that it solves, see ``measure.bias``."""
         return None
+
+    def settled(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> "Estimator":
+        """The estimator with that chosen which it leaves to the tasks, ``nu="auto"``; by default itself."""
+        return self
 
     def adapt(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Solution:
         """The solution of the unperturbed inner problem, φᵢ,₀: what a task's parameters are at test time."""
@@ -125,12 +131,14 @@ class Estimator(ABC):
 @dataclass(frozen=True)
 class MeanEstimate:
     """``gradient`` [P], the mean over tasks; ``query_loss`` and ``residual`` [T], None if they were not asked for;
-    ``linear``: what each task's linear solve met, None for estimators without."""
+    ``linear``: what each task's linear solve met, None for estimators without; ``nu``: the ν that was taken, None for
+    estimators without."""
 
     gradient: Tensor
     query_loss: Tensor | None
     residual: Tensor | None
     linear: LinearStatistics | None
+    nu: float | None = None
 
 
 def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
@@ -168,8 +176,10 @@ def estimate(
     total = torch.zeros_like(theta)
     query_loss, residual, linear = [], [], []
     with torch.inference_mode(False), full_precision(learner.device):
-        for part in learner.check(tasks).split(task_chunk or len(tasks)):
-            result = estimator(learner, theta, part)
+        tasks = learner.check(tasks)
+        settled = estimator.settled(learner, theta, tasks)
+        for part in tasks.split(task_chunk or len(tasks)):
+            result = settled(learner, theta, part)
             total += result.gradients.sum(0)
             if result.linear is not None:
                 linear.append((result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature))
@@ -183,6 +193,7 @@ def estimate(
             torch.cat(query_loss) if diagnose else None,
             torch.cat(residual) if diagnose else None,
             LinearStatistics(*map(torch.cat, zip(*linear, strict=True))) if linear else None,
+            settled.nu if isinstance(settled.nu, float) else None,
         )
 
 
@@ -190,13 +201,15 @@ def estimate(
 class MetaGradient:
     """``gradient``: {parameter name: tensor of its shape}, the mean over tasks. ``query_loss`` [T]: fᵢ at the
     unperturbed adapted parameters. ``residual`` [T]: the norm of the inner problem's gradient there. ``linear``: what
-    the linear solves met, None for estimators without. ``engine``: what computed it (``Learner``)."""
+    the linear solves met, None for estimators without. ``engine``: what computed it (``Learner``). ``nu``: the ν that
+    was taken, None for estimators without."""
 
     gradient: dict[str, Tensor]
     query_loss: Tensor
     residual: Tensor
     linear: LinearStatistics | None
     engine: str
+    nu: float | None = None
 
 
 def meta_gradient(
@@ -238,4 +251,5 @@ def meta_gradient(
             cast(Tensor, result.residual),
             result.linear,
             learner.used,
+            result.nu,
         )
