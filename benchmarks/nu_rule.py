@@ -7,6 +7,7 @@ The error is that which ν makes: for gradient descent the distance to ``Tangent
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from meta_gradient import Row
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fobmaml import Learner, TaskBatch
-from fobmaml.estimators import Central, Exact, Forward, Symmetric, Tangent, estimate
+from fobmaml.estimators import Central, Estimator, Exact, Forward, Symmetric, Tangent, estimate
 from fobmaml.files import write_csv, write_json
 from fobmaml.models import MLP, CNN1d
 from fobmaml.run.provenance import provenance
@@ -23,8 +24,8 @@ from fobmaml.tasks import MNIST1D, Logistic, Sinusoid, TaskSource
 
 ROOT = Path(__file__).parents[1]
 GRID = [10.0 ** (exponent / 2) for exponent in range(-12, 1)]
-KINDS: dict[str, Callable[..., Forward | Central]] = {"forward": Forward, "symmetric": Symmetric, "central4": Central}
-CASES: dict[str, tuple[Callable[[], TaskSource], Callable[[], nn.Module], float]] = {
+KINDS: dict[str, Callable[..., Estimator]] = {"forward": Forward, "symmetric": Symmetric, "central4": Central}
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], nn.Module], float]] = {
     "logistic": (Logistic, lambda: MLP((10,), 2, depth=0), 0.1),
     "sinusoid, mlp 32": (Sinusoid, lambda: MLP((1,), 1, 32, 3), 0.01),
     "mnist1d, cnn 8": (MNIST1D, lambda: CNN1d((40,), 5, width=8), 0.1),
@@ -64,13 +65,13 @@ def measured(case: str, place: str, tasks: int) -> list[Row]:
         wanted = estimate(reference, double, theta.double(), batch, diagnose=False).gradient
         batch, at = batch.to(dtype=learner.dtype), theta.to(learner.dtype)
 
-        def error(estimator: Forward | Central) -> tuple[float, float | None]:
+        def error(estimator: Estimator) -> tuple[float, float | None]:
             found = estimate(estimator, learner, at, batch, diagnose=False)  # noqa: B023
             return float((found.gradient.double() - wanted).norm() / wanted.norm()), found.nu  # noqa: B023
 
         for name, kind in KINDS.items():
             errors = {nu: error(kind(solver, lam, nu))[0] for nu in GRID}
-            best = min(errors, key=lambda nu: errors[nu])  # noqa: B023
+            best = min(errors, key=lambda nu: errors[nu])
             auto, nu = error(kind(solver, lam, "auto"))
             fixed, _ = error(kind(solver, lam, 0.05))
             rows.append(
@@ -98,7 +99,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     plan = [(case, place) for case in CASES for place in ("initial", "trained")]
-    rows = [row for each in tqdm(plan, unit="place", disable=None) for row in measured(*each, arguments.tasks)]
+    rows = [
+        row for case, place in tqdm(plan, unit="place", disable=None) for row in measured(case, place, arguments.tasks)
+    ]
     write_csv(arguments.folder / "nu_rule.csv", rows)
     write_json(
         arguments.folder / "nu_rule.json",

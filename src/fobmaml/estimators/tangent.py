@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,7 +43,6 @@ class Tangent(Estimator):
         super().__init__(solver, lam)
         if not isinstance(solver, Descent) or not solver.linear:
             raise refuse("solver", type(solver).__name__, "one whose steps are linear in gradients (GradientDescent)")
-        self.descent = solver
         self.way = one_of("way", way, WAYS)
 
     def cost(self, support: int, query: int) -> Cost:
@@ -58,7 +58,7 @@ class Tangent(Estimator):
             rows, linearize = tasks, _by_products
         else:
             rows, linearize = _twice(tasks), _by_differences
-        problem, descent = InnerProblem(learner, theta, tasks, self.lam), self.descent
+        problem, descent = InnerProblem(learner, theta, tasks, self.lam), cast(Descent, self.solver)
         seen = descent.drawn(InnerProblem(learner, theta, rows, self.lam))
         d = u = torch.zeros_like(problem.theta)  # φ − θ and dφ/dν
         memory, u_memory = descent.memory(d), descent.memory(u)
