@@ -94,7 +94,7 @@ def measured(case: str, place: str, tasks: int) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", type=int, default=4)
+    parser.add_argument("--tasks", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=ROOT / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
