@@ -37,7 +37,7 @@ def test_the_program_has_the_defaults_of_its_parts():
         cfg = compose("train")
     assert {field.name: cfg[field.name] for field in dataclasses.fields(Settings)} == dataclasses.asdict(Settings())
     names = measurements_in(cfg)
-    assert names == ["test", "memory", "validation", "bias", "smoothness", "curvature"]
+    assert names == ["test", "memory", "validation", "bias", "error_estimate", "smoothness", "curvature"]
     for name in names:
         made = instantiate(cfg[name])
         assert vars(made) == vars(type(made)()), OmegaConf.to_container(cfg[name])

@@ -18,6 +18,7 @@ from fobmaml.logged import loss_name
 from fobmaml.measure import (
     BiasMeasurement,
     CurvatureMeasurement,
+    ErrorEstimateMeasurement,
     MemoryMeasurement,
     MetaTest,
     SmoothnessMeasurement,
@@ -49,6 +50,7 @@ MEASURED = {
     "memory": (MemoryMeasurement, {}),
     "validation": (Validation, {"every": 100, "tasks": 8}),
     "bias": (BiasMeasurement, {"every": 0, "tasks": 2, "at_start": False, "tol": 1e-8}),
+    "error_estimate": (ErrorEstimateMeasurement, {"every": 0, "tasks": 1}),
     "smoothness": (SmoothnessMeasurement, {"every": 0, "tasks": 2, "radius": 1e-3}),
     "curvature": (CurvatureMeasurement, {"every": 0, "tasks": 2}),
 }

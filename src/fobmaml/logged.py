@@ -22,6 +22,7 @@ KEYS = {
     "optimizer/lr": "step length, as scheduled",
     "time/meta_step_s": "seconds, median of recent meta-steps",
     **WORK,
+    "estimator/nu": "ν that estimator.nu=auto has chosen",
     "linear/steps": "Hessian products of a linear solve, mean over tasks as these",
     "linear/relative_residual": "of the linear solve",
     "linear/negative_curvature": "share of the tasks that met it",

@@ -164,9 +164,9 @@ class MetaTraining:
         return estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose, self.settings.task_clip)
 
     def _meta_gradient(self, step: int, fraction: float, theta: Tensor, logged: bool) -> tuple[Tensor, Work, int]:
-        """Of a meta-step's tasks, means: the gradient, as ``outer``; if ``logged``, behind it the query loss and the
-        residual; behind that what the linear solves met, where the estimator does some, in the order of ``LINEAR``.
-        Then what it took, and of how many tasks the meta-gradient was clipped.
+        """Of a meta-step's tasks, means: the gradient, as ``outer``; if ``logged``, behind it the query loss, the
+        residual and ν; behind that what the linear solves met, where the estimator does some, in the order of
+        ``LINEAR``. Then what it took, and of how many tasks the meta-gradient was clipped.
 
         In the first process of several; each computes its share.
         """
@@ -176,7 +176,8 @@ class MetaTraining:
         result = self._estimate(theta, tasks, self.chunk(tasks, self.estimator), logged)
         values = torch.cat([result.gradient, *(each.flatten() for each in result.variables.values())])
         if result.query_loss is not None and result.residual is not None:
-            values = torch.cat([values, result.query_loss.mean()[None], result.residual.mean()[None]])
+            nu = values.new_tensor([result.nu or 0.0])
+            values = torch.cat([values, result.query_loss.mean()[None], result.residual.mean()[None], nu])
         if result.linear is not None:
             met = result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature
             values = torch.cat([values, torch.stack([each.to(values).mean() for each in met])])
@@ -214,7 +215,7 @@ class MetaTraining:
             distributed.announce(self.step, self.fraction, logged, outer)
             values, took, clipped = self._meta_gradient(self.step, self.fraction, self.learner.theta(), logged)
             self._in_turn = False
-            gradient, diagnosis, met = values.tensor_split([len(outer), len(outer) + 2 * logged])
+            gradient, diagnosis, met = values.tensor_split([len(outer), len(outer) + 3 * logged])
             norm = float(gradient.norm())
             if not math.isfinite(norm):
                 raise Diverged(
@@ -237,7 +238,7 @@ class MetaTraining:
             self._say_once_of_negative_curvature(s.meta_batch * linear.get("linear/negative_curvature", 0.0))
             event: Event = {}
             if logged:
-                loss, residual = diagnosis.tolist()
+                loss, residual, nu = diagnosis.tolist()
                 event = {
                     "train/loss": loss,
                     "meta_gradient/norm": norm,
@@ -246,6 +247,7 @@ class MetaTraining:
                     "time/meta_step_s": statistics.median(self.step_seconds),
                     **worked(self.work),
                     **linear,
+                    **({"estimator/nu": nu} if self.estimator.nu == "auto" else {}),
                 }
                 if s.task_clip is not None:
                     event["meta_gradient/clipped"] = clipped / s.meta_batch

@@ -14,6 +14,7 @@ from fobmaml.estimators.base import (
 from fobmaml.estimators.finite_difference import Central, FiniteDifference, Forward, Symmetric
 from fobmaml.estimators.first_order import FOMAML, Reptile
 from fobmaml.estimators.implicit import IMAML, Exact, NotConverged
+from fobmaml.estimators.tangent import Tangent
 from fobmaml.estimators.unrolled import MAML
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "NotConverged",
     "Reptile",
     "Symmetric",
+    "Tangent",
     "chunk_size",
     "estimate",
     "meta_gradient",

@@ -66,6 +66,8 @@ class Estimator(ABC):
     problem. Raises ValueError for a negative or, where the formula divides by λ or needs a minimiser, zero ``lam``.
     """
 
+    nu: float | str | None = None
+    """ν, of an estimator that has it; ``auto``: chosen for the tasks, see ``settled``."""
     needs_proximal_term = True
     differentiates_solution = False
     """Whether its formula takes the solver's result for the minimiser in all parameters."""
@@ -99,6 +101,10 @@ class Estimator(ABC):
         """What its bias is measured against, to a residual of ``tol`` in float64, and what to call that. None: the
         exact meta-gradient of the inner problem that it solves, see ``measure.bias``."""
         return None
+
+    def settled(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> "Estimator":
+        """The estimator with that chosen which it leaves to the tasks, ``nu="auto"``; by default itself."""
+        return self
 
     def adapt(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Solution:
         """The solution of the unperturbed inner problem, φᵢ,₀: what a task's parameters are at test time."""
@@ -160,7 +166,7 @@ class MeanEstimate:
     """``gradient`` [P], the mean over tasks; ``query_loss`` and ``residual`` [T], None if they were not asked for;
     ``linear``: what each task's linear solve met, None for estimators without. ``work``: what the estimator took, all
     tasks together. ``clipped`` [T]: whose meta-gradient was shortened, None without ``task_clip``. ``variables``: as
-    ``gradient``, by the estimator's own variables."""
+    ``gradient``, by the estimator's own variables; ``nu``: the ν that was taken, None for estimators without."""
 
     gradient: Tensor
     query_loss: Tensor | None
@@ -169,6 +175,7 @@ class MeanEstimate:
     work: Work
     clipped: Tensor | None
     variables: dict[str, Tensor]
+    nu: float | None = None
 
 
 def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
@@ -209,9 +216,10 @@ def estimate(
     total, work, variables = torch.zeros_like(theta), Work(), dict[str, Tensor]()
     query_loss, residual, linear, clipped = [], [], [], []
     with torch.inference_mode(False), full_precision(learner.device):
-        for part in learner.check(tasks).split(task_chunk or len(tasks)):
-            before = learner.work.read()
-            result = estimator(learner, theta, part)
+        tasks, before = learner.check(tasks), learner.work.read()
+        settled = estimator.settled(learner, theta, tasks)
+        for part in tasks.split(task_chunk or len(tasks)):
+            result = settled(learner, theta, part)
             work += learner.work.read() - before
             if task_clip is None:
                 total += result.gradients.sum(0)
@@ -228,6 +236,7 @@ def estimate(
                 with torch.no_grad():
                     query_loss.append(learner.query_loss(adapted.phi.detach(), part))
                 residual.append(adapted.residual)
+            before = learner.work.read()  # diagnosis is no part of it
         return MeanEstimate(
             total / len(tasks),
             torch.cat(query_loss) if diagnose else None,
@@ -236,6 +245,7 @@ def estimate(
             work,
             torch.cat(clipped) if clipped else None,
             variables,
+            settled.nu if isinstance(settled.nu, float) else None,
         )
 
 
@@ -246,7 +256,8 @@ class MetaGradient:
     unperturbed adapted parameters. ``residual`` [T]: the norm of the inner problem's gradient there. ``linear``: what
     the linear solves met, None for estimators without. ``engine``: what computed it (``Learner``). ``work``: what the
     estimator took, all tasks together: ``work.example_gradients``, ``work.hessian_products``. ``clipped`` [T]: whose
-    meta-gradient was shortened, None without ``task_clip``."""
+    meta-gradient was shortened, None without ``task_clip``. ``nu``: the ν that was taken, None for estimators
+    without."""
 
     gradient: dict[str, Tensor]
     query_loss: Tensor
@@ -255,6 +266,7 @@ class MetaGradient:
     engine: str
     work: Work
     clipped: Tensor | None
+    nu: float | None = None
 
 
 def meta_gradient(
@@ -302,4 +314,5 @@ def meta_gradient(
             learner.used,
             result.work,
             result.clipped,
+            result.nu,
         )

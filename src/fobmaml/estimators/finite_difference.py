@@ -4,7 +4,11 @@ With φᵢ,ν* = argmin_φ f̂ᵢ(φ) + ν fᵢ(φ) + (λ/2)‖φ − θ‖², t
 No Hessian is touched, and the memory is that of plain gradient descent on the tasks solved at once.
 """
 
+import math
+from copy import copy
+from itertools import count
 from math import factorial
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -12,8 +16,11 @@ from torch import Tensor
 from fobmaml.arguments import number, refuse, whole_number
 from fobmaml.engine import Learner
 from fobmaml.estimators.base import Cost, Estimate, Estimator
+from fobmaml.estimators.nu import balanced_nu
 from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
+
+Nu = float | Literal["auto"]
 
 
 class FiniteDifference(Estimator):
@@ -22,17 +29,21 @@ class FiniteDifference(Estimator):
     Every offset is solved from θ with the same steps, so that most of the solver's error cancels in the difference.
     Non-zero offsets take gradients of support and query, offset zero of the support alone.
 
+    ``nu``: ν, or ``auto``: where truncation and rounding are in balance by ``balanced_nu``, measured on the first task
+    at each call of ``estimate`` (of several processes, by each on its own), and so a function of θ, tasks and settings.
+
     Cost: (non-zero offsets) × steps gradients of support and query, plus steps support gradients if 0 is an offset: of
-    K steps, S support and Q query examples, K(S + Q) example-gradients a non-zero offset, and K·S.
+    K steps, S support and Q query examples, K(S + Q) example-gradients a non-zero offset, and K·S; of ``auto`` as much for three
+    more tasks (or, where one task alone is harder than most, for more of them).
     Memory: (tasks at once) × (non-zero offsets) times one task's gradient; flat in the inner steps.
     Raises ValueError unless λ > 0, ν > 0 and the weights sum to zero, and for a model in half precision.
     """
 
     differentiates_solution = True
 
-    def __init__(self, solver: Solver, lam: float, nu: float, offsets: tuple[int, ...], weights: tuple[float, ...]):
+    def __init__(self, solver: Solver, lam: float, nu: Nu, offsets: tuple[int, ...], weights: tuple[float, ...]):
         super().__init__(solver, lam)
-        self.nu = number("nu", nu, above=0.0)
+        self.nu = "auto" if nu == "auto" else _positive_or_auto(nu)
         if len(offsets) != len(weights) or len(set(offsets)) != len(offsets) or abs(sum(weights)) > 1e-12:
             raise refuse("weights", weights, f"one weight for each of the distinct offsets {offsets}, with sum zero")
         self.stencil = dict(zip(offsets, weights, strict=True))
@@ -40,35 +51,80 @@ class FiniteDifference(Estimator):
     def cost(self, support: int, query: int) -> Cost:
         return Cost(sum(offset != 0 for offset in self.stencil), support + query, second_order=False)
 
+    @property
+    def order(self) -> int:
+        """p: the error is O(ν^p)."""
+        return next(p for p in count(1) if abs(sum(w * o ** (p + 1) for o, w in self.stencil.items())) > 1e-9)
+
+    def settled(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Self:
+        if isinstance(self.nu, float):
+            return self
+        _check_precision(learner)
+
+        def measured(nus: list[float]) -> tuple[list[Tensor], float]:
+            found, perturbed, _ = self._estimates(learner, theta, tasks[:1], nus)
+            # Where a row stops that goes on to a tolerance is no smooth function of ν: ‖φ − φ*‖ ≤ residual / λ.
+            error = float(perturbed.residual.square().mean().sqrt()) if perturbed.tol else 0.0
+            return found, math.hypot(*self.stencil.values()) * error
+
+        settled = copy(self)
+        settled.nu = balanced_nu(measured, self.order, torch.finfo(learner.dtype).eps, len(tasks))
+        return settled
+
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
-        if learner.dtype not in (torch.float32, torch.float64):
-            raise refuse(
-                "model",
-                learner.dtype,
-                "float32 or float64 parameters: differences of solutions lose all digits of a shorter format",
-            )
-        offsets = [o for o in self.stencil if o != 0]
-        nu = self.nu * theta.new_tensor(offsets)
-        weights = theta.new_tensor([self.stencil[o] for o in offsets])
-        perturbed = self.solve(InnerProblem(learner, theta, tasks, self.lam, nu))
-        displacement = perturbed.displacement.view(len(tasks), len(offsets), -1)
-        centre = self.adapt(learner, theta, tasks) if 0 in self.stencil else None
-        # Displacements φ − θ rather than the solutions: the weights sum to zero, and rounding is smaller.
-        difference = torch.einsum("j,tjp->tp", weights, displacement)
-        if centre is not None:
-            difference += self.stencil[0] * centre.displacement
+        if not isinstance(self.nu, float):
+            return self.settled(learner, theta, tasks)(learner, theta, tasks)
+        _check_precision(learner)
+        (gradients,), _, centre = self._estimates(learner, theta, tasks, [self.nu])
 
         def adapted() -> Solution:
             return self.adapt(learner, theta, tasks) if centre is None else centre
 
-        return Estimate(-(self.lam / self.nu) * difference, adapted)
+        return Estimate(gradients, adapted)
+
+    def _estimates(
+        self, learner: Learner, theta: Tensor, tasks: TaskBatch, nus: list[float]
+    ) -> tuple[list[Tensor], Solution, Solution | None]:
+        """[T, P] at each of ``nus``, by one solve of all their offsets, and one of offset zero if there is."""
+        offsets = list(dict.fromkeys(o * nu for nu in nus for o in self.stencil if o != 0))
+        perturbed = self.solve(InnerProblem(learner, theta, tasks, self.lam, theta.new_tensor(offsets)))
+        displacement = perturbed.displacement.view(len(tasks), len(offsets), -1)
+        centre = self.adapt(learner, theta, tasks) if 0 in self.stencil else None
+        found = []
+        for nu in nus:
+            # Displacements φ − θ rather than the solutions: the weights sum to zero, and rounding is smaller.
+            weights = [0.0] * len(offsets)
+            for o in self.stencil:
+                if o != 0:
+                    weights[offsets.index(o * nu)] = self.stencil[o]
+            difference = torch.einsum("j,tjp->tp", theta.new_tensor(weights), displacement)
+            if centre is not None:
+                difference += self.stencil[0] * centre.displacement
+            found.append(-(self.lam / nu) * difference)
+        return found, perturbed, centre
+
+
+def _positive_or_auto(nu: Nu) -> float:
+    try:
+        return number("nu", nu, above=0.0)
+    except ValueError as error:
+        raise ValueError(f"{error}, or auto") from None
+
+
+def _check_precision(learner: Learner) -> None:
+    if learner.dtype not in (torch.float32, torch.float64):
+        raise refuse(
+            "model",
+            learner.dtype,
+            "float32 or float64 parameters: differences of solutions lose all digits of a shorter format",
+        )
 
 
 class Forward(FiniteDifference):
     """−λ (φ_ν − φ_0) / ν. Bias O(ν) + O(δ/ν): O(δ^{1/2}) at ν ∝ δ^{1/2}.
     Reference: Chayti & Jaggi, arXiv:2409.03682, forward estimator."""
 
-    def __init__(self, solver: Solver, lam: float = 0.5, nu: float = 0.05):
+    def __init__(self, solver: Solver, lam: float = 0.5, nu: Nu = 0.05):
         super().__init__(solver, lam, nu, (0, 1), (-1.0, 1.0))
 
 
@@ -79,7 +135,7 @@ class Central(FiniteDifference):
     ν ∝ δ^{1/(p+1)}. Reference: Chen, Li, Chayti & Zhang, F²SA-p. Raises ValueError unless ``order`` is even.
     """
 
-    def __init__(self, solver: Solver, lam: float = 0.5, nu: float = 0.05, order: int = 4):
+    def __init__(self, solver: Solver, lam: float = 0.5, nu: Nu = 0.05, order: int = 4):
         if whole_number("order", order, at_least=2) % 2:
             raise refuse("order", order, "an even number of at least 2")
         m = order // 2
@@ -94,5 +150,5 @@ class Symmetric(Central):
     """−λ (φ_ν − φ_−ν) / (2ν). Bias O(ν²) + O(δ/ν): O(δ^{2/3}) at ν ∝ δ^{1/3}.
     Reference: Chayti & Jaggi, arXiv:2409.03682, symmetric estimator."""
 
-    def __init__(self, solver: Solver, lam: float = 0.5, nu: float = 0.05):
+    def __init__(self, solver: Solver, lam: float = 0.5, nu: Nu = 0.05):
         super().__init__(solver, lam, nu, order=2)

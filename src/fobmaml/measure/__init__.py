@@ -4,6 +4,7 @@ from fobmaml.measure.accuracy import MetaTest, Validation
 from fobmaml.measure.base import Event, Measurement, OnValidationTasks, Periodic, Training
 from fobmaml.measure.bias import Bias, BiasMeasurement, bias
 from fobmaml.measure.curvature import Curvature, CurvatureMeasurement, curvature
+from fobmaml.measure.error_estimate import ErrorEstimate, ErrorEstimateMeasurement, error_estimate
 from fobmaml.measure.memory import MemoryMeasurement, peak_bytes
 from fobmaml.measure.smoothness import Smoothness, SmoothnessMeasurement, smoothness
 
@@ -12,6 +13,8 @@ __all__ = [
     "BiasMeasurement",
     "Curvature",
     "CurvatureMeasurement",
+    "ErrorEstimate",
+    "ErrorEstimateMeasurement",
     "Event",
     "Measurement",
     "MemoryMeasurement",
@@ -24,6 +27,7 @@ __all__ = [
     "Validation",
     "bias",
     "curvature",
+    "error_estimate",
     "peak_bytes",
     "smoothness",
 ]

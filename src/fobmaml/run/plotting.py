@@ -28,6 +28,7 @@ METHODS = {
     "forward": Method("FO-B-MAML, forward", "#56B4E9", "<"),
     "symmetric": Method("FO-B-MAML, symmetric", "#0072B2", "o"),
     "symmetric_operators": Method("symmetric, torch's operators", "#0072B2", "o", ":"),
+    "tangent": Method("FO-B-MAML, tangent", "#0072B2", "d", "--"),
     "exact": Method("exact meta-gradient", "#777777", "*"),
     "central4": Method("FO-B-MAML, central 4", "#D55E00", "P"),
     "maml_checkpoint": Method("MAML, checkpointed", "#000000", "s", ":"),

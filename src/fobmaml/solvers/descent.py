@@ -56,6 +56,10 @@ class Descent(Solver):
             )
         return wrt[0], wrt[1:]
 
+    def rates_on(self, problem: InnerProblem) -> Rates:
+        """Of each step, as the problem's parameters are."""
+        return _on(problem, self.rates)
+
     def drawn(self, problem: InnerProblem) -> InnerProblem:
         """``problem`` as the steps see it, with their batches."""
         return problem.drawn(self.steps, self.batch, self.query_batch)
