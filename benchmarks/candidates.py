@@ -131,7 +131,7 @@ class Ours(Candidate):
 
     def __init__(self, setting: Setting, name: str, threads: int, engine: str = "auto", chunk: int | None = None):
         super().__init__(setting, threads)
-        self.name, self.estimator = name, setting.estimator(name)
+        self.name, self.estimator, self.asked = name, setting.estimator(name), engine
         self.learner = Learner(setting.model, setting.loss_fn, engine)
         self.theta = self.learner.theta()
         self.at_once = self.a_call = chunk or chunk_size(self.learner, setting.tasks, self.estimator)
@@ -146,7 +146,7 @@ class Ours(Candidate):
 
     def multiply_adds(self, tasks: TaskBatch) -> int:
         """The counter sees torch's operators only, so the same computation is counted there."""
-        if self.learner.used == "stacked":
+        if self.asked == "stacked":
             return super().multiply_adds(tasks)
         return Ours(self.setting, self.name, self.threads, "stacked", self.at_once).multiply_adds(tasks)
 

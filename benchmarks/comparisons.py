@@ -23,7 +23,7 @@ CLOSE = 1.3
 """Of the ways to write one candidate, and its numbers of threads, those that at first take so many times as long as the
 quickest are not timed further."""
 TOO_LONG, AT_LEAST = 20.0, 5.0
-"""A candidate that at first takes so many times as long as the quickest of all, and so many seconds, is dropped."""
+"""A candidate that at first takes so many times as long as ours by the same method, and so many seconds, is dropped."""
 
 
 @dataclass
@@ -72,20 +72,20 @@ def by_estimator(width: int, steps: int, repeats: int, bench: Bench) -> list[Row
     def part(one: Candidate) -> int:
         return TASKS if steps <= SHORT else min(one.a_call, FEW)
 
-    def limit() -> float:
-        """Seconds that a task may take."""
-        least = min((spent for trials in tries.values() for spent in trials.values()), default=float("inf"))
-        return max(TOO_LONG * least, AT_LEAST / TASKS)
+    def most_seconds(name: str) -> float | None:
+        """That a task may take."""
+        method = method_of(name)
+        return max(TOO_LONG * min(tries[method].values()), AT_LEAST / TASKS) if method else None
 
-    def seconds_a_task(one: Candidate) -> float:
-        most = limit() * part(one) if one.engine == "jax" else None
-        return trial(one, part(one), most) / part(one)
+    def seconds_a_task(name: str, one: Candidate) -> float:
+        most = most_seconds(name)
+        return trial(one, part(one), most and most * part(one)) / part(one)
 
     kept: dict[str, list[Candidate]] = {}
     tries: dict[str, dict[str, float]] = {}
     for name in names(bench.report):
         make = partial(candidate, setting, name, bench.workers)
-        kept[name], tries[name] = quickest_ways(make, ways(name), threads, seconds_a_task)
+        kept[name], tries[name] = quickest_ways(make, ways(name), threads, partial(seconds_a_task, name))
     survivors = [one for ones in kept.values() for one in ones]
     for one in survivors:
         one.prepare(setting.tasks[: part(one)])  # again, where its process was stopped
@@ -99,7 +99,7 @@ def by_estimator(width: int, steps: int, repeats: int, bench: Bench) -> list[Row
             if method_of(name):
                 row["gradient_error"] = float(f"{gradient_error(name, one.how, width, steps, bench.workers):.2e}")
         else:
-            row["note"] = f"more than {TASKS * limit():.0f} s at first, and not timed further"
+            row["note"] = f"more than {TASKS * (most_seconds(name) or 0.0):.0f} s at first, and not timed further"
         row["tried_seconds_a_task"] = "; ".join(f"{way}: {spent:.2g}" for way, spent in tries[name].items())
         rows.append(row)
     return rows
