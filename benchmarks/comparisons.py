@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from candidates import TASKS, Candidate, Ours, Setting, Workers, candidate, gradient_error, method_of, names, ways
+from candidates import TASKS, Candidate, Ours, Setting, Workers, candidate, gradient_error, method_of, ways
 from jax_peer import Failed, TooLong
 from rate import Limit, seconds
 from timing import Round, Row, first_round, not_far_behind, spread, take_turns
@@ -28,10 +28,13 @@ TOO_LONG, AT_LEAST = 20.0, 5.0
 
 @dataclass
 class Bench:
-    """What a run of the benchmark has: the machine's ``limit``, the processes of JAX, and ``report``, which tells."""
+    """What a run of the benchmark has: the machine's ``limit``, the ``names`` of bench.csv, the processes of JAX, and
+    ``report``, which tells. ``quick``: only the first way to write each candidate."""
 
     limit: Limit
+    names: Sequence[str]
     report: Callable[[str], object] = print
+    quick: bool = False
     workers: Workers = field(default_factory=Workers)
 
 
@@ -39,15 +42,17 @@ def tried(way: Candidate) -> str:
     return f"{way.how}, {way.threads}" if way.how else str(way.threads)
 
 
-def trial(one: Candidate, part: int, limit: float | None) -> float:
-    """Seconds of the calls on the first ``part`` tasks, warmed up; infinite where it takes longer than ``limit``."""
+def trial(one: Candidate, part: int, limit: float | None, report: Callable[[str], object]) -> float:
+    """Seconds of the calls on the first ``part`` tasks, warmed up; infinite, with a line to ``report``, where it takes
+    longer than ``limit`` or its process fails."""
     tasks = one.setting.tasks[:part]
     try:
         one.prepare(tasks)
         for call in one.calls(tasks, limit)[:1]:  # warms up
             call()
         return sum(map(seconds, one.calls(tasks, limit)))
-    except (TooLong, Failed):
+    except (TooLong, Failed) as error:
+        report(f"{type(one).__name__}, {tried(one)}: {error}")
         return float("inf")
 
 
@@ -79,13 +84,14 @@ def by_estimator(width: int, steps: int, repeats: int, bench: Bench) -> list[Row
 
     def seconds_a_task(name: str, one: Candidate) -> float:
         most = most_seconds(name)
-        return trial(one, part(one), most and most * part(one)) / part(one)
+        return trial(one, part(one), most and most * part(one), bench.report) / part(one)
 
     kept: dict[str, list[Candidate]] = {}
     tries: dict[str, dict[str, float]] = {}
-    for name in names(bench.report):
+    for name in bench.names:
         make = partial(candidate, setting, name, bench.workers)
-        kept[name], tries[name] = quickest_ways(make, ways(name), threads, partial(seconds_a_task, name))
+        hows = ways(name)[:1] if bench.quick else ways(name)
+        kept[name], tries[name] = quickest_ways(make, hows, threads, partial(seconds_a_task, name))
     survivors = [one for ones in kept.values() for one in ones]
     for one in survivors:
         one.prepare(setting.tasks[: part(one)])  # again, where its process was stopped
@@ -99,7 +105,7 @@ def by_estimator(width: int, steps: int, repeats: int, bench: Bench) -> list[Row
             if method_of(name):
                 row["gradient_error"] = float(f"{gradient_error(name, one.how, width, steps, bench.workers):.2e}")
         else:
-            row["note"] = f"more than {TASKS * (most_seconds(name) or 0.0):.0f} s at first, and not timed further"
+            row["note"] = f"more than {TASKS * (most_seconds(name) or 0.0):.0f} s at first, or no result"
         row["tried_seconds_a_task"] = "; ".join(f"{way}: {spent:.2g}" for way, spent in tries[name].items())
         rows.append(row)
     return rows

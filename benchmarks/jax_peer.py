@@ -200,7 +200,7 @@ def serve(connection: Connection) -> None:
         spent = time.perf_counter() - started
         known[number] = compiled, given
         memory = compiled.memory_analysis()
-        return {"compile_seconds": spent, "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes}
+        return {"compile_seconds": round(spent, 2), "bytes": memory.temp_size_in_bytes + memory.output_size_in_bytes}
 
     def run(number: int) -> None:
         compiled, given = known[number]

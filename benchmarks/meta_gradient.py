@@ -23,6 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from candidates import names
 from comparisons import SHORT, Bench, by_chunk, by_estimator
 from rate import Limit
 from timing import Row
@@ -57,7 +58,7 @@ def main() -> None:
         "provenance": provenance(),
         "peers": {library: found for library in LIBRARIES if (found := version_of(library))},
     }
-    bench = Bench(Limit(torch.get_num_threads()), tqdm.write)
+    bench = Bench(Limit(torch.get_num_threads()), names(), quick=arguments["quick"], report=tqdm.write)
 
     tables: dict[str, list[Row]] = {}
     try:
