@@ -51,11 +51,15 @@ reproduce: setup ## run the experiments behind results/ again (what is complete 
 verify: setup ## run a little of the experiments again and compare it with results/
 	@$(BIN)/python scripts/verify.py
 
-bench: setup .venv/bench ## time and memory of one meta-gradient, other libraries' too, into results/; QUICK=1: a small try
+bench: setup .venv/bench .venv/rate ## time and memory of one meta-gradient, other libraries' too, into results/; QUICK=1: a small try
 	@$(BIN)/python benchmarks/meta_gradient.py $(if $(QUICK),--quick) $(ARGS)
 	@$(if $(QUICK),,$(BIN)/python benchmarks/breakdown.py)
 	@$(if $(QUICK),,$(BIN)/python benchmarks/processes.py)
 	@$(BIN)/python scripts/figure_time.py $(if $(QUICK),outputs/bench-quick)
+
+.venv/rate: benchmarks/rate.c benchmarks/setup.py .venv/complete
+	@cd benchmarks && ../$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
 
 explorer: setup .venv/explorer ## build the interactive page, outputs/explorer.html, and the pictures of it in results/
 	@$(BIN)/python scripts/explorer.py
@@ -72,4 +76,4 @@ explorer: setup .venv/explorer ## build the interactive page, outputs/explorer.h
 	else echo "no Chromium could be installed (.venv/chromium.log): the tests of the interactive page are skipped"; fi
 
 clean: ## remove .venv, caches and what was compiled; outputs and results stay
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info src/fobmaml/engine/*.so
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build benchmarks/build src/*.egg-info src/fobmaml/engine/*.so benchmarks/*.so

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from meta_gradient import Setting, take_turns
+import torch
+from candidates import Ours, Setting
+from rate import Limit
+from timing import first_round, take_turns
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,15 +34,17 @@ KINDS = {
 STEPS = 10
 
 
-def shares(width: int, repeats: int) -> list[dict[str, object]]:
+def shares(width: int, repeats: int, limit: Limit) -> list[dict[str, object]]:
     """Medians over ``repeats``: of the whole, with the kernel and without in turns, and of each kind's part of it."""
     setting = Setting(width, STEPS)
     used = ("fused", "stacked") if Learner(setting.model, setting.loss_fn).fused else ("stacked",)
-    ways = {engine: setting.ours("symmetric", engine=engine) for engine in used}
+    ways = {engine: Ours(setting, "symmetric", limit.threads, engine) for engine in used}
     with FlopCounterMode(display=False) as counter:
         ways["stacked"].gradient(setting.tasks)
     operations = counter.get_total_flops()
-    whole = take_turns({engine: way.calls(setting.tasks) for engine, way in ways.items()}, repeats)
+    calls = {engine: way.calls(setting.tasks) for engine, way in ways.items()}
+    first_round(calls)  # warms up
+    whole = take_turns(calls, repeats, limit)
     rows: list[dict[str, object]] = []
     for engine, way in ways.items():
         spent: dict[str, list[float]] = {}
@@ -55,11 +60,11 @@ def shares(width: int, repeats: int) -> list[dict[str, object]]:
                     "width": width,
                     "engine": engine,
                     "tasks_at_once": way.at_once,
-                    "total_seconds": round(statistics.median(total for total, _ in whole[engine]), 5),
+                    "total_seconds": round(statistics.median(found.seconds for found in whole[engine]), 5),
                     "fraction_of_limit": round(
-                        statistics.median(operations / t / rate for t, rate in whole[engine]), 4
+                        statistics.median(operations / found.seconds / found.rate for found in whole[engine]), 4
                     ),
-                    "matrix_product_gflops": round(statistics.median(rate for _, rate in whole[engine]) / 1e9, 1),
+                    "multiply_add_gflops": round(statistics.median(found.rate for found in whole[engine]) / 1e9, 1),
                     "kind": kind,
                     "seconds": round(median, 5),
                     "share": round(median / sum(medians.values()), 4),
@@ -109,7 +114,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "results")
     arguments = parser.parse_args()
     made_with = provenance()  # before this writes results
-    rows = [row for width in arguments.widths for row in shares(width, arguments.repeats)]
+    limit = Limit(torch.get_num_threads())
+    rows = [row for width in arguments.widths for row in shares(width, arguments.repeats, limit)]
     for row in rows:
         print(", ".join(f"{key} {value}" for key, value in row.items()))
     arguments.folder.mkdir(parents=True, exist_ok=True)

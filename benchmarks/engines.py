@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from meta_gradient import Row, seconds
+from rate import seconds
+from timing import Row
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm

@@ -1,12 +1,17 @@
-"""MAML's meta-gradient by other libraries, on the same network and tasks, as a user of each would write it."""
+"""Meta-gradients by other libraries and by hand, on the same network and tasks, as a user of each would write them.
 
-from collections.abc import Iterable
+JAX, which runs in processes of its own, is in jax_peer.py.
+"""
 
-import higher
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-import torchopt
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fobmaml.models import CNN1d
 from fobmaml.tasks import TaskBatch
@@ -27,7 +32,7 @@ def plain_network(model: CNN1d) -> nn.Sequential:
     return network
 
 
-def in_our_layout(model: CNN1d, gradient: list[Tensor]) -> Tensor:
+def in_our_layout(model: CNN1d, gradient: Sequence[Tensor]) -> Tensor:
     """A gradient with respect to ``plain_network(model)``, as one with respect to the flat parameters of ``model``."""
     weights = [g.view(w.mT.shape).mT for g, w in zip(gradient[0::2], model.weights, strict=True)]
     return torch.cat([part.flatten() for part in (*weights, *gradient[1::2])])
@@ -35,6 +40,8 @@ def in_our_layout(model: CNN1d, gradient: list[Tensor]) -> Tensor:
 
 def higher_maml(network: nn.Module, tasks: TaskBatch, steps: int, lr: float) -> list[Tensor]:
     """The mean meta-gradient, by parameter, task after task."""
+    import higher
+
     inner = torch.optim.SGD(network.parameters(), lr=lr)
     for x, y, query_x, query_y in _each(tasks):
         with higher.innerloop_ctx(network, inner, copy_initial_weights=False) as (adapted, differentiable):
@@ -46,6 +53,8 @@ def higher_maml(network: nn.Module, tasks: TaskBatch, steps: int, lr: float) -> 
 
 def torchopt_maml(network: nn.Module, tasks: TaskBatch, steps: int, lr: float) -> list[Tensor]:
     """The mean meta-gradient, by parameter, task after task."""
+    import torchopt
+
     inner = torchopt.MetaSGD(network, lr=lr)
     start = [torchopt.extract_state_dict(part, by="reference") for part in (network, inner)]
     for x, y, query_x, query_y in _each(tasks):
@@ -57,7 +66,61 @@ def torchopt_maml(network: nn.Module, tasks: TaskBatch, steps: int, lr: float) -
     return _gradients(network)
 
 
-PEERS = {"higher": higher_maml, "torchopt": torchopt_maml}
+def loop_maml(network: nn.Module, tasks: TaskBatch, steps: int, lr: float) -> list[Tensor]:
+    """The mean meta-gradient, by parameter: torch's own autograd through the inner steps, task after task."""
+    theta: dict[str, Tensor] = dict(network.named_parameters())
+    for x, y, query_x, query_y in _each(tasks):
+        phi = theta
+        for _ in range(steps):
+            loss = F.cross_entropy(functional_call(network, phi, (x,)), y)
+            slopes = torch.autograd.grad(loss, [*phi.values()], create_graph=True)
+            phi = {name: p - lr * slope for (name, p), slope in zip(phi.items(), slopes, strict=True)}
+        (F.cross_entropy(functional_call(network, phi, (query_x,)), query_y) / len(tasks)).backward()
+    return _gradients(network)
+
+
+def loop_symmetric(network: nn.Module, tasks: TaskBatch, steps: int, lr: float, lam: float, nu: float) -> list[Tensor]:
+    """The mean of −λ (φ_ν − φ_−ν) / (2ν), by parameter: plain gradient descent, task after task, support and query
+    examples in one pass."""
+    theta = {name: p.detach() for name, p in network.named_parameters()}
+    total = [torch.zeros_like(start) for start in theta.values()]
+    for x, y, query_x, query_y in _each(tasks):
+        every_x, every_y = torch.cat([x, query_x]), torch.cat([y, query_y])
+        for sign in (1, -1):
+            weights = torch.cat(
+                [x.new_full((len(x),), 1 / len(x)), x.new_full((len(query_x),), sign * nu / len(query_x))]
+            )
+            phi = {name: start.clone().requires_grad_() for name, start in theta.items()}
+            for _ in range(steps):
+                losses = F.cross_entropy(functional_call(network, phi, (every_x,)), every_y, reduction="none")
+                slopes = torch.autograd.grad(weights @ losses, [*phi.values()])
+                with torch.no_grad():
+                    for p, slope, start in zip(phi.values(), slopes, theta.values(), strict=True):
+                        p -= lr * (slope + lam * (p - start))
+            for part, p in zip(total, phi.values(), strict=True):
+                part -= sign * lam / (2 * nu * len(tasks)) * p.detach()
+    return total
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``gradient(network, tasks, steps, lr[, lam, nu])``: the mean meta-gradient by the estimator ``method``. It takes
+    ``package``, if any."""
+
+    method: str
+    gradient: Callable[..., Any]
+    package: str | None = None
+
+    def missing(self) -> bool:
+        return self.package is not None and find_spec(self.package) is None
+
+
+PEERS = {
+    "higher": Peer("maml", higher_maml, "higher"),
+    "torchopt": Peer("maml", torchopt_maml, "torchopt"),
+    "loop_maml": Peer("maml", loop_maml),
+    "loop_symmetric": Peer("symmetric", loop_symmetric),
+}
 
 
 def _each(tasks: TaskBatch) -> Iterable[tuple[Tensor, ...]]:

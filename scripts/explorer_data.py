@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from fobmaml import Learner, TaskBatch
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Estimator, Exact, Forward, Reptile, Symmetric
-from fobmaml.run.plotting import METHODS
+from fobmaml.run.plotting import METHODS, OF_OTHERS
 from fobmaml.solvers import GradientDescent, Inexact, InnerProblem, NewtonCG
 
 LAMS = (0.25, 0.5, 1.0, 2.0)
@@ -223,5 +223,5 @@ def methods() -> dict[str, dict[str, str]]:
     return {
         name: {"label": look.label, "colour": look.colour, "marker": look.marker, "line": look.linestyle}
         for name, look in METHODS.items()
-        if name not in ("higher", "torchopt")
+        if name not in OF_OTHERS
     }

@@ -16,7 +16,7 @@ from statistics_of_runs import paired, slope
 from tables import percent
 
 from fobmaml.files import write_atomically
-from fobmaml.run.plotting import method
+from fobmaml.run.plotting import OF_OTHERS, method
 
 TUNING = ("tuning_adam", "tuning_sngdm", "tuning_clipped")
 HOLDS, IN_PART, DOES_NOT = "holds", "holds in part", "does not hold"
@@ -101,12 +101,15 @@ def seconds(folder: Path) -> Finding:
     alike, ours = (
         ", ".join(f"{at[name, w] / at['maml', w]:.2f}" for w in widths) for name in ("symmetric_operators", "symmetric")
     )
-    peers = ", ".join(f"{at['symmetric', w] / min(at['higher', w], at['torchopt', w]):.2f}" for w in widths)
+    others = [name for name in OF_OTHERS if "symmetric" not in name and at.get((name, widths[0]))]
+    quickest = [min(found for name in others if (found := at.get((name, w)))) for w in widths]
+    peers = ", ".join(f"{at['symmetric', w] / least:.2f}" for w, least in zip(widths, quickest, strict=True))
+    compared = ", ".join(method(name).label for name in others)
     held = all(at["symmetric_operators", w] < 1.5 * at["maml", w] for w in widths)
     return Finding(
         f"Time of symmetric over MAML's (ours, made fast), both by torch's operators: {alike}; with the "
-        f"compiled kernel, which has no Hessian products: {ours}, and over the faster of higher's and "
-        f"TorchOpt's MAML: {peers} (at {', '.join(f'{w:.0f}' for w in widths)} channels, {steps:.0f} inner "
+        f"compiled kernel, which has no Hessian products: {ours}, and over the quickest of "
+        f"{compared}: {peers} (at {', '.join(f'{w:.0f}' for w in widths)} channels, {steps:.0f} inner "
         "steps).",
         HOLDS if held else IN_PART,
     )

@@ -1,17 +1,20 @@
 """Writes the README's tables from results/: python scripts/tables.py (--check: only says whether they are)."""
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from drawing import RESULTS, Missing, Row, groups, load, settings
+from drawing import RESULTS, Missing, Row, groups, load, parse, settings
 from statistics_of_runs import interval
 
 from fobmaml.files import read_csv, write_atomically
 from fobmaml.run.plotting import method
 
 README = Path(__file__).parents[1] / "README.md"
+PRODUCT = "matrix product"
+"""The limit that times are compared with, where no loop of multiply-adds was compiled."""
 
 
 def accuracy(folder: Path) -> str:
@@ -50,18 +53,31 @@ def percent(rows: Sequence[Row]) -> str:
 
 def speed(folder: Path) -> str:
     load(folder, "bench", "make bench")  # says so where it is missing
-    rows = read_csv(folder / "bench.csv")
+    rows: list[Row] = [{key: parse(value) for key, value in row.items()} for row in read_csv(folder / "bench.csv")]
     widths, steps = ([*dict.fromkeys(int(row[key]) for row in rows)] for key in ("width", "inner_steps"))
     long = steps[1:]  # with as many tasks alive: some of the kernel's memory is the threads', not the tasks'
-    cells = {(row["estimator"], int(row["width"]), int(row["inner_steps"])): row for row in rows}
+    cells = {(row["estimator"], row["width"], row["inner_steps"]): row for row in rows}
+    short = [row for row in rows if row["inner_steps"] == steps[0] and row["seconds_median"] is not None]
+    threads = max(float(row.get("threads") or 1) for row in rows)
 
     def seconds(name: str, width: int) -> str:
-        row = cells[name, width, steps[0]]
-        return f"{1e3 * float(row['seconds_16_tasks']):.0f} ms, {100 * float(row['fraction_of_limit']):.0f} %"
+        row = cells.get((name, width, steps[0]))
+        if row is None:
+            return "–"
+        if row["seconds_median"] is None:
+            return "took too long"
+        alone = " (1 thread)" if threads > 1 == row.get("threads") else ""
+        return f"{1e3 * row['seconds_16_tasks']:.0f} ms, {100 * row['fraction_of_limit']:.0f} %{alone}"
 
     def megabytes(name: str, count: int) -> str:
-        row = cells[name, widths[-1], count]
-        return f"{float(row['peak_bytes']) / float(row['tasks_at_once']) / 1e6:.0f}"
+        row = cells.get((name, widths[-1], count), {})
+        return f"{row['peak_bytes'] / row['tasks_at_once'] / 1e6:.0f}" if row.get("peak_bytes") else "–"
+
+    def product(width: int) -> str:
+        fractions = [
+            row["matrix_product_gflops"] / row["multiply_add_gflops"] for row in short if row["width"] == width
+        ]
+        return f"{100 * statistics.median(fractions):.0f} %"
 
     header = [
         f"one meta-gradient of 16 tasks, {steps[0]} inner steps",
@@ -79,7 +95,15 @@ def speed(folder: Path) -> str:
                 ]
             )
         )
-    return "\n".join(lines)
+    if any(row.get("limit", PRODUCT) == PRODUCT for row in short):
+        return "\n".join([*lines, "", "The percentage is of the rate of a large float32 matrix product by torch."])
+    lines.append(" | ".join(["| a large matrix product by torch", *map(product, widths), " |"]))
+    rate = statistics.median(row["multiply_add_gflops"] for row in short)
+    said = (
+        f"The percentage is of the rate of fused multiply-adds by all threads ({threads:.0f}), {rate:.0f} GFLOP/s. "
+        "What is quicker with one thread is shown with one, and of several ways to write it the quickest."
+    )
+    return "\n".join([*lines, "", said])
 
 
 def gpu(folder: Path) -> str:

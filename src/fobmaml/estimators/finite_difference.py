@@ -33,8 +33,8 @@ class FiniteDifference(Estimator):
     at each call of ``estimate`` (of several processes, by each on its own), and so a function of θ, tasks and settings.
 
     Cost: (non-zero offsets) × steps gradients of support and query, plus steps support gradients if 0 is an offset: of
-    K steps, S support and Q query examples, K(S + Q) example-gradients a non-zero offset, and K·S; of ``auto`` as much for three
-    more tasks (or, where one task alone is harder than most, for more of them).
+    K steps, S support and Q query examples, K(S + Q) example-gradients a non-zero offset, and K·S; of ``auto`` as
+    much for three more tasks (or, where one task alone is harder than most, for more of them).
     Memory: (tasks at once) × (non-zero offsets) times one task's gradient; flat in the inner steps.
     Raises ValueError unless λ > 0, ν > 0 and the weights sum to zero, and for a model in half precision.
     """

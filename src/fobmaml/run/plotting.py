@@ -34,7 +34,13 @@ METHODS = {
     "maml_checkpoint": Method("MAML, checkpointed", "#000000", "s", ":"),
     "higher": Method("MAML by higher", "#555555", "x"),
     "torchopt": Method("MAML by TorchOpt", "#999999", "h", "--"),
+    "loop_maml": Method("MAML, plain torch", "#8C6D31", "s", "--"),
+    "loop_symmetric": Method("symmetric, plain torch", "#8C6D31", "o"),
+    "jax_maml": Method("MAML by JAX", "#882255", "s", "--"),
+    "jax_symmetric": Method("symmetric by JAX", "#882255", "o"),
 }
+OF_OTHERS = ("higher", "torchopt", "loop_maml", "loop_symmetric", "jax_maml", "jax_symmetric")
+"""What the benchmark compares with: the same methods, not by this library."""
 
 
 def method(name: str) -> Method:
