@@ -44,8 +44,10 @@ def _ended(process: subprocess.Popen) -> tuple[int, str, str]:
 
 def _assert_same_run(found: Path, wanted: Path, tolerance: float) -> None:
     ours, plain = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (found, wanted))
-    for name, parameter in plain["model"].items():
-        torch.testing.assert_close(ours["model"][name], parameter, rtol=0.0, atol=tolerance)
+    for part in ("model", "variables"):
+        assert ours[part].keys() == plain[part].keys()
+        for name, parameter in plain[part].items():
+            torch.testing.assert_close(ours[part][name], parameter, rtol=0.0, atol=tolerance)
     ours, plain = (json.loads((folder / "summary.json").read_text()) for folder in (found, wanted))
     assert ours["status"] == "completed"
     for key in ("test/accuracy", "meta_gradient/clipped", "work/example_gradients", "work/hessian_products"):
@@ -79,6 +81,16 @@ def test_the_number_of_processes_does_not_change_a_run(run_train, tmp_path, dtyp
         assert out.count("meta-test accuracy") == 1  # one process speaks
         _assert_same_run(tmp_path / str(count), tmp_path / "plain", tolerance)
     assert {path.name for path in tmp_path.iterdir()} == {"plain", *map(str, counts)}  # and writes
+
+
+@pytest.mark.slow
+def test_an_estimators_own_variables_and_its_progress_reach_all_processes(run_train, tmp_path):
+    run = (*RUN, "dtype=float64", "estimator=maml", "estimator.learn_lr=1", "estimator.multi_step=0.5")
+    run += ("estimator.second_order_from=0.25",)
+    assert run_train(*run, "hydra.run.dir=plain").returncode == 0
+    code, _, err = _ended(_torchrun(tmp_path, 2, *run, "hydra.run.dir=run"))
+    assert code == 0, err
+    _assert_same_run(tmp_path / "run", tmp_path / "plain", 1e-10)
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,11 @@ def multi_step_gradient(
     earlier: list[Tensor | None] = []
 
     def visit(step: int, phi: Tensor) -> None:
-        if weights[step] and step < solver.steps - 1:
+        if step < solver.steps - 1:
             earlier.append(weights[step] * query_gradient(phi))
 
-    solution, pull_back = solver.unroll(problem, checkpoint, visit=visit, slope=slope, first_order=first_order)
+    solution, pull_back = solver.unroll(
+        problem, checkpoint, visit=visit if weights[-1] < 1.0 else None, slope=slope, first_order=first_order
+    )
     last = query_gradient(solution.phi)
     return solution, pull_back(last if weights[-1] == 1.0 else weights[-1] * last, earlier)
