@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fobmaml import estimators
+from fobmaml.arguments import number
 from fobmaml.engine import Learner
 from fobmaml.estimators import Estimator, chunk_size, estimate
 from fobmaml.measure import peak_bytes
@@ -33,7 +34,7 @@ ESTIMATORS: dict[str, Callable[[GradientDescent], Estimator]] = {
     "maml": estimators.MAML,
     "maml_checkpoint": partial(estimators.MAML, checkpoint=True),
     "fomaml": estimators.FOMAML,
-    "reptile": estimators.Reptile,
+    "reptile": lambda solver: estimators.Reptile(GradientDescent(solver.steps, solver.rates, batch=10)),
     "imaml": estimators.IMAML,
 }
 OPERATORS = "symmetric_operators"
@@ -69,7 +70,8 @@ class Setting:
 
     def __init__(self, width: int, steps: int, dtype: torch.dtype = torch.float32, lr: float = INNER_LR):
         self.steps, self.lr, source = steps, lr, MNIST1D()
-        self.tasks = source.sample("train", TASKS, torch.Generator().manual_seed(0)).to(dtype=dtype)
+        generator = torch.Generator().manual_seed(0)
+        self.tasks = source.sample("train", TASKS, generator).keyed(generator).to(dtype=dtype)
         torch.manual_seed(0)
         self.model = CNN1d(source.input_shape, source.outputs, width).to(dtype)
         self.loss_fn = source.loss_fn
@@ -80,7 +82,7 @@ class Setting:
     def finite_difference(self) -> tuple[float, float]:
         """λ and ν of our symmetric estimator."""
         symmetric = estimators.Symmetric(GradientDescent(self.steps, self.lr))
-        return symmetric.lam, symmetric.nu
+        return symmetric.lam, number("nu", symmetric.nu)
 
 
 class Candidate:

@@ -4,8 +4,8 @@
 estimator), bench_chunks.csv (by how many tasks are solved at once) and bench_loop.csv (what a training run spends
 beside the meta-gradients). Gradients and Hessian products are the compiled kernel's, where it was compiled;
 ``symmetric_operators`` is by torch's operators. Others are higher, TorchOpt, JAX, and loops with torch's autograd
-(candidates.py). Counted are the multiply-adds of passes that keep their activations: what the kernel takes again to keep
-less is not.
+(candidates.py). Counted are the multiply-adds of passes that keep their activations: not what the kernel takes again to
+keep less.
 
 Everybody is tried with one thread and with all of torch's, JAX in several ways; the quickest is quoted
 (comparisons.py). Whatever is compared takes turns, and what the machine disturbed is measured again (timing.py). A time

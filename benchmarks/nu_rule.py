@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meta_gradient import Row
+from timing import Row
 from torch import Tensor, nn
 from tqdm import tqdm
 
