@@ -100,8 +100,6 @@ def valid(draw) -> list[str]:
         if solver == "gd":
             number("solver.lr", _within(1e-4, 0.02))
             number("solver.momentum", st.sampled_from([0.0, 0.5, 0.9]))
-        else:
-            found += ["~solver.batch"] * (estimator == "reptile")
     if estimator != "exact" and solver == "gd":
         one_of("solver.batch", "null", 1, 3, 100)
         one_of("solver.query_batch", "null", 2)
