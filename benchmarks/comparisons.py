@@ -115,6 +115,7 @@ def timed(one: Candidate, tasks: TaskBatch, rounds: Sequence[Round], limit: Limi
     """What a row of bench.csv has of one candidate."""
     chunk = tasks[: one.at_once]
     timing = spread([found.seconds for found in rounds])
+    others = [found.others_share for found in rounds if found.others_share is not None]
     multiply_adds = round(one.multiply_adds(chunk) * len(tasks) / len(chunk))
     return {
         "engine": one.engine,
@@ -134,6 +135,7 @@ def timed(one: Candidate, tasks: TaskBatch, rounds: Sequence[Round], limit: Limi
         "matrix_product_of_limit": round(statistics.median(found.matrix_product / found.rate for found in rounds), 4),
         "calls_repeated": sum(found.repeated for found in rounds),
         "calls_disturbed": sum(found.disturbed for found in rounds),
+        "others_share": round(statistics.mean(others), 3) if others else None,
         "peak_bytes": one.peak_bytes(tasks if one.engine == "jax" else chunk),
         "gradient_error": None,
         "compile_seconds": one.compile_seconds(tasks),

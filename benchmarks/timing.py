@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from processors import others_share, spent
 from rate import Limit, seconds
 
 DISTURBED = 0.1
@@ -34,13 +35,15 @@ class Clocked:
 @dataclass(frozen=True)
 class Round:
     """All of somebody's calls, one after another: their time, the ``rate`` of the machine meanwhile and that of a
-    matrix product just before, calls that were ``repeated`` and those that were ``disturbed`` every time."""
+    matrix product just before, calls that were ``repeated`` and those that were ``disturbed`` every time, and the
+    share of the processors' time that other processes took (None where the system does not tell)."""
 
     seconds: float
     rate: float
     matrix_product: float
     repeated: int
     disturbed: int
+    others_share: float | None
 
 
 def clocked(call: Callable[[], object], rate: Callable[[], float], usual: Callable[[], float]) -> Clocked:
@@ -52,10 +55,10 @@ def clocked(call: Callable[[], object], rate: Callable[[], float], usual: Callab
     tried: list[tuple[float, Clocked]] = []
     for repeated in range(AGAIN + 1):
         before = rate()
-        spent = seconds(call)
+        took = seconds(call)
         after = rate()
         off = max(abs(found / usual() - 1) for found in (before, after))
-        tried.append((off, Clocked(spent, (before + after) / 2, repeated, off > DISTURBED)))
+        tried.append((off, Clocked(took, (before + after) / 2, repeated, off > DISTURBED)))
         if off <= DISTURBED:
             break
     least = min(tried, key=lambda one: one[0])[1]
@@ -64,7 +67,7 @@ def clocked(call: Callable[[], object], rate: Callable[[], float], usual: Callab
 
 def one_round(calls: Calls, limit: Limit) -> Round:
     gc.collect()  # not in somebody else's time
-    product = limit.matrix_product()
+    product, began = limit.matrix_product(), spent()
     parts = [clocked(call, limit.rate, limit.usual) for call in calls]
     total = sum(part.seconds for part in parts)
     return Round(
@@ -73,6 +76,7 @@ def one_round(calls: Calls, limit: Limit) -> Round:
         product,
         sum(part.repeated for part in parts),
         sum(part.disturbed for part in parts),
+        others_share(began, spent()),
     )
 
 

@@ -12,6 +12,7 @@ import candidates
 import comparisons
 import figure_time
 import jax_peer
+import processors
 import pytest
 import rate
 import summary
@@ -94,6 +95,23 @@ def test_everybody_has_a_turn_in_every_round():
     rounds = timing.take_turns(calls, 2, limit)
     assert "".join(order) == "aabbaabb"
     assert [(found.rate, found.matrix_product, found.repeated) for found in rounds["b"]] == [(2.0, 1.0, 0)] * 2
+
+
+def test_the_share_of_other_processes():
+    before, after = processors.Spent(10.0, 4.0, 20.0), processors.Spent(13.0, 5.0, 24.0)
+    assert processors.others_share(before, after) == 0.5  # (3 - 1) of 4
+    assert processors.others_share(before, None) is None
+    assert processors.others_share(before, processors.Spent(11.0, 6.0, 24.0)) == 0.0  # rounding
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells")
+def test_own_processor_time_is_counted():
+    before, started = processors.spent(), time.process_time()
+    while time.process_time() - started < 0.2:
+        pass
+    after = processors.spent()
+    assert after.by_us - before.by_us >= 0.15
+    assert after.by_all - before.by_all >= 0.15
 
 
 def test_whoever_is_not_far_behind_is_timed():
