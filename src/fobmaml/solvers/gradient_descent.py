@@ -49,17 +49,17 @@ class GradientDescent(Solver):
             else:
                 gradient, product = problem.linearize(phi, engine)
                 hessians.append(product)
-            velocity = self.momentum * velocity + gradient
-            displacement = displacement - self.lr * velocity
+            velocity = torch.add(gradient, velocity, alpha=self.momentum)
+            displacement = torch.sub(displacement, velocity, alpha=self.lr)
 
         def pull_back(v: Tensor) -> Tensor:
             wrt_phi, wrt_velocity, wrt_theta = v, torch.zeros_like(v), torch.zeros_like(v)
             while hessians:
-                wrt_velocity = wrt_velocity - self.lr * wrt_phi
+                wrt_velocity = torch.sub(wrt_velocity, wrt_phi, alpha=self.lr)
                 hessian = hessians.pop()
                 product = problem.linearize(hessian, engine)[1] if isinstance(hessian, Tensor) else hessian
                 wrt_phi = wrt_phi + product(wrt_velocity)
-                wrt_theta = wrt_theta - problem.lam * wrt_velocity
+                wrt_theta = torch.sub(wrt_theta, wrt_velocity, alpha=problem.lam)
                 wrt_velocity = self.momentum * wrt_velocity
             return wrt_theta + wrt_phi
 
