@@ -101,7 +101,10 @@ class InnerProblem:
         ``engine``: for several calls one, so that they share its memory; by default one of their own.
         """
         gradient, hvp = (engine or self.engine(second_order=True)).linearize(phi)
-        return gradient + self.lam * (phi - self.theta), lambda v: hvp(v) + self.lam * v
+        return (
+            torch.add(gradient, phi - self.theta, alpha=self.lam),
+            lambda v: torch.add(hvp(v), v, alpha=self.lam),
+        )
 
     def hessian(self, phi: Tensor) -> Callable[[Tensor], Tensor]:
         """The second of ``linearize`` alone. The gradient that comes with it does not count as work: what the products
