@@ -157,12 +157,12 @@ def test_the_table_is_printed(run_train, tmp_path):
         (
             ["estimator=foo"],
             "estimator=foo: takes one of central4, exact, fomaml, forward, imaml, maml, maml_checkpoint, reptile, "
-            "symmetric",
+            "symmetric, tangent",
         ),
         (["dataset=foo"], "dataset=foo: takes one of logistic, mnist1d, sinusoid"),
         (["width=0"], "width=0: takes a whole number of at least 1"),
         (["width=abc"], "width=abc: takes a whole number of at least 1"),
-        (["estimator.nu=0"], "estimator.nu=0: takes a finite number above 0"),
+        (["estimator.nu=0"], "estimator.nu=0: takes a finite number above 0, or auto"),
         (["estimator.lam=-1"], "estimator.lam=-1: takes a finite number above 0"),
         (["solver.steps=0"], "solver.steps=0: takes a whole number of at least 1"),
         (["dataset.ways=11"], "dataset.ways=11: takes a whole number of at least 2 and at most 10"),

@@ -79,7 +79,7 @@ def test_compiled_gradients_equal_autograd(instructions, seed):
             found.append(scale * before + step * engine.gradient(phi))
             continue
         into = torch.full_like(before, torch.nan) if scale == 0.0 else before.clone()  # is not read
-        engine.kernel.add(phi.float(), None, into, scale, step)
+        engine.engine.kernel.add(phi.float(), None, into, scale, step)
         found.append(into)
         assert scale or torch.equal(engine.gradient(phi.float()), into)
     assert learner.fused
@@ -143,7 +143,7 @@ def test_compiled_hessian_products_equal_autograd(instructions, seed):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
     u = torch.randn_like(phi)
     torch.testing.assert_close((u * product(v)).sum(1), (v * product(u)).sum(1), rtol=1e-3, atol=1e-4)
-    engine.kernel.add(phi, None, into := v.clone(), 0.5, -0.1, along=u)
+    engine.engine.kernel.add(phi, None, into := v.clone(), 0.5, -0.1, along=u)
     wanted = 0.5 * v - 0.1 * product_wanted(u.double())
     assert (into - wanted).norm() <= 1e-5 * wanted.norm()
     assert torch.equal(engine.gradient(phi), gradient)
