@@ -222,7 +222,7 @@ def plain(request, tmp_path_factory) -> tuple[tuple[str, ...], dict[str, tuple]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "ray"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("ray", marks=pytest.mark.nightly)])
 def test_jobs_killed_and_continued_are_the_plain_sweep(run_train, plain, tmp_path, launcher):
     command, wanted = plain
     killed = start_train(tmp_path, *command, f"hydra/launcher={launcher}", **QUIET)
