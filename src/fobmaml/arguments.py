@@ -1,6 +1,8 @@
 """Checks of arguments, so that every bad value gets the same kind of line: name, what it got, what it takes."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -29,6 +31,15 @@ def number(
     if not real or not math.isfinite(value) or not (above < value < below and at_least <= value):
         raise refuse(name, value, takes)
     return float(value)
+
+
+@contextmanager
+def or_auto() -> Iterator[None]:
+    """Around the check of a number in whose place ``auto`` may stand: its error says so."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}, or auto") from None
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:

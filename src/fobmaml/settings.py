@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fobmaml.arguments import number, one_of, refuse, whole_number
+from fobmaml.arguments import number, one_of, or_auto, refuse, whole_number
 from fobmaml.engine import ENGINES
 
 
@@ -38,10 +38,8 @@ class Settings:
         if not isinstance(self.fixed_tasks, bool):
             raise refuse("fixed_tasks", self.fixed_tasks, "true or false")
         if self.task_chunk != "auto":
-            try:
+            with or_auto():
                 whole_number("task_chunk", self.task_chunk)
-            except ValueError as error:
-                raise ValueError(f"{error}, or auto") from None
         if self.memory_limit_mb is not None:
             number("memory_limit_mb", self.memory_limit_mb, above=0.0)
             if self.task_chunk != "auto":

@@ -13,7 +13,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from fobmaml.arguments import number, refuse, whole_number
+from fobmaml.arguments import number, or_auto, refuse, whole_number
 from fobmaml.engine import Learner
 from fobmaml.estimators.base import Cost, Estimate, Estimator
 from fobmaml.estimators.nu import balanced_nu
@@ -43,7 +43,7 @@ class FiniteDifference(Estimator):
 
     def __init__(self, solver: Solver, lam: float, nu: Nu, offsets: tuple[int, ...], weights: tuple[float, ...]):
         super().__init__(solver, lam)
-        self.nu = "auto" if nu == "auto" else _positive_or_auto(nu)
+        self.nu = "auto" if nu == "auto" else _positive(nu)
         if len(offsets) != len(weights) or len(set(offsets)) != len(offsets) or abs(sum(weights)) > 1e-12:
             raise refuse("weights", weights, f"one weight for each of the distinct offsets {offsets}, with sum zero")
         self.stencil = dict(zip(offsets, weights, strict=True))
@@ -104,11 +104,9 @@ class FiniteDifference(Estimator):
         return found, perturbed, centre
 
 
-def _positive_or_auto(nu: Nu) -> float:
-    try:
+def _positive(nu: Nu) -> float:
+    with or_auto():
         return number("nu", nu, above=0.0)
-    except ValueError as error:
-        raise ValueError(f"{error}, or auto") from None
 
 
 def _check_precision(learner: Learner) -> None:
