@@ -30,13 +30,15 @@ class FiniteDifference(Estimator):
     Every offset is solved from θ with the same steps, so that most of the solver's error cancels in the difference.
     Non-zero offsets take gradients of support and query, offset zero of the support alone.
 
-    ``nu``: ν, or ``auto``: where truncation and noise are in balance by ``balanced_nu``, measured on the first two tasks
-    at each call of ``estimate`` (of several processes, by each on its own), and so a function of θ, tasks and settings.
+    ``nu``: ν, or ``auto``: where truncation and noise are in balance by ``balanced_nu``, measured on the first two
+    tasks at each call of ``estimate`` (of several processes, by each on its own), and so a function of θ, tasks and
+    settings.
 
     Cost: (non-zero offsets) × steps gradients of support and query, plus steps support gradients if 0 is an offset: of
     K steps, S support and Q query examples, K(S + Q) example-gradients a non-zero offset, and K·S; of ``auto`` as
     much for six more tasks, of order 4 for five (or, where the tasks are harder than most, for more of them).
     Memory: (tasks at once) × (non-zero offsets) times one task's gradient; flat in the inner steps.
+    ``auto`` solves two tasks at three times the offsets at once.
     Raises ValueError unless λ > 0, ν > 0 and the weights sum to zero, and for a model in half precision.
     """
 
