@@ -246,20 +246,29 @@ INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, 
     }
 }
 
-/* into = scale * into + step * sum over m of gz[m][i] * panel[m][v], for ``height`` rows i of ``columns`` numbers. */
-INLINE void weight_tile(const int height, const int width, int64_t windows, const float *gz, const float *panel,
-                        float *into, int64_t stride, int64_t columns, float scale, float step) {
+/* A sum over windows m of gz[m] h[from[m]]^T. */
+typedef struct {
+    const float *gz, *h;
+} Term;
+
+/* into = scale * into + step * the sum of the terms, for ``height`` rows i of ``columns`` numbers; ``out`` numbers from
+a window's gz to the next one's. */
+INLINE void weight_tile(const int height, const int width, int64_t windows, int64_t out, const int64_t *from, int terms,
+                        const Term *term, float *into, int64_t stride, int64_t columns, float scale, float step) {
     vec sum[HEIGHT][WIDTH];
     UNROLL for (int i = 0; i < height; i++) UNROLL for (int v = 0; v < width; v++) {
         sum[i][v] = (vec){0};
         __builtin_prefetch(into + (height + i) * stride + v * LANES, 1); /* the next tile's */
     }
-    for (int64_t m = 0; m < windows; m++) {
-        vec b[WIDTH];
-        UNROLL for (int v = 0; v < width; v++) b[v] = *(const vec *)(panel + (m * width + v) * LANES);
-        UNROLL for (int i = 0; i < height; i++) {
-            float factor = gz[m * HEIGHT + i];
-            UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * b[v];
+    for (int t = 0; t < terms; t++) {
+        const float *gz = term[t].gz, *h = term[t].h;
+        for (int64_t m = 0; m < windows; m++) {
+            vec b[WIDTH];
+            UNROLL for (int v = 0; v < width; v++) b[v] = load(h + from[m] + v * LANES);
+            UNROLL for (int i = 0; i < height; i++) {
+                float factor = gz[m * out + i];
+                UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * b[v];
+            }
         }
     }
     UNROLL for (int i = 0; i < height; i++) UNROLL for (int v = 0; v < width; v++) {
@@ -270,9 +279,10 @@ INLINE void weight_tile(const int height, const int width, int64_t windows, cons
     }
 }
 
-static void weight_rows(int height, int width, int64_t windows, const float *gz, const float *panel, float *into,
-                        int64_t stride, int64_t columns, float scale, float step) {
-#define TILE(height, width) weight_tile(height, width, windows, gz, panel, into, stride, columns, scale, step)
+static void weight_rows(int height, int width, int64_t windows, int64_t out, const int64_t *from, int terms,
+                        const Term *term, float *into, int64_t stride, int64_t columns, float scale, float step) {
+#define TILE(height, width) \
+    weight_tile(height, width, windows, out, from, terms, term, into, stride, columns, scale, step)
 #define ROWS(height)                              \
     case height:                                  \
         if (width == 3) TILE(height, 3);          \
@@ -329,27 +339,14 @@ static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t wi
         if (other) few_weights(layer, at, windows, other, moved, into + layer->weight, 1.0f, step);
         return;
     }
-    int64_t terms = other ? 2 : 1;
     for (int64_t m = 0, some; m < windows; m += some, scale = 1.0f) {
-        some = MIN(windows - m, DEPTH / terms);
-        int64_t deep = terms * some;
-        for (int64_t group = 0; group < groups; group++) /* what a tile reads of gz lies together */
-            for (int64_t i = 0; i < deep; i++)
-                memcpy(at->part + (group * deep + i) * HEIGHT,
-                       (i < some ? gz + (m + i) * out : other + (m + i - some) * out) + group * out / groups,
-                       HEIGHT * sizeof(float));
-        EACH_PANEL(depth, k, width) {
-            float panel[DEPTH * WIDTH * LANES] ALIGNED;
-            for (int64_t i = 0; i < deep; i++) {
-                const float *window = (i < some ? h + at->from[m + i] : moved + at->from[m + i - some]) + k;
-                for (int v = 0; v < width; v++)
-                    *(vec *)(panel + (i * width + v) * LANES) = load(window + v * LANES);
-            }
-            for (int64_t group = 0; group < groups; group++) {
-                int64_t first = group * out / groups, last = (group + 1) * out / groups;
-                weight_rows(last - first, width, deep, at->part + group * deep * HEIGHT, panel,
-                            into + layer->weight + first * depth + k, depth, depth - k, scale, step);
-            }
+        some = MIN(windows - m, DEPTH);
+        EACH_PANEL(depth, k, width) for (int64_t group = 0; group < groups; group++) {
+            int64_t first = group * out / groups, last = (group + 1) * out / groups, g = m * out + first;
+            Term term[2] = {{gz + g, h + k}};
+            if (other) term[1] = (Term){other + g, moved + k};
+            weight_rows(last - first, width, some, out, at->from + m, other ? 2 : 1, term,
+                        into + layer->weight + first * depth + k, depth, depth - k, scale, step);
         }
     }
 }
@@ -405,7 +402,6 @@ static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *
         }
         int64_t depth = layer->kernel_size * layer->in, windows = block * layer->length_out;
         largest = MAX(largest, MAX(LANES, depth < LANES ? windows : 0) * depth);
-        largest = MAX(largest, MIN(2 * windows, DEPTH) * CEIL(layer->out, HEIGHT) * HEIGHT);
         PLACE(b->forward, CEIL(layer->out, LANES) * LANES * depth);
         PLACE(b->bias, layer->out);
         PLACE(b->h, block * (layer->length_in + 2) * layer->in);
