@@ -61,7 +61,7 @@ typedef struct {
 /* What a thread keeps of a layer, for a block of examples. Windows m go over all examples. */
 typedef struct {
     float *forward;       /* weights as panels [kernel_size * in][up to WIDTH vectors of out] */
-    float *backward;      /* and as panels [out][up to WIDTH vectors of kernel_size * in] */
+    float *weights;       /* and as they are, [out][kernel_size * in] */
     float *bias;
     float *h;             /* the input, [examples][1 + length_in + 1][in] */
     float *gh;            /* the loss's derivative by it, zero until it is summed up */
@@ -240,7 +240,7 @@ INLINE void moving_panel(const int width, const int activate, const Layer *layer
 
 /* gh += gz W + other V, for ``width`` vectors of the windows; the second product where ``other`` is given. */
 INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, int64_t windows, int64_t first,
-                        float *gh, const float *gz, const float *w, const float *other, const float *v_panels) {
+                        float *gh, const float *gz, const float *w, const float *other, const float *v_rows) {
     int64_t columns = MIN(layer->kernel_size * layer->in - first, width * LANES), out = layer->out;
     for (int64_t m = 0; m < windows; m += HEIGHT) {
         const float *a[HEIGHT], *b[HEIGHT];
@@ -251,8 +251,8 @@ INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, 
             b[i] = other ? other + row : NULL;
             UNROLL for (int v = 0; v < width; v++) sum[i][v] = (vec){0};
         }
-        multiply(width, out, a, w + first * out, width * LANES, sum);
-        if (other) multiply(width, out, b, v_panels + first * out, width * LANES, sum);
+        multiply(width, out, a, w + first, layer->kernel_size * layer->in, sum);
+        if (other) multiply(width, out, b, v_rows + first, layer->kernel_size * layer->in, sum);
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
             UNROLL for (int v = 0; v < width; v++) {
                 float *to = gh + at->from[m + i] + first + v * LANES;
@@ -377,24 +377,18 @@ INLINE void add(float *to, const float *a, const float *b, int64_t number) {
 
 /* Lays out the parameters start + moved for the products. */
 static void pack(const Layer *layer, const float *start, const float *moved, Buffers *at) {
-    int64_t out = layer->out, depth = layer->kernel_size * layer->in, height;
+    int64_t out = layer->out, depth = layer->kernel_size * layer->in;
     add(at->bias, start + layer->bias, moved ? moved + layer->bias : NULL, out);
+    add(at->weights, start + layer->weight, moved ? moved + layer->weight : NULL, out * depth);
     EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
-        int64_t place = layer->weight + o * depth;
-        height = MIN(out - o, LANES);
-        add(at->part, start + place, moved ? moved + place : NULL, height * depth);
         for (int64_t k = 0; k < depth; k += LANES) {
             vec v[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) v[i] = i < height ? load(at->part + i * depth + k) : (vec){0};
+            UNROLL for (int i = 0; i < LANES; i++)
+                v[i] = o + i < out ? load(at->weights + (o + i) * depth + k) : (vec){0};
             transpose(v);
             for (int64_t i = 0; i < MIN(depth - k, LANES); i++)
                 store(at->forward + first * depth + (k + i) * width * LANES + o - first, v[i]);
         }
-        if (at->backward)
-            EACH_PANEL(depth, k, wide)
-                for (int64_t i = 0; i < height; i++)
-                    for (int64_t v = 0; v < wide * LANES; v += LANES)
-                        store(at->backward + k * out + (o + i) * wide * LANES + v, load(at->part + i * depth + k + v));
     }
 }
 
@@ -433,16 +427,14 @@ static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *
         Buffers *b = at + l;
         const Layer *layer = layers + l;
         int64_t depth = layer->kernel_size * layer->in, windows = block * layer->length_out;
-        largest = MAX(largest, MAX(LANES, depth < LANES ? windows : 0) * depth);
+        if (depth < LANES) largest = MAX(largest, windows * depth);
+        PLACE(b->weights, layer->out * depth);
         PLACE(b->forward, CEIL(layer->out, LANES) * LANES * depth);
         PLACE(b->bias, layer->out);
         PLACE(b->from, windows);
         PLACE(b->to, windows);
-        b->backward = b->gh = NULL;
-        if (l) { /* nobody asks for the derivative by the inputs */
-            PLACE(b->backward, CEIL(depth, LANES) * LANES * layer->out);
-            PLACE(b->gh, block * (layer->length_in + 2) * layer->in);
-        }
+        b->gh = NULL;
+        if (l) PLACE(b->gh, block * (layer->length_in + 2) * layer->in); /* nobody asks for that of the inputs */
     }
     PLACE(at[count].part, largest);
     for (int64_t l = 0; memory && l < count; l++) at[l].part = at[count].part;
@@ -575,7 +567,7 @@ static void backward(const Layer *layers, int64_t count, int64_t examples, const
             memset(padded, 0, (size + 2 * layer->out) * sizeof(float)); /* for the next block */
         }
         parameter_gradient(layer, a, windows, a->gz, a->h, NULL, NULL, into, scale, step);
-#define INPUT(width) input_panel(width, layer, a, windows, k, a->gh, a->gz, a->backward, NULL, NULL)
+#define INPUT(width) input_panel(width, layer, a, windows, k, a->gh, a->gz, a->weights, NULL, NULL)
         if (l) EACH_PANEL(layer->kernel_size * layer->in, k, width) BY_WIDTH(width, INPUT);
 #undef INPUT
     }
@@ -596,7 +588,7 @@ static void move_back(const Layer *layers, int64_t count, int64_t examples, cons
             memset(padded, 0, (size + 2 * layer->out) * sizeof(float));
         }
         parameter_gradient(layer, a, windows, d->gz, a->h, l ? a->gz : NULL, d->h, into, scale, step);
-#define INPUT(width) input_panel(width, layer, a, windows, k, d->gh, d->gz, a->backward, a->gz, d->backward)
+#define INPUT(width) input_panel(width, layer, a, windows, k, d->gh, d->gz, a->weights, a->gz, d->weights)
         if (l) EACH_PANEL(layer->kernel_size * layer->in, k, width) BY_WIDTH(width, INPUT);
 #undef INPUT
     }
