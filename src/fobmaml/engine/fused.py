@@ -26,8 +26,9 @@ EXAMPLES_AT_ONCE, OF_LARGE_LAYERS, LARGE = 25, 50, 2**17
 weights they do not, and twice the examples are faster (measured at 25, 64, 128 and 250 channels)."""
 STEPS_A_CALL = 10
 """Within a call no thread waits for another, and nobody can interrupt."""
-ROWS_A_THREAD = 8
-"""At least so many: a row is one thread's, and all threads wait for the last."""
+ROWS_A_THREAD, KEPT_ROWS_A_THREAD = 8, 2
+"""At least so many: a row is one thread's, and all threads wait for the last. Of Hessian products fewer: for them each
+row keeps its signals at each step, and a call is of one step anyway."""
 MOST_TIMES = 2**20  # in a call: a step has numbers of its own
 MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not overflow
 
@@ -264,7 +265,7 @@ class Fused(Stacked):
         hessian = self.kernel.linearize(phi.detach(), gradient)
 
         def product(v: Tensor) -> Tensor:
-            into = torch.empty(phi.shape, dtype=phi.dtype)
+            into = torch.empty_like(hessian.phi)  # not phi, which may be kept for nothing else
             hessian.add(in_order(v), into, 0.0, 1.0)
             return into
 

@@ -119,7 +119,8 @@ class Learner(Network):
         x = x[[0, -1]].to(self.dtype if x.is_floating_point() else x.dtype)
         if self.lists_layers and self._trial.listed(x):
             rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
-            return max(rows, fused.ROWS_A_THREAD * torch.get_num_threads()) if self.fused else rows
+            a_thread = fused.KEPT_ROWS_A_THREAD if second_order else fused.ROWS_A_THREAD
+            return max(rows, a_thread * torch.get_num_threads()) if self.fused else rows
         if not self._trial.batched(x, second_order):
             return 1
         return math.ceil(FLOPS_AT_ONCE / max(self._trial.flops_an_example * examples, 1))
