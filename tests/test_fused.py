@@ -505,6 +505,10 @@ def test_however_numbers_lie_in_memory(instructions, layout, name):
     wanted = _add(given | {"into": torch.zeros(2, 25)})
     assert torch.equal(_add(given | {name: LAYOUTS[layout](given[name])}), wanted)
     assert wanted.any()
+    given |= {"along": torch.randn(2, 25), "scale": 0.0}
+    product = _add(given | {"into": torch.zeros(2, 25)})
+    assert torch.equal(_add(given | {name: LAYOUTS[layout](given[name])}), product)
+    assert product.any()
 
 
 def test_one_row_for_all_and_expanded_inputs(instructions):

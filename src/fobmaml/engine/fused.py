@@ -174,7 +174,7 @@ class FusedGradient:
             bytes_kept = blocks * self.kernel.fused_kept(self.layers, len(self.layers), self.block)
         kept = torch.empty(bytes_kept + ALIGNMENT, dtype=torch.uint8)
         self.add(start, None, into, 0.0, 1.0, kept=kept)
-        return Hessian(self, start.detach().expand(self.rows, -1).clone(), kept)
+        return Hessian(self, torch.empty_like(into).copy_(start.detach()), kept)
 
     def _chosen(self, order: Tensor | None, weights: Tensor | None, times: int) -> tuple[Tensor, Tensor]:
         """Which examples to take, and their weights, as the kernel reads them."""
