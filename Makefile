@@ -19,7 +19,7 @@ setup: .venv/complete ## make .venv and install everything (nothing to do when i
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
 	@rm -f src/fobmaml/engine/fused_*.so
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	@$(BIN)/python -c 'from fobmaml.engine import fused; why = fused.missing(); print(f"no compiled kernel, so gradients take longer: {why}\n" * bool(why), end="")'
+	@$(BIN)/python -c 'from fobmaml.engine import library; why = library.missing(); print(f"no compiled kernel, so gradients take longer: {why}\n" * bool(why), end="")'
 	@touch $@
 
 train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS="estimator=maml steps=2000"

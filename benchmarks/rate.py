@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fobmaml.engine.fused import instructions
+from fobmaml.engine.library import instructions
 
 FOLDER = Path(__file__).parent
 SECONDS = 0.005

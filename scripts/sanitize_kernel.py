@@ -23,12 +23,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fobmaml.engine import fused
+from fobmaml.engine import fused, library
 from fobmaml.engine.activations import ACTIVATIONS
 from fobmaml.engine.layers import Convolution, Dense
 
@@ -61,6 +62,10 @@ class Description:
     def compute(self) -> None:
         """By the kernel, into ``into``."""
         gradient = fused.FusedGradient(self.layers, self.shapes, self.inputs, self.targets, self.weights)
+        if self.along is not None:
+            first = torch.full((self.inputs.shape[0], gradient.parameters), torch.nan)
+            gradient.linearize(self.start, first).add(self.along, self.into, self.scale, self.step)
+            return
         gradient.add(
             self.start,
             self.displacement,
@@ -70,7 +75,6 @@ class Description:
             self.times,
             self.order,
             self.chosen_weights,
-            self.along,
         )
 
     def wanted(self) -> Tensor:
@@ -144,17 +148,17 @@ class Random(random.Random):
             inputs[0, -1, -1] = torch.nan
         weights = torch.rand(rows, examples, *self.choice([(), (1,)])) / max(examples, 1)
         into = 0.3 * self.parameters(shapes, rows)
-        displacement = self.choice([None, into, 0.3 * self.parameters(shapes, rows)])
+        along = self.parameters(shapes, rows) if self.random() < 0.4 else None
+        displacement = None if along is not None else self.choice([None, into, 0.3 * self.parameters(shapes, rows)])
         start = self.parameters(shapes, self.choice([1, rows]) if rows else 1)
-        times, order, chosen_weights = self.choice([1, 1, 2, 3]), None, None
-        if self.random() < 0.4:
+        times, order, chosen_weights = 1 if along is not None else self.choice([1, 1, 2, 3]), None, None
+        if along is None and self.random() < 0.4:
             chosen = self.choice([0, 1, 5, 26, 60]) if examples else 0
             order = torch.randint(max(examples, 1), (rows, times, chosen))
             order = order.mT.contiguous().mT if self.random() < 0.3 else order
             chosen_weights = self.laid_out(torch.rand(rows, times, chosen) / max(chosen, 1))
         scale, step = self.choice([0.0, 1.0, 0.9]), -0.1 if displacement is into else self.choice([1.0, -0.1])
         each = self.random() < 0.3  # a number for each time
-        along = self.parameters(shapes, rows) if self.random() < 0.4 else None
         return Description(
             layers,
             shapes,
@@ -267,7 +271,7 @@ class Random(random.Random):
         """``into`` begins a few numbers behind another tensor's beginning."""
         name = "chosen_weights" if name == "weights" and d.order is not None else name  # which are read
         t, size = getattr(d, name), d.into.numel()
-        unread = name == "weights" and d.order is not None
+        unread = (name == "weights" and d.order is not None) or (name == "start" and d.along is not None)
         if name == "into" or t is None or unread or t.numel() <= 3 or not size:
             return None
         memory = torch.zeros(max(t.numel(), size) + 3)
@@ -303,7 +307,7 @@ class Random(random.Random):
         return "order, weights" if order.shape[0] == 0 or d.inputs.shape[1] == 0 else name
 
     def _number(self, d: Description, _: str) -> str:
-        name = self.choice(["times", "scale", "step"])
+        name = self.choice(["times", "scale", "step"] if d.along is None else ["scale", "step"])
         bad = [float("nan"), float("inf"), 1e300, "1", None]
         values = (
             [0, -1, 1.5, True, 2**70, "1"] if name == "times" else [*bad, [], [1.0] * (d.times + 1), [bad] * d.times]
@@ -325,8 +329,8 @@ class Watched:
 
 def try_all(path: str, count: int, seed: int) -> dict[str, int]:
     """``count`` valid descriptions and some times as many invalid ones. Runs within the sanitizers."""
-    library = Watched(fused.load(path))
-    fused.kernel = lambda: library  # type: ignore[assignment]
+    watched = Watched(library.load(path))
+    library.kernel = lambda: watched  # type: ignore[assignment]
     chance = Random(seed)
     torch.manual_seed(seed)
     torch.set_printoptions(threshold=10, edgeitems=1)  # of the description that fails
@@ -336,7 +340,7 @@ def try_all(path: str, count: int, seed: int) -> dict[str, int]:
         d = chance.description()
         for _ in range(MISTAKES_EACH):
             wrong, names = chance.mistake(d)
-            library.called.clear()
+            watched.called.clear()
             try:
                 wrong.compute()
             except ValueError as error:
@@ -344,7 +348,7 @@ def try_all(path: str, count: int, seed: int) -> dict[str, int]:
                     raise RuntimeError(f"refused by another name than {names}: {wrong}") from error
             else:
                 raise RuntimeError(f"not refused: {wrong}")
-            if "fused_gradient" in library.called:
+            if ("fused_gradient" if wrong.along is None else "fused_product") in watched.called:
                 raise RuntimeError(f"refused after the kernel was called: {wrong}")
             tried["invalid"] += 1
         wanted = d.wanted()
@@ -392,6 +396,12 @@ def _half_the_memory(gradient: fused.FusedGradient) -> None:
     gradient.parts = 2  # as if a Hessian product's were there
 
 
+def _half_is_kept(gradient: fused.FusedGradient) -> None:
+    kernel = gradient.kernel
+    gradient.kernel = Mock(wraps=kernel)
+    gradient.kernel.fused_kept = lambda *described: kernel.fused_kept(*described) // 2
+
+
 def _more_examples(gradient: fused.FusedGradient) -> None:
     gradient.examples += 1
 
@@ -406,6 +416,7 @@ BEHIND_THE_CHECKS: dict[str, Callable[[fused.FusedGradient], None]] = {
     "stride": _wide_stride,
     "order": _more_examples,
     "along": _half_the_memory,
+    "kept": _half_is_kept,
 }
 
 
@@ -428,8 +439,10 @@ def _is_caught(name: str) -> bool:
             phi = torch.randn(2, gradient.parameters)
             order = torch.full((2, 1, 20), gradient.examples - 1) if name == "order" else None
             weights = None if order is None else torch.rand(order.shape)
-            along = torch.randn_like(phi) if name == "along" else None
-            gradient.add(phi, None, torch.zeros_like(phi), 0.0, 1.0, 1, order, weights, along)
+            if name in ("along", "kept"):
+                gradient.linearize(phi, torch.zeros_like(phi)).add(torch.randn_like(phi), phi, 0.0, 1.0)
+            else:
+                gradient.add(phi, None, torch.zeros_like(phi), 0.0, 1.0, 1, order, weights)
             os._exit(0)
         _, status = os.waitpid(process, 0)
         report.seek(0)

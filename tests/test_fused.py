@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from fobmaml import Learner, TaskBatch
-from fobmaml.engine import fused
+from fobmaml.engine import library
 from fobmaml.engine.activations import ACTIVATIONS
 from fobmaml.engine.fused import FusedGradient
 from fobmaml.engine.layers import Convolution, Dense, lengths_taken
@@ -47,11 +47,11 @@ def instructions(request, monkeypatch):
     if torch.backends.cpu.get_cpu_capability() not in ("AVX512", request.param):
         pytest.skip(f"torch does not use {request.param} here")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    fused.kernel.cache_clear()
-    if fused.kernel() is None:
+    library.kernel.cache_clear()
+    if library.kernel() is None:
         pytest.skip("the kernel was not compiled")
     yield
-    fused.kernel.cache_clear()
+    library.kernel.cache_clear()
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -143,7 +143,8 @@ def test_compiled_hessian_products_equal_autograd(instructions, seed):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
     u = torch.randn_like(phi)
     torch.testing.assert_close((u * product(v)).sum(1), (v * product(u)).sum(1), rtol=1e-3, atol=1e-4)
-    engine.engine.kernel.add(phi, None, into := v.clone(), 0.5, -0.1, along=u)
+    lying = phi.mT.contiguous().mT  # otherwise in memory
+    engine.engine.kernel.linearize(lying, torch.empty_like(v)).add(u, into := v.clone(), 0.5, -0.1)
     wanted = 0.5 * v - 0.1 * product_wanted(u.double())
     assert (into - wanted).norm() <= 1e-5 * wanted.norm()
     assert torch.equal(engine.gradient(phi), gradient)
@@ -184,15 +185,15 @@ def test_the_kernel_is_for_what_it_knows(monkeypatch):
         return Learner(model, F.cross_entropy, **options).fused
 
     model = CNN1d((40,), 5, width=4)
-    assert is_fused(model) == (fused.kernel() is not None)
+    assert is_fused(model) == (library.kernel() is not None)
     assert not is_fused(model, engine="stacked")
     assert not is_fused(model, engine="autograd")
     assert not is_fused(CNN1d((40,), 5, width=4, activation="tanh"))
     assert not is_fused(CNN1d((40,), 5, width=4).double())
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    fused.kernel.cache_clear()
+    library.kernel.cache_clear()
     assert not is_fused(model)
-    fused.kernel.cache_clear()
+    library.kernel.cache_clear()
 
 
 # the boundary
@@ -382,6 +383,9 @@ def _order(order, shape=None) -> dict:
         ({"along": torch.zeros(1, 25)}, "along="),
         ({"along": torch.zeros(2, 25).double()}, "along=torch.float64"),
         ({"along": torch.zeros(25, 2).mT}, "along=strides (1, 2)"),
+        ({"along": torch.zeros(2, 25), "scale": float("nan")}, "scale=nan"),
+        ({"along": torch.zeros(2, 25), "step": 1e39}, "step=1e+39"),
+        ({"along": torch.zeros(2, 25), "into": torch.zeros(2, 26)}, "into="),
         ({"times": 0}, "times=0"),
         ({"times": 2**64 + 1}, "times="),
         ({"times": 1.0}, "times=1.0"),
@@ -430,8 +434,12 @@ def _given() -> dict:
 
 def _add(given: dict) -> torch.Tensor:
     gradient = FusedGradient(*(given[name] for name in ("layers", "shapes", "inputs", "targets", "weights")))
-    told = ("start", "displacement", "into", "scale", "step", "times", "order", "chosen_weights", "along")
-    gradient.add(*(given[name] for name in told))
+    if given["along"] is None:
+        told = ("start", "displacement", "into", "scale", "step", "times", "order", "chosen_weights")
+        gradient.add(*(given[name] for name in told))
+    else:
+        hessian = gradient.linearize(given["start"], torch.zeros(len(given["inputs"]), 25))
+        hessian.add(*(given[name] for name in ("along", "into", "scale", "step")))
     return given["into"]
 
 
@@ -498,6 +506,10 @@ def test_however_numbers_lie_in_memory(instructions, layout, name):
     wanted = _add(given | {"into": torch.zeros(2, 25)})
     assert torch.equal(_add(given | {name: LAYOUTS[layout](given[name])}), wanted)
     assert wanted.any()
+    given |= {"along": torch.randn(2, 25), "scale": 0.0}
+    product = _add(given | {"into": torch.zeros(2, 25)})
+    assert torch.equal(_add(given | {name: LAYOUTS[layout](given[name])}), product)
+    assert product.any()
 
 
 def test_one_row_for_all_and_expanded_inputs(instructions):
@@ -627,7 +639,7 @@ def _setup_says(tmp_path, *, built: bool, **environment: str) -> str:
 def test_setting_up_says_when_the_kernel_was_not_compiled(tmp_path):
     compiler = _compiler()
     says = _setup_says(tmp_path, built=False, PATH="")
-    if fused.kernel() is not None:
+    if library.kernel() is not None:
         assert _setup_says(tmp_path, built=True) == ""
         assert f"there is no C compiler ({compiler})" in says
     assert says.startswith("no compiled kernel, so gradients take longer: ")
@@ -638,11 +650,11 @@ def test_setting_up_says_when_the_kernel_was_not_compiled(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"not a library"])
 def test_a_library_that_cannot_be_loaded_is_not_used(tmp_path, content):
-    if fused.instructions() not in ("avx2", "avx512"):
+    if library.instructions() not in ("avx2", "avx512"):
         pytest.skip("torch does not use AVX2 here")
     source = shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.so"))
-    (source / f"fobmaml/engine/fused_{fused.instructions()}.so").write_bytes(content)
-    code = "from fobmaml.engine import fused; print(fused.kernel(), fused.missing())"
+    (source / f"fobmaml/engine/fused_{library.instructions()}.so").write_bytes(content)
+    code = "from fobmaml.engine import library; print(library.kernel(), library.missing())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         text=True,

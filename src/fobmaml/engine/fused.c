@@ -8,7 +8,8 @@ products are sums over tiles held in registers; the activation, SiLU, and its de
 leaves them. Compiled for each of two instruction sets; Python picks one.
 
 A Hessian product is the derivative of all that a gradient takes as the parameters move along a vector: what is called
-``moving`` has the derivatives of what ``at`` has. */
+``moving`` has the derivatives of what ``at`` has. It does not take the gradient again: a gradient can keep its signals
+for products at the same point. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -60,12 +61,13 @@ typedef struct {
 /* What a thread keeps of a layer, for a block of examples. Windows m go over all examples. */
 typedef struct {
     float *forward;       /* weights as panels [kernel_size * in][up to WIDTH vectors of out] */
-    float *backward;      /* and as panels [out][up to WIDTH vectors of kernel_size * in] */
+    float *weights;       /* and as they are, [out][kernel_size * in] */
     float *bias;
     float *h;             /* the input, [examples][1 + length_in + 1][in] */
     float *gh;            /* the loss's derivative by it, zero until it is summed up */
-    float *gz;            /* first a'(z), then the derivative by z: [examples][length_out][out]; of what is moving, first
-                             the derivative of a'(z) */
+    float *gz;            /* the derivative by z, [examples][length_out][out]; of what is moving, first a part of it */
+    float *slope;         /* a'(z), in the place of gz where nothing is kept */
+    float *bend;          /* first a''(z), then a''(z) times the derivative by a(z); NULL where nothing is kept */
     int64_t *from, *to;   /* where window m starts in h, and where its outputs go in the next layer's h */
     float *part;          /* room for a part of one of these, in another order */
 } Buffers;
@@ -171,52 +173,66 @@ INLINE void multiply(const int width, int64_t depth, const float *const *a, cons
     UNROLL for (int i = 0; i < HEIGHT; i++) UNROLL for (int v = 0; v < width; v++) sum[i][v] = s[i][v];
 }
 
-/* h' = a(z) and a'(z) for z = W h + b, for ``width`` vectors of outputs, from the ``first`` on. With ``moving``, their
-derivatives, too; at the inputs, which do not move, its h is NULL. */
-INLINE void forward_panel(const int width, const int activate, const Layer *layer, const Buffers *at,
-                          const Buffers *moving, int64_t windows, int64_t first) {
+/* h' = a(z), a'(z) and, if it is kept, a''(z) for z = W h + b, for ``width`` vectors of outputs, from the ``first`` on. */
+INLINE void forward_panel(const int width, const int activate, const Layer *layer, const Buffers *at, int64_t windows,
+                          int64_t first) {
     int64_t depth = layer->kernel_size * layer->in, columns = MIN(layer->out - first, width * LANES);
-    const float *panel = at->forward + first * depth;
-    vec b[WIDTH], db[WIDTH];
-    UNROLL for (int v = 0; v < width; v++) {
-        b[v] = load(at->bias + first + v * LANES);
-        if (moving) db[v] = load(moving->bias + first + v * LANES);
-    }
+    vec b[WIDTH];
+    UNROLL for (int v = 0; v < width; v++) b[v] = load(at->bias + first + v * LANES);
     for (int64_t m = 0; m < windows; m += HEIGHT) {
-        const float *a[HEIGHT], *da[HEIGHT];
-        vec z[HEIGHT][WIDTH], dz[HEIGHT][WIDTH];
+        const float *a[HEIGHT];
+        vec z[HEIGHT][WIDTH];
         UNROLL for (int i = 0; i < HEIGHT; i++) {
-            int64_t from = at->from[MIN(m + i, windows - 1)];
-            a[i] = at->h + from;
-            da[i] = moving && moving->h ? moving->h + from : NULL;
-            UNROLL for (int v = 0; v < width; v++) {
-                z[i][v] = b[v];
-                if (moving) dz[i][v] = db[v];
-            }
+            a[i] = at->h + at->from[MIN(m + i, windows - 1)];
+            UNROLL for (int v = 0; v < width; v++) z[i][v] = b[v];
         }
-        multiply(width, depth, a, panel, width * LANES, z);
-        if (moving) {
-            multiply(width, depth, a, moving->forward + first * depth, width * LANES, dz);
-            if (moving->h) multiply(width, depth, da, panel, width * LANES, dz);
-        }
+        multiply(width, depth, a, at->forward + first * depth, width * LANES, z);
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
             UNROLL for (int v = 0; v < width; v++) {
                 int64_t to = at->to[m + i] + first + v * LANES, n = columns - v * LANES;
                 int64_t place = (m + i) * layer->out + first + v * LANES;
                 if (!activate) {
                     store_first(at[1].h + to, z[i][v], n);
-                    if (moving) store_first(moving[1].h + to, dz[i][v], n);
                     continue;
                 }
                 vec e = exponential(-z[i][v]), sigmoid = inverse(1.0f + e), silu = z[i][v] * sigmoid;
-                vec slope = sigmoid + silu * (e * sigmoid);
+                vec rest = e * sigmoid;
                 store_first(at[1].h + to, silu, n);
-                store_first(at->gz + place, slope, n);
-                if (moving) { /* a'' = s (1 - s) (2 + z (1 - 2 s)) */
-                    vec rest = e * sigmoid, second = sigmoid * rest * (2.0f + z[i][v] * (rest - sigmoid));
-                    store_first(moving[1].h + to, slope * dz[i][v], n);
-                    store_first(moving->gz + place, second * dz[i][v], n);
+                store_first(at->slope + place, sigmoid + silu * rest, n);
+                if (at->bend) /* s (1 - s) (2 + z (1 - 2 s)) */
+                    store_first(at->bend + place, sigmoid * rest * (2.0f + z[i][v] * (rest - sigmoid)), n);
+            }
+        }
+    }
+}
+
+/* dz = W dh + V h + c, where W moves along V and b along c: dh' = a'(z) dz, and into dgz goes what the derivative of
+a'(z) gives. The inputs do not move: their dh is NULL. */
+INLINE void moving_panel(const int width, const int activate, const Layer *layer, const Buffers *at,
+                         const Buffers *moving, int64_t windows, int64_t first) {
+    int64_t depth = layer->kernel_size * layer->in, columns = MIN(layer->out - first, width * LANES);
+    vec c[WIDTH];
+    UNROLL for (int v = 0; v < width; v++) c[v] = load(moving->bias + first + v * LANES);
+    for (int64_t m = 0; m < windows; m += HEIGHT) {
+        const float *a[HEIGHT], *da[HEIGHT];
+        vec dz[HEIGHT][WIDTH];
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            int64_t from = at->from[MIN(m + i, windows - 1)];
+            a[i] = at->h + from;
+            da[i] = moving->h ? moving->h + from : NULL;
+            UNROLL for (int v = 0; v < width; v++) dz[i][v] = c[v];
+        }
+        multiply(width, depth, a, moving->forward + first * depth, width * LANES, dz);
+        if (moving->h) multiply(width, depth, da, at->forward + first * depth, width * LANES, dz);
+        for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
+            UNROLL for (int v = 0; v < width; v++) {
+                int64_t to = at->to[m + i] + first + v * LANES, n = columns - v * LANES;
+                int64_t place = (m + i) * layer->out + first + v * LANES;
+                if (activate) {
+                    store_first(moving->gz + place, load_first(at->bend + place, n) * dz[i][v], n);
+                    dz[i][v] *= load_first(at->slope + place, n);
                 }
+                store_first(moving[1].h + to, dz[i][v], n);
             }
         }
     }
@@ -224,7 +240,7 @@ INLINE void forward_panel(const int width, const int activate, const Layer *laye
 
 /* gh += gz W + other V, for ``width`` vectors of the windows; the second product where ``other`` is given. */
 INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, int64_t windows, int64_t first,
-                        float *gh, const float *gz, const float *w, const float *other, const float *v_panels) {
+                        float *gh, const float *gz, const float *w, const float *other, const float *v_rows) {
     int64_t columns = MIN(layer->kernel_size * layer->in - first, width * LANES), out = layer->out;
     for (int64_t m = 0; m < windows; m += HEIGHT) {
         const float *a[HEIGHT], *b[HEIGHT];
@@ -235,8 +251,8 @@ INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, 
             b[i] = other ? other + row : NULL;
             UNROLL for (int v = 0; v < width; v++) sum[i][v] = (vec){0};
         }
-        multiply(width, out, a, w + first * out, width * LANES, sum);
-        if (other) multiply(width, out, b, v_panels + first * out, width * LANES, sum);
+        multiply(width, out, a, w + first, layer->kernel_size * layer->in, sum);
+        if (other) multiply(width, out, b, v_rows + first, layer->kernel_size * layer->in, sum);
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
             UNROLL for (int v = 0; v < width; v++) {
                 float *to = gh + at->from[m + i] + first + v * LANES;
@@ -246,20 +262,29 @@ INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, 
     }
 }
 
-/* into = scale * into + step * sum over m of gz[m][i] * panel[m][v], for ``height`` rows i of ``columns`` numbers. */
-INLINE void weight_tile(const int height, const int width, int64_t windows, const float *gz, const float *panel,
-                        float *into, int64_t stride, int64_t columns, float scale, float step) {
+/* A sum over windows m of gz[m] h[from[m]]^T. */
+typedef struct {
+    const float *gz, *h;
+} Term;
+
+/* into = scale * into + step * the sum of the terms, for ``height`` rows i of ``columns`` numbers; ``out`` numbers from
+a window's gz to the next one's. */
+INLINE void weight_tile(const int height, const int width, int64_t windows, int64_t out, const int64_t *from, int terms,
+                        const Term *term, float *into, int64_t stride, int64_t columns, float scale, float step) {
     vec sum[HEIGHT][WIDTH];
     UNROLL for (int i = 0; i < height; i++) UNROLL for (int v = 0; v < width; v++) {
         sum[i][v] = (vec){0};
         __builtin_prefetch(into + (height + i) * stride + v * LANES, 1); /* the next tile's */
     }
-    for (int64_t m = 0; m < windows; m++) {
-        vec b[WIDTH];
-        UNROLL for (int v = 0; v < width; v++) b[v] = *(const vec *)(panel + (m * width + v) * LANES);
-        UNROLL for (int i = 0; i < height; i++) {
-            float factor = gz[m * HEIGHT + i];
-            UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * b[v];
+    for (int t = 0; t < terms; t++) {
+        const float *gz = term[t].gz, *h = term[t].h;
+        for (int64_t m = 0; m < windows; m++) {
+            vec b[WIDTH];
+            UNROLL for (int v = 0; v < width; v++) b[v] = load(h + from[m] + v * LANES);
+            UNROLL for (int i = 0; i < height; i++) {
+                float factor = gz[m * out + i];
+                UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * b[v];
+            }
         }
     }
     UNROLL for (int i = 0; i < height; i++) UNROLL for (int v = 0; v < width; v++) {
@@ -270,9 +295,10 @@ INLINE void weight_tile(const int height, const int width, int64_t windows, cons
     }
 }
 
-static void weight_rows(int height, int width, int64_t windows, const float *gz, const float *panel, float *into,
-                        int64_t stride, int64_t columns, float scale, float step) {
-#define TILE(height, width) weight_tile(height, width, windows, gz, panel, into, stride, columns, scale, step)
+static void weight_rows(int height, int width, int64_t windows, int64_t out, const int64_t *from, int terms,
+                        const Term *term, float *into, int64_t stride, int64_t columns, float scale, float step) {
+#define TILE(height, width) \
+    weight_tile(height, width, windows, out, from, terms, term, into, stride, columns, scale, step)
 #define ROWS(height)                              \
     case height:                                  \
         if (width == 3) TILE(height, 3);          \
@@ -329,27 +355,14 @@ static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t wi
         if (other) few_weights(layer, at, windows, other, moved, into + layer->weight, 1.0f, step);
         return;
     }
-    int64_t terms = other ? 2 : 1;
     for (int64_t m = 0, some; m < windows; m += some, scale = 1.0f) {
-        some = MIN(windows - m, DEPTH / terms);
-        int64_t deep = terms * some;
-        for (int64_t group = 0; group < groups; group++) /* what a tile reads of gz lies together */
-            for (int64_t i = 0; i < deep; i++)
-                memcpy(at->part + (group * deep + i) * HEIGHT,
-                       (i < some ? gz + (m + i) * out : other + (m + i - some) * out) + group * out / groups,
-                       HEIGHT * sizeof(float));
-        EACH_PANEL(depth, k, width) {
-            float panel[DEPTH * WIDTH * LANES] ALIGNED;
-            for (int64_t i = 0; i < deep; i++) {
-                const float *window = (i < some ? h + at->from[m + i] : moved + at->from[m + i - some]) + k;
-                for (int v = 0; v < width; v++)
-                    *(vec *)(panel + (i * width + v) * LANES) = load(window + v * LANES);
-            }
-            for (int64_t group = 0; group < groups; group++) {
-                int64_t first = group * out / groups, last = (group + 1) * out / groups;
-                weight_rows(last - first, width, deep, at->part + group * deep * HEIGHT, panel,
-                            into + layer->weight + first * depth + k, depth, depth - k, scale, step);
-            }
+        some = MIN(windows - m, DEPTH);
+        EACH_PANEL(depth, k, width) for (int64_t group = 0; group < groups; group++) {
+            int64_t first = group * out / groups, last = (group + 1) * out / groups, g = m * out + first;
+            Term term[2] = {{gz + g, h + k}};
+            if (other) term[1] = (Term){other + g, moved + k};
+            weight_rows(last - first, width, some, out, at->from + m, other ? 2 : 1, term,
+                        into + layer->weight + first * depth + k, depth, depth - k, scale, step);
         }
     }
 }
@@ -364,69 +377,86 @@ INLINE void add(float *to, const float *a, const float *b, int64_t number) {
 
 /* Lays out the parameters start + moved for the products. */
 static void pack(const Layer *layer, const float *start, const float *moved, Buffers *at) {
-    int64_t out = layer->out, depth = layer->kernel_size * layer->in, height;
+    int64_t out = layer->out, depth = layer->kernel_size * layer->in;
     add(at->bias, start + layer->bias, moved ? moved + layer->bias : NULL, out);
+    add(at->weights, start + layer->weight, moved ? moved + layer->weight : NULL, out * depth);
     EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
-        int64_t place = layer->weight + o * depth;
-        height = MIN(out - o, LANES);
-        add(at->part, start + place, moved ? moved + place : NULL, height * depth);
         for (int64_t k = 0; k < depth; k += LANES) {
             vec v[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) v[i] = i < height ? load(at->part + i * depth + k) : (vec){0};
+            UNROLL for (int i = 0; i < LANES; i++)
+                v[i] = o + i < out ? load(at->weights + (o + i) * depth + k) : (vec){0};
             transpose(v);
             for (int64_t i = 0; i < MIN(depth - k, LANES); i++)
                 store(at->forward + first * depth + (k + i) * width * LANES + o - first, v[i]);
         }
-        if (at->backward)
-            EACH_PANEL(depth, k, wide)
-                for (int64_t i = 0; i < height; i++)
-                    for (int64_t v = 0; v < wide * LANES; v += LANES)
-                        store(at->backward + k * out + (o + i) * wide * LANES + v, load(at->part + i * depth + k + v));
     }
 }
 
-/* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. A vector's lanes
-behind the end of a buffer are read, but not stored; nothing is read behind that. */
-static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *memory, Buffers *at) {
-    int64_t used = 0, largest = 0;
+/* A vector's lanes behind the end of a buffer are read, but not stored; nothing is read behind that. */
 #define PLACE(pointer, number)                                                     \
     do {                                                                           \
         if (memory) (pointer) = (void *)(memory + used);                           \
         used += (((number) * (int64_t)sizeof *(pointer) + 63) / 64 + 4) * 64;      \
         if (memory) ASAN_POISON_MEMORY_REGION(memory + used - 3 * 64, 3 * 64);     \
     } while (0)
-    for (int64_t l = 0; l <= count; l++) {
+
+/* Gives the signals of a block their places, from ``memory`` on if it is given, all that products need if they are
+``kept``; returns how many bytes that takes. */
+static int64_t arrange_signals(const Layer *layers, int64_t count, int64_t block, int kept, char *memory, Buffers *at) {
+    int64_t used = 0;
+    for (int64_t l = 0; l < count; l++) {
         Buffers *b = at + l;
-        const Layer *layer = layers + l;
-        if (l == count) { /* the outputs */
-            PLACE(b->h, block * layers[l - 1].out);
-            PLACE(b->part, largest);
-            break;
-        }
-        int64_t depth = layer->kernel_size * layer->in, windows = block * layer->length_out;
-        largest = MAX(largest, MAX(LANES, depth < LANES ? windows : 0) * depth);
-        largest = MAX(largest, MIN(2 * windows, DEPTH) * CEIL(layer->out, HEIGHT) * HEIGHT);
-        PLACE(b->forward, CEIL(layer->out, LANES) * LANES * depth);
-        PLACE(b->bias, layer->out);
-        PLACE(b->h, block * (layer->length_in + 2) * layer->in);
-        PLACE(b->gz, windows * layer->out);
-        PLACE(b->from, windows);
-        PLACE(b->to, windows);
-        b->backward = b->gh = NULL;
-        if (l) { /* nobody asks for the derivative by the inputs */
-            PLACE(b->backward, CEIL(depth, LANES) * LANES * layer->out);
-            PLACE(b->gh, block * (layer->length_in + 2) * layer->in);
+        int64_t size = block * layers[l].length_out * layers[l].out;
+        PLACE(b->h, block * (layers[l].length_in + 2) * layers[l].in);
+        PLACE(b->gz, size);
+        b->slope = b->gz;
+        b->bend = NULL;
+        if (kept && l + 1 < count) {
+            PLACE(b->slope, size);
+            PLACE(b->bend, size);
         }
     }
-#undef PLACE
+    PLACE(at[count].h, block * layers[count - 1].out); /* the outputs, then their softmax */
+    return used;
+}
+
+/* The same for all else that a thread needs. */
+static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *memory, Buffers *at) {
+    int64_t used = 0, largest = 0;
+    for (int64_t l = 0; l < count; l++) {
+        Buffers *b = at + l;
+        const Layer *layer = layers + l;
+        int64_t depth = layer->kernel_size * layer->in, windows = block * layer->length_out;
+        if (depth < LANES) largest = MAX(largest, windows * depth);
+        PLACE(b->weights, layer->out * depth);
+        PLACE(b->forward, CEIL(layer->out, LANES) * LANES * depth);
+        PLACE(b->bias, layer->out);
+        PLACE(b->from, windows);
+        PLACE(b->to, windows);
+        b->gh = NULL;
+        if (l) PLACE(b->gh, block * (layer->length_in + 2) * layer->in); /* nobody asks for that of the inputs */
+    }
+    PLACE(at[count].part, largest);
     for (int64_t l = 0; memory && l < count; l++) at[l].part = at[count].part;
     return used;
 }
+#undef PLACE
 
 /* How many bytes of scratch memory a thread needs. */
 int64_t fused_scratch(const Layer *layers, int64_t count, int64_t block) {
     Buffers at[count + 1];
-    return arrange(layers, count, block, NULL, at);
+    return arrange(layers, count, block, NULL, at) + arrange_signals(layers, count, block, 0, NULL, at);
+}
+
+/* How many bytes a gradient keeps of a block of examples. */
+int64_t fused_kept(const Layer *layers, int64_t count, int64_t block) {
+    Buffers at[count + 1];
+    return arrange_signals(layers, count, block, 1, NULL, at);
+}
+
+/* Gives every buffer its place in a thread's scratch memory. */
+static void arrange_all(const Layer *layers, int64_t count, int64_t block, char *scratch, Buffers *at) {
+    arrange_signals(layers, count, block, 0, scratch + arrange(layers, count, block, scratch, at), at);
 }
 
 /* Makes zeroed scratch memory ready. What pads a signal stays zero from then on. */
@@ -434,6 +464,7 @@ void fused_prepare(const Layer *layers, int64_t count, int64_t block, char *scra
     Buffers at[count + 1];
     for (int thread = 0; thread < threads; thread++) {
         scratch += arrange(layers, count, block, scratch, at);
+        scratch += arrange_signals(layers, count, block, 0, scratch, at);
         for (int64_t l = 0; l < count; l++) {
             const Layer *layer = layers + l;
             for (int64_t n = 0, m = 0; n < block; n++) {
@@ -447,125 +478,194 @@ void fused_prepare(const Layer *layers, int64_t count, int64_t block, char *scra
     }
 }
 
+/* Zeros what pads the signals, in memory that is not zeroed. */
+static void pad(const Layer *layers, int64_t count, int64_t examples, const Buffers *at) {
+    for (int64_t l = 0; l < count; l++) {
+        int64_t in = layers[l].in, size = (layers[l].length_in + 2) * in;
+        for (int64_t n = 0; n < examples; n++) {
+            memset(at[l].h + n * size, 0, in * sizeof(float));
+            memset(at[l].h + (n + 1) * size - in, 0, in * sizeof(float));
+        }
+    }
+}
+
 static void forward(const Layer *layers, int64_t count, int64_t examples, const float *x, const int64_t *order,
-                    Buffers *at, Buffers *moving) {
+                    const Buffers *at) {
     int64_t size = layers->length_in * layers->in;
     for (int64_t n = 0; n < examples; n++)
         memcpy(at->h + n * (size + 2 * layers->in) + layers->in, x + (order ? order[n] : n) * size, 4 * size);
     for (int64_t l = 0; l < count; l++) {
         const Layer *layer = layers + l;
         int64_t windows = examples * layer->length_out;
-#define HIDDEN(width) forward_panel(width, 1, layer, at + l, NULL, windows, o)
-#define LAST(width) forward_panel(width, 0, layer, at + l, NULL, windows, o)
-#define MOVING_HIDDEN(width) forward_panel(width, 1, layer, at + l, moving + l, windows, o)
-#define MOVING_LAST(width) forward_panel(width, 0, layer, at + l, moving + l, windows, o)
+#define HIDDEN(width) forward_panel(width, 1, layer, at + l, windows, o)
+#define LAST(width) forward_panel(width, 0, layer, at + l, windows, o)
         EACH_PANEL(layer->out, o, width) {
-            if (l + 1 < count)
-                if (moving) BY_WIDTH(width, MOVING_HIDDEN);
-                else BY_WIDTH(width, HIDDEN);
-            else if (moving) BY_WIDTH(width, MOVING_LAST);
+            if (l + 1 < count) BY_WIDTH(width, HIDDEN);
             else BY_WIDTH(width, LAST);
         }
 #undef HIDDEN
 #undef LAST
-#undef MOVING_HIDDEN
-#undef MOVING_LAST
     }
 }
 
-/* gz = weight * (p - targets), for p = softmax(outputs). Where the outputs move along t, with weight * p (t - p.t). */
-static void loss_gradient(int64_t examples, int64_t classes, const float *targets, const int64_t *order,
-                          const float *weights, const Buffers *at, const Buffers *moving) {
-    for (int64_t n = 0; n < examples; n++) {
-        const float *z = at[1].h + n * classes, *target = targets + (order ? order[n] : n) * classes;
-        float *g = at->gz + n * classes, top = z[0], sum = 0.0f;
-        for (int64_t c = 1; c < classes; c++) top = z[c] > top ? z[c] : top;
-        for (int64_t c = 0; c < classes; c++) sum += g[c] = expf(z[c] - top);
-        if (moving) {
-            const float *t = moving[1].h + n * classes;
-            float *dg = moving->gz + n * classes, mean = 0.0f;
-            for (int64_t c = 0; c < classes; c++) mean += g[c] / sum * t[c];
-            for (int64_t c = 0; c < classes; c++) dg[c] = weights[n] * (g[c] / sum) * (t[c] - mean);
+/* How the signals of ``forward`` move. */
+static void move(const Layer *layers, int64_t count, int64_t examples, const Buffers *at, const Buffers *moving) {
+    for (int64_t l = 0; l < count; l++) {
+        const Layer *layer = layers + l;
+        int64_t windows = examples * layer->length_out;
+#define HIDDEN(width) moving_panel(width, 1, layer, at + l, moving + l, windows, o)
+#define LAST(width) moving_panel(width, 0, layer, at + l, moving + l, windows, o)
+        EACH_PANEL(layer->out, o, width) {
+            if (l + 1 < count) BY_WIDTH(width, HIDDEN);
+            else BY_WIDTH(width, LAST);
         }
-        for (int64_t c = 0; c < classes; c++) g[c] = weights[n] * (g[c] / sum - target[c]);
+#undef HIDDEN
+#undef LAST
     }
 }
 
-/* Into ``into`` goes the gradient or, where something is moving, its derivative. */
-static void backward(const Layer *layers, int64_t count, int64_t examples, Buffers *at, Buffers *moving, float *into,
-                     float scale, float step) {
+/* p = softmax(outputs) in their place, and gz = weight * (p - targets). */
+static void loss_gradient(int64_t examples, int64_t classes, const float *targets, const int64_t *order,
+                          const float *weights, const Buffers *at) {
+    for (int64_t n = 0; n < examples; n++) {
+        const float *target = targets + (order ? order[n] : n) * classes;
+        float *p = at[1].h + n * classes, *g = at->gz + n * classes, top = p[0], sum = 0.0f;
+        for (int64_t c = 1; c < classes; c++) top = p[c] > top ? p[c] : top;
+        for (int64_t c = 0; c < classes; c++) sum += p[c] = expf(p[c] - top);
+        for (int64_t c = 0; c < classes; c++) {
+            p[c] /= sum;
+            g[c] = weights[n] * (p[c] - target[c]);
+        }
+    }
+}
+
+/* Its derivative, as the outputs move along t: weight * p (t - p.t). */
+static void loss_product(int64_t examples, int64_t classes, const float *weights, const Buffers *at,
+                         const Buffers *moving) {
+    for (int64_t n = 0; n < examples; n++) {
+        const float *p = at[1].h + n * classes, *t = moving[1].h + n * classes;
+        float *g = moving->gz + n * classes, mean = 0.0f;
+        for (int64_t c = 0; c < classes; c++) mean += p[c] * t[c];
+        for (int64_t c = 0; c < classes; c++) g[c] = weights[n] * p[c] * (t[c] - mean);
+    }
+}
+
+/* Into ``into`` goes the gradient. */
+static void backward(const Layer *layers, int64_t count, int64_t examples, const Buffers *at, float *into, float scale,
+                     float step) {
     for (int64_t l = count - 1; l >= 0; l--) {
         const Layer *layer = layers + l;
-        const Buffers *a = at + l, *d = moving ? moving + l : NULL;
+        const Buffers *a = at + l;
         int64_t windows = examples * layer->length_out, size = layer->length_out * layer->out;
         for (int64_t n = 0; n < examples && l + 1 < count; n++) {
-            int64_t padded = n * (size + 2 * layer->out);
-            float *gh = at[l + 1].gh + padded, *gz = a->gz + n * size;
-            if (d) {
-                float *dgh = moving[l + 1].gh + padded, *dgz = d->gz + n * size;
-                for (int64_t i = 0; i < size; i++)
-                    dgz[i] = dgz[i] * gh[layer->out + i] + gz[i] * dgh[layer->out + i];
-                memset(dgh, 0, (size + 2 * layer->out) * sizeof(float));
-            }
-            for (int64_t i = 0; i < size; i++) gz[i] *= gh[layer->out + i];
-            memset(gh, 0, (size + 2 * layer->out) * sizeof(float)); /* for the next block */
+            float *padded = at[l + 1].gh + n * (size + 2 * layer->out), *gh = padded + layer->out;
+            float *gz = a->gz + n * size;
+            const float *slope = a->slope + n * size;
+            if (a->bend)
+                for (int64_t i = 0; i < size; i++) a->bend[n * size + i] *= gh[i];
+            for (int64_t i = 0; i < size; i++) gz[i] = slope[i] * gh[i];
+            memset(padded, 0, (size + 2 * layer->out) * sizeof(float)); /* for the next block */
         }
-        if (d) parameter_gradient(layer, a, windows, d->gz, a->h, d->h ? a->gz : NULL, d->h, into, scale, step);
-        else parameter_gradient(layer, a, windows, a->gz, a->h, NULL, NULL, into, scale, step);
-#define INPUT(width) input_panel(width, layer, a, windows, k, a->gh, a->gz, a->backward, NULL, NULL)
-#define MOVING(width) input_panel(width, layer, a, windows, k, d->gh, d->gz, a->backward, a->gz, d->backward)
-        if (l) EACH_PANEL(layer->kernel_size * layer->in, k, width) {
-            BY_WIDTH(width, INPUT);
-            if (d) BY_WIDTH(width, MOVING);
-        }
+        parameter_gradient(layer, a, windows, a->gz, a->h, NULL, NULL, into, scale, step);
+#define INPUT(width) input_panel(width, layer, a, windows, k, a->gh, a->gz, a->weights, NULL, NULL)
+        if (l) EACH_PANEL(layer->kernel_size * layer->in, k, width) BY_WIDTH(width, INPUT);
 #undef INPUT
-#undef MOVING
     }
 }
 
-/* At t = 0, ..., times - 1: into[r] = scale[t] * into[r] + step[t] * (the gradient at phi[r] of the sum over n of
-weights[r][n] * cross-entropy), or in its place the Hessian times along[r], where ``along`` is given
+/* Into ``into`` goes how the gradient moves. */
+static void move_back(const Layer *layers, int64_t count, int64_t examples, const Buffers *at, const Buffers *moving,
+                      float *into, float scale, float step) {
+    for (int64_t l = count - 1; l >= 0; l--) {
+        const Layer *layer = layers + l;
+        const Buffers *a = at + l, *d = moving + l;
+        int64_t windows = examples * layer->length_out, size = layer->length_out * layer->out;
+        for (int64_t n = 0; n < examples && l + 1 < count; n++) {
+            float *padded = moving[l + 1].gh + n * (size + 2 * layer->out), *gh = padded + layer->out;
+            float *gz = d->gz + n * size;
+            const float *slope = a->slope + n * size;
+            for (int64_t i = 0; i < size; i++) gz[i] += slope[i] * gh[i];
+            memset(padded, 0, (size + 2 * layer->out) * sizeof(float));
+        }
+        parameter_gradient(layer, a, windows, d->gz, a->h, l ? a->gz : NULL, d->h, into, scale, step);
+#define INPUT(width) input_panel(width, layer, a, windows, k, d->gh, d->gz, a->weights, a->gz, d->weights)
+        if (l) EACH_PANEL(layer->kernel_size * layer->in, k, width) BY_WIDTH(width, INPUT);
+#undef INPUT
+    }
+}
+
+/* At t = 0, ..., times - 1: into[r] = scale[t] * into[r] + step[t] * the gradient at phi[r] of the sum over n of
+weights[r][n] * cross-entropy.
 
 phi[r] = start[r] + moved[r], or start[r] where ``moved`` is NULL; ``into`` may be ``moved``, which makes it gradient
 descent, without a thread waiting for another between the steps. start [rows][parameters], with ``stride`` numbers from
-a row to the next, moved, along and into [rows][parameters]; x [rows][examples][length][channels];
+a row to the next, moved and into [rows][parameters]; x [rows][examples][length][channels];
 targets [rows][examples][classes], one-hot; weights [rows][examples].
 
 Where ``order`` [rows][times][chosen] is given, the examples at time t are those at order[r][t] of x and targets, and
-weights are [rows][times][chosen]; otherwise chosen = examples. ``scratch``: threads * fused_scratch(layers, count,
-block) prepared bytes, for Hessian products twice as many, aligned to 64; examples are taken in blocks of ``block``. What
-it returns does not depend on the number of threads. */
+weights are [rows][times][chosen]; otherwise chosen = examples. Examples are taken in blocks of ``block``. ``scratch``:
+threads * fused_scratch(layers, count, block) prepared bytes, aligned to 64. ``kept``: rows * (chosen / block, rounded
+up) * fused_kept(layers, count, block) bytes, aligned to 64, for what fused_product takes of the last time, or NULL.
+What it returns does not depend on the number of threads. */
 void fused_gradient(const Layer *layers, int64_t count, int64_t rows, int64_t examples, int64_t chosen, int64_t block,
-                    int64_t parameters, const float *start, int64_t stride, const float *moved, const float *along,
-                    const float *x, const float *targets, const float *weights, const int64_t *order, int64_t times,
-                    const float *scale, const float *step, float *into, char *scratch, int threads) {
+                    int64_t parameters, const float *start, int64_t stride, const float *moved, const float *x,
+                    const float *targets, const float *weights, const int64_t *order, int64_t times, const float *scale,
+                    const float *step, float *into, char *kept, char *scratch, int threads) {
     int64_t bytes = fused_scratch(layers, count, block), inputs = layers->length_in * layers->in;
-    int64_t classes = layers[count - 1].out;
+    int64_t classes = layers[count - 1].out, blocks = CEIL(chosen, block), bytes_kept = fused_kept(layers, count, block);
 #pragma omp parallel num_threads(threads)
     {
-        Buffers at[count + 1], directions[count + 1], *moving = along ? directions : NULL;
-        char *own = scratch + omp_get_thread_num() * bytes;
-        arrange(layers, count, block, own, at);
-        if (moving) {
-            arrange(layers, count, block, own + threads * bytes, moving);
-            moving->h = NULL;
-        }
+        Buffers at[count + 1];
+        arrange_all(layers, count, block, scratch + omp_get_thread_num() * bytes, at);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t r = 0; r < rows; r++) {
             for (int64_t t = 0; t < times; t++) {
-                for (int64_t l = 0; l < count; l++) {
+                for (int64_t l = 0; l < count; l++)
                     pack(layers + l, start + r * stride, moved ? moved + r * parameters : NULL, at + l);
-                    if (moving) pack(layers + l, along + r * parameters, NULL, moving + l);
-                }
                 for (int64_t n = 0; n < chosen; n += block) {
                     int64_t some = MIN(block, chosen - n), first = r * examples + (order ? 0 : n);
                     int64_t weight = (order ? r * times + t : r) * chosen + n;
                     const int64_t *which = order ? order + weight : NULL;
-                    forward(layers, count, some, x + first * inputs, which, at, moving);
-                    loss_gradient(some, classes, targets + first * classes, which, weights + weight, at + count - 1,
-                                  moving ? moving + count - 1 : NULL);
-                    backward(layers, count, some, at, moving, into + r * parameters, n ? 1.0f : scale[t], step[t]);
+                    if (kept) {
+                        arrange_signals(layers, count, block, 1, kept + (r * blocks + n / block) * bytes_kept, at);
+                        pad(layers, count, some, at);
+                    }
+                    forward(layers, count, some, x + first * inputs, which, at);
+                    loss_gradient(some, classes, targets + first * classes, which, weights + weight, at + count - 1);
+                    backward(layers, count, some, at, into + r * parameters, n ? 1.0f : scale[t], step[t]);
                 }
+            }
+        }
+    }
+}
+
+/* into[r] = scale * into[r] + step * the Hessian at start[r] times along[r], of what fused_gradient took there once and
+``kept``: all of the ``examples``, with these ``weights``. along and into [rows][parameters]; ``scratch``: 2 * threads *
+fused_scratch(layers, count, block) prepared bytes. All else is as there. */
+void fused_product(const Layer *layers, int64_t count, int64_t rows, int64_t examples, int64_t block,
+                   int64_t parameters, const float *start, int64_t stride, const float *along, const float *weights,
+                   float scale, float step, float *into, char *kept, char *scratch, int threads) {
+    int64_t bytes = fused_scratch(layers, count, block), bytes_kept = fused_kept(layers, count, block);
+    int64_t classes = layers[count - 1].out, blocks = CEIL(examples, block);
+#pragma omp parallel num_threads(threads)
+    {
+        Buffers at[count + 1], moving[count + 1];
+        char *own = scratch + 2 * omp_get_thread_num() * bytes;
+        arrange_all(layers, count, block, own, at);
+        arrange_all(layers, count, block, own + bytes, moving);
+        moving->h = NULL;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t r = 0; r < rows; r++) {
+            for (int64_t l = 0; l < count; l++) {
+                pack(layers + l, start + r * stride, NULL, at + l);
+                pack(layers + l, along + r * parameters, NULL, moving + l);
+            }
+            for (int64_t n = 0; n < examples; n += block) {
+                int64_t some = MIN(block, examples - n);
+                arrange_signals(layers, count, block, 1, kept + (r * blocks + n / block) * bytes_kept, at);
+                move(layers, count, some, at, moving);
+                loss_product(some, classes, weights + r * examples + n, at + count - 1, moving + count - 1);
+                move_back(layers, count, some, at, moving, into + r * parameters, n ? 1.0f : scale, step);
             }
         }
     }

@@ -1,17 +1,11 @@
-"""Gradients and Hessian products by the compiled kernel ``fused.c``: finding it, checking what it is told, calling it.
+"""Gradients and Hessian products by the compiled kernel ``fused.c``: checking what it is told, calling it.
 
-The kernel takes all passes of all rows in one call. It was compiled when the package was installed, once for AVX2 and
-once for AVX-512; where neither fits the processor, ``Stacked`` does the same with torch's operators.
+It takes all passes of all rows in one call. Where it does not fit the processor, ``Stacked`` does the same with torch's
+operators.
 """
 
-import ctypes
 import math
-import platform
-import shutil
-import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from typing import cast
 
@@ -19,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import refuse, whole_number
-from fobmaml.engine.activations import SiLU
+from fobmaml.engine import library
 from fobmaml.engine.base import Draws, Engine
 from fobmaml.engine.layers import Convolution, Dense, check_chain
 from fobmaml.engine.losses import CrossEntropy, Part, rows_taken
-from fobmaml.engine.memory import check, check_in_order, factors, in_order
+from fobmaml.engine.memory import ALIGNMENT, aligned, check, check_in_order, check_written, factors, in_order
 from fobmaml.engine.network import Network
 from fobmaml.engine.stacked import Stacked
 
@@ -32,93 +26,11 @@ EXAMPLES_AT_ONCE, OF_LARGE_LAYERS, LARGE = 25, 50, 2**17
 weights they do not, and twice the examples are faster (measured at 25, 64, 128 and 250 channels)."""
 STEPS_A_CALL = 10
 """Within a call no thread waits for another, and nobody can interrupt."""
-ROWS_A_THREAD = 8
-"""At least so many: a row is one thread's, and all threads wait for the last."""
-ALIGNMENT = 64
+ROWS_A_THREAD, KEPT_ROWS_A_THREAD = 8, 2
+"""At least so many: a row is one thread's, and all threads wait for the last. Of Hessian products fewer: for them each
+row keeps its signals at each step, and a call is of one step anyway."""
 MOST_TIMES = 2**20  # in a call: a step has numbers of its own
-MOST_LAYERS = 512  # a thread describes them on its stack
 MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not overflow
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in ("kernel_size", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias")
-    )
-
-
-def instructions() -> str:
-    """The set of vector instructions that torch uses and the kernel is chosen for: avx512, avx2 or another."""
-    return torch.backends.cpu.get_cpu_capability().lower()
-
-
-@cache
-def kernel() -> ctypes.CDLL | None:
-    """The library for the vector instructions that torch uses, too; None if there is none, see ``missing``.
-
-    ATEN_CPU_CAPABILITY=default, an environment variable of torch, turns it off.
-    """
-    try:
-        return load(path) if (path := _compiled()) else None
-    except (OSError, AttributeError):  # it, or a library that it takes, is another system's or another version's
-        return None
-
-
-def _compiled() -> str | None:
-    """The library's file."""
-    found = find_spec(f"fobmaml.engine.fused_{instructions()}")
-    return None if found is None else found.origin
-
-
-def load(path: str) -> ctypes.CDLL:
-    """The kernel compiled into the library ``path``."""
-    library = ctypes.CDLL(path)
-    layers, whole, memory = ctypes.POINTER(_Layer), ctypes.c_int64, ctypes.c_void_p
-    library.fused_scratch.argtypes, library.fused_scratch.restype = [layers, whole, whole], whole
-    library.fused_prepare.argtypes, library.fused_prepare.restype = [layers, whole, whole, memory, ctypes.c_int], None
-    library.fused_gradient.argtypes = [
-        layers,
-        *[whole] * 6,
-        memory,
-        whole,
-        *[memory] * 6,
-        whole,
-        *[memory] * 4,
-        ctypes.c_int,
-    ]
-    library.fused_gradient.restype = None
-    return library
-
-
-def missing() -> str:
-    """Why there is no kernel, in a few words; nothing where there is one."""
-    if kernel() is not None:
-        return ""
-    machine, compiler = platform.machine(), (sysconfig.get_config_var("CC") or "cc").split()[0]
-    if machine not in ("x86_64", "AMD64"):
-        return f"it is for x86-64 processors with AVX2, and this one is {machine}"
-    if instructions() not in ("avx2", "avx512"):
-        return "it is for processors with AVX2, which torch does not use here (ATEN_CPU_CAPABILITY, or none)"
-    if path := _compiled():
-        return f"{path} cannot be loaded"
-    if shutil.which(compiler) is None:
-        return f"there is no C compiler ({compiler})"
-    return f"the C compiler ({compiler}) does not compile it: it takes gcc with OpenMP"
-
-
-def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel knows such a network: float32 on a CPU, SiLU after all layers but the last, which is dense."""
-    if not 0 < len(layers) <= MOST_LAYERS:
-        return False
-    *hidden, last = layers
-    return (
-        dtype == torch.float32
-        and device.type == "cpu"
-        and isinstance(last, Dense)
-        and last.activation is None
-        and all(isinstance(layer.activation, SiLU) for layer in hidden)
-        and kernel() is not None
-    )
 
 
 class FusedGradient:
@@ -143,14 +55,14 @@ class FusedGradient:
     ):
         check("inputs", x)
         lengths = check_chain(layers, shapes, x)
-        found = kernel()
+        found = library.kernel()
         if found is None:
-            raise refuse("engine", "fused", f"a compiled kernel: {missing()}")
-        if not fits(layers, torch.float32, torch.device("cpu")):
+            raise refuse("engine", "fused", f"a compiled kernel: {library.missing()}")
+        if not library.fits(layers, torch.float32, torch.device("cpu")):
             raise refuse(
                 "model",
                 f"{len(layers)} layers",
-                f"at most {MOST_LAYERS}, with SiLU after all but the last, for the compiled kernel",
+                f"at most {library.MOST_LAYERS}, with SiLU after all but the last, for the compiled kernel",
             )
         rows, examples = x.shape[:2]
         classes = shapes[layers[-1].weight][0]
@@ -167,7 +79,7 @@ class FusedGradient:
             dense, outputs = isinstance(layer, Dense), shapes[layer.weight][0]
             kernel_size = length if dense else shapes[layer.weight][1]
             described.append(
-                _Layer(
+                library.Layer(
                     kernel_size,
                     getattr(layer, "stride", 1),
                     channels,
@@ -182,7 +94,7 @@ class FusedGradient:
             if max(self.parameters, self.at_once * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:
                 raise refuse("inputs", tuple(x.shape), f"signals that fit into memory, {layer.weight}'s too")
             channels = outputs
-        self.layers = (_Layer * len(layers))(*described)
+        self.layers = (library.Layer * len(layers))(*described)
         self.threads = min(torch.get_num_threads(), rows)
         self.block, self.parts, self.memory = 0, 0, torch.empty(0, dtype=torch.uint8)
 
@@ -196,7 +108,7 @@ class FusedGradient:
         times: int = 1,
         order: Tensor | None = None,
         weights: Tensor | None = None,
-        along: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> None:
         """into ← scale · into + step · the gradient at φ = start + displacement, ``times`` times.
 
@@ -206,8 +118,7 @@ class FusedGradient:
         Mini-batches: at time t row r takes the n examples ``order[r, t]`` only (int64 [R, times, n], some may be the
         with ``weights[r, t]`` ([R, times, n]). Nothing of ``x`` is copied for it.
 
-        With ``along`` the Hessian at φᵣ times ``along[r]`` takes the gradient's place. Cost: 8 products of a layer's
-        weights and signals, where a gradient takes 3.
+        ``kept``: memory of ``linearize``.
         """
         times = whole_number("times", times, at_most=MOST_TIMES)
         scales, steps = factors("scale", scale, times), factors("step", step, times)
@@ -220,14 +131,9 @@ class FusedGradient:
         for name, part in data.items():
             read[name] = check(name, part)  # its memory may have been taken away since
         chosen = self.examples if order is None else order.shape[2]
-        written = check_in_order("into", into, own)
-        for name, rows in (("displacement", displacement), ("along", along)):
-            if rows is not None:
-                read[name] = check_in_order(name, rows, own)
-        for name, there in read.items():
-            descent = name == "displacement" and there == written
-            if there.start < written.stop and written.start < there.stop and not descent:
-                raise refuse("into", f"memory of {name}", "memory of its own, or all of the displacement's")
+        if displacement is not None:
+            read["displacement"] = check_in_order("displacement", displacement, own)
+        check_written(into, own, read, besides="displacement")
         if not self.rows:
             return
         if not chosen:  # nothing is added
@@ -236,7 +142,7 @@ class FusedGradient:
             return
         if start.stride(1) != 1 or start.is_neg() or start.data_ptr() % 4:
             start = in_order(start)
-        scratch = self._scratch(chosen, 1 if along is None else 2)
+        scratch = self.scratch(chosen)
         self.kernel.fused_gradient(
             self.layers,
             len(self.layers),
@@ -248,16 +154,27 @@ class FusedGradient:
             start.data_ptr(),
             start.stride(0) if len(start) > 1 else 0,
             None if displacement is None else displacement.data_ptr(),
-            None if along is None else along.data_ptr(),
             *(part.data_ptr() for part in data.values()),
             None if order is None else order.data_ptr(),
             times,
             scales.data_ptr(),
             steps.data_ptr(),
             into.data_ptr(),
+            None if kept is None else aligned(kept),
             scratch,
             self.threads,
         )
+
+    def linearize(self, start: Tensor, into: Tensor) -> "Hessian":
+        """into ← the gradient at ``start``, and the Hessian there. See ``add`` for what these are."""
+        bytes_kept = 0
+        if self.rows and self.examples:
+            self.scratch(self.examples)  # says how large the blocks are
+            blocks = self.rows * math.ceil(self.examples / self.block)
+            bytes_kept = blocks * self.kernel.fused_kept(self.layers, len(self.layers), self.block)
+        kept = torch.empty(bytes_kept + ALIGNMENT, dtype=torch.uint8)
+        self.add(start, None, into, 0.0, 1.0, kept=kept)
+        return Hessian(self, torch.empty_like(into).copy_(start.detach()), kept)
 
     def _chosen(self, order: Tensor | None, weights: Tensor | None, times: int) -> tuple[Tensor, Tensor]:
         """Which examples to take, and their weights, as the kernel reads them."""
@@ -273,24 +190,63 @@ class FusedGradient:
                 raise refuse("order", least if least < 0 else most, f"indices of {self.examples} examples, from 0 on")
         return in_order(order), in_order(cast(Tensor, weights))
 
-    def _scratch(self, chosen: int, parts: int) -> int:
+    def scratch(self, chosen: int, parts: int = 1) -> int:
         """The address of ``parts`` times the memory for blocks of equal size, as many as so many examples take."""
         block = math.ceil(chosen / math.ceil(chosen / self.at_once))
         if block != self.block or parts > self.parts:
             described = self.layers, len(self.layers), block
             bytes_a_part = self.threads * self.kernel.fused_scratch(*described)
             self.memory = torch.zeros(parts * bytes_a_part + ALIGNMENT, dtype=torch.uint8)
-            self.block, self.parts, start = block, parts, self.memory.data_ptr()
-            self.kernel.fused_prepare(*described, start + -start % ALIGNMENT, parts * self.threads)
-        start = self.memory.data_ptr()
-        return start + -start % ALIGNMENT
+            self.block, self.parts = block, parts
+            self.kernel.fused_prepare(*described, aligned(self.memory), parts * self.threads)
+        return aligned(self.memory)
+
+
+class Hessian:
+    """Of what ``gradient`` takes the gradient of, at ``phi`` [R, P], where it has ``kept`` its signals.
+
+    Memory: ``phi`` and four numbers for each activation of each row.
+    """
+
+    def __init__(self, gradient: FusedGradient, phi: Tensor, kept: Tensor):
+        self.gradient, self.phi, self.kept = gradient, phi, kept
+
+    def add(self, along: Tensor, into: Tensor, scale: float, step: float) -> None:
+        """into ← scale · into + step · the Hessian at φᵣ times ``along[r]``, both contiguous [R, P].
+
+        Cost: 6 products of a layer's weights and signals, where a gradient takes 3.
+        """
+        of, own = self.gradient, tuple(self.phi.shape)
+        read = {name: check(name, part) for name, part in of.data.items()}
+        read["along"] = check_in_order("along", along, own)
+        check_written(into, own, read)
+        scale, step = (factors(name, each, 1).item() for name, each in (("scale", scale), ("step", step)))
+        if not of.rows or not of.examples:
+            into.mul_(scale) if scale else into.zero_()
+            return
+        scratch = of.scratch(of.examples, 2)  # and with it the size of the blocks
+        of.kernel.fused_product(
+            of.layers,
+            len(of.layers),
+            of.rows,
+            of.examples,
+            of.block,
+            of.parameters,
+            self.phi.data_ptr(),
+            self.phi.stride(0),
+            along.data_ptr(),
+            of.data["weights"].data_ptr(),
+            scale,
+            step,
+            into.data_ptr(),
+            aligned(self.kept),
+            scratch,
+            of.threads,
+        )
 
 
 class Fused(Stacked):
-    """The passes of a gradient or Hessian product in one call of the kernel; outputs are computed as in ``Stacked``.
-
-    A Hessian product takes its forward passes anew: between calls nothing is kept but parameters.
-    """
+    """The passes of a gradient or Hessian product in one call of the kernel; outputs are computed as in ``Stacked``."""
 
     def __init__(self, network: Network, x: Tensor, loss: CrossEntropy):
         super().__init__(network, x, loss)
@@ -305,14 +261,15 @@ class Fused(Stacked):
         return into
 
     def linearize(self, phi: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        phi = phi.detach().clone()  # the caller's may change
+        gradient = torch.empty(phi.shape, dtype=phi.dtype)
+        hessian = self.kernel.linearize(phi.detach(), gradient)
 
         def product(v: Tensor) -> Tensor:
-            into = torch.empty(phi.shape, dtype=phi.dtype)
-            self.kernel.add(phi, None, into, 0.0, 1.0, along=in_order(v))
+            into = torch.empty_like(hessian.phi)  # not phi, which may be kept for nothing else
+            hessian.add(in_order(v), into, 0.0, 1.0)
             return into
 
-        return self.gradient(phi), product
+        return gradient, product
 
     def gradient_descent(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import one_of, refuse
-from fobmaml.engine import fused
+from fobmaml.engine import fused, library
 from fobmaml.engine.autograd import Autograd
 from fobmaml.engine.base import WHOLE, Engine
 from fobmaml.engine.loop import Loop
@@ -58,7 +58,7 @@ class Learner(Network):
         self.fused = (
             engine in ("auto", "fused")
             and self.lists_layers
-            and fused.fits(self.model.stacked_layers(), self.dtype, self.device)
+            and library.fits(self.model.stacked_layers(), self.dtype, self.device)
         )
         if engine == "fused" and not self.fused:
             raise refuse(
@@ -104,7 +104,7 @@ class Learner(Network):
         rows = cast(RowLoss, loss)  # who wants outputs only asks for nothing of it
         if self.lists_layers and self._trial.listed(x):
             if self.fused and isinstance(loss, CrossEntropy):
-                return f"fused-{fused.instructions()}", fused.Fused(self, x, loss)
+                return f"fused-{library.instructions()}", fused.Fused(self, x, loss)
             return "stacked", Stacked(self, x, rows)
         batched = self._trial.batched(x, second_order)
         parts = [part.examples for part in loss.parts] if loss else WHOLE
@@ -119,7 +119,8 @@ class Learner(Network):
         x = x[[0, -1]].to(self.dtype if x.is_floating_point() else x.dtype)
         if self.lists_layers and self._trial.listed(x):
             rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
-            return max(rows, fused.ROWS_A_THREAD * torch.get_num_threads()) if self.fused else rows
+            a_thread = fused.KEPT_ROWS_A_THREAD if second_order else fused.ROWS_A_THREAD
+            return max(rows, a_thread * torch.get_num_threads()) if self.fused else rows
         if not self._trial.batched(x, second_order):
             return 1
         return math.ceil(FLOPS_AT_ONCE / max(self._trial.flops_an_example * examples, 1))

@@ -1,11 +1,14 @@
 """What compiled code is told of tensors: that they are what it takes, and where their numbers lie."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fobmaml.arguments import number, refuse
+
+ALIGNMENT = 64
+"""Of the kernel's own memory, in bytes."""
 
 
 def check(name: str, tensor: Tensor, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> range:
@@ -46,10 +49,25 @@ def check_in_order(name: str, tensor: Tensor, shape: tuple[int, ...]) -> range:
     return addresses
 
 
+def check_written(into: Tensor, shape: tuple[int, ...], read: Mapping[str, range], besides: str | None = None) -> None:
+    """That ``into`` can be written and has memory of its own, or all that is read as ``besides``."""
+    written = check_in_order("into", into, shape)
+    for name, there in read.items():
+        if there.start < written.stop and written.start < there.stop and not (name == besides and there == written):
+            or_that = f", or all of the {besides}'s" if besides else ""
+            raise refuse("into", f"memory of {name}", f"memory of its own{or_that}")
+
+
 def in_order(tensor: Tensor) -> Tensor:
     """The same numbers one after another, at addresses that their type has; no later ``resize_`` of it is seen."""
     tensor = tensor.detach().resolve_neg().contiguous()
     return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
+
+
+def aligned(memory: Tensor) -> int:
+    """The first address of ALIGNMENT in ``memory``, which has so many bytes more than are needed."""
+    start = memory.data_ptr()
+    return start + -start % ALIGNMENT
 
 
 def factors(name: str, value: float | Sequence[float], count: int) -> Tensor:

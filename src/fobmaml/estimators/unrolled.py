@@ -32,7 +32,6 @@ class MAML(Estimator):
     Cost: K support gradients, as many Hessian-vector products, and one query gradient a task; with ``checkpoint``
     K more support gradients; with ``multi_step`` K query gradients until it is over. No Hessian-vector products before
     ``second_order_from``. Memory: K times one task's activations, or its parameters, for the tasks solved at once.
-    With the compiled kernel it is parameters, too: it computes activations again anyway.
     Reference: Finn, Abbeel & Levine 2017, arXiv:1703.03400, equation (1); λ > 0 adds the proximal term to its inner
     problem. Antoniou, Edwards & Storkey 2019, arXiv:1810.09502, section 4. Raises ValueError for a solver that cannot
     be differentiated through, for the three settings one that is no ``Descent``, and for one below 0.

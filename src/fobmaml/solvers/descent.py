@@ -129,7 +129,8 @@ class Descent(Solver):
                 wrt_gradient, wrt_after = self.pulled_back(*(kept or (v, ())), step, -rate * wrt_phi, wrt_after)
                 product = seen.at(step).linearize(hessian, engine)[1] if isinstance(hessian, Tensor) else hessian
                 wrt_phi = wrt_phi + product(wrt_gradient)
-                wrt_theta = wrt_theta - problem.lam * wrt_gradient
+                if problem.lam:
+                    wrt_theta = wrt_theta - problem.lam * wrt_gradient
             return wrt_theta + wrt_phi
 
         return self._solution(problem, displacement), pull_back

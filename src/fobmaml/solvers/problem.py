@@ -101,6 +101,8 @@ class InnerProblem:
         ``engine``: for several calls one, so that they share its memory; by default one of their own.
         """
         gradient, hvp = (engine or self.engine(second_order=True)).linearize(phi)
+        if self.lam == 0.0:
+            return gradient, hvp
         return (
             torch.add(gradient, phi - self.theta, alpha=self.lam),
             lambda v: torch.add(hvp(v), v, alpha=self.lam),

@@ -1,0 +1,113 @@
+"""The compiled kernel ``fused.c``: finding it, and what its functions take.
+
+It was compiled when the package was installed, once for AVX2 and once for AVX-512.
+"""
+
+import ctypes
+import platform
+import shutil
+import sysconfig
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from fobmaml.engine.activations import SiLU
+from fobmaml.engine.layers import Convolution, Dense
+
+MOST_LAYERS = 512  # a thread describes them on its stack
+
+
+class Layer(ctypes.Structure):
+    """As in fused.c."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in ("kernel_size", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias")
+    )
+
+
+def instructions() -> str:
+    """The set of vector instructions that torch uses and the kernel is chosen for: avx512, avx2 or another."""
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
+@cache
+def kernel() -> ctypes.CDLL | None:
+    """The library for the vector instructions that torch uses, too; None if there is none, see ``missing``.
+
+    ATEN_CPU_CAPABILITY=default, an environment variable of torch, turns it off.
+    """
+    try:
+        return load(path) if (path := _compiled()) else None
+    except (OSError, AttributeError):  # it, or a library that it takes, is another system's or another version's
+        return None
+
+
+def _compiled() -> str | None:
+    """The library's file."""
+    found = find_spec(f"fobmaml.engine.fused_{instructions()}")
+    return None if found is None else found.origin
+
+
+def load(path: str) -> ctypes.CDLL:
+    """The kernel compiled into the library ``path``."""
+    library = ctypes.CDLL(path)
+    layers, whole, memory = ctypes.POINTER(Layer), ctypes.c_int64, ctypes.c_void_p
+    library.fused_scratch.argtypes, library.fused_scratch.restype = [layers, whole, whole], whole
+    library.fused_prepare.argtypes, library.fused_prepare.restype = [layers, whole, whole, memory, ctypes.c_int], None
+    library.fused_kept.argtypes, library.fused_kept.restype = [layers, whole, whole], whole
+    library.fused_gradient.argtypes = [
+        layers,
+        *[whole] * 6,
+        memory,
+        whole,
+        *[memory] * 5,
+        whole,
+        *[memory] * 5,
+        ctypes.c_int,
+    ]
+    library.fused_product.argtypes = [
+        layers,
+        *[whole] * 5,
+        memory,
+        whole,
+        *[memory] * 2,
+        *[ctypes.c_float] * 2,
+        *[memory] * 3,
+        ctypes.c_int,
+    ]
+    library.fused_gradient.restype = library.fused_product.restype = None
+    return library
+
+
+def missing() -> str:
+    """Why there is no kernel, in a few words; nothing where there is one."""
+    if kernel() is not None:
+        return ""
+    machine, compiler = platform.machine(), (sysconfig.get_config_var("CC") or "cc").split()[0]
+    if machine not in ("x86_64", "AMD64"):
+        return f"it is for x86-64 processors with AVX2, and this one is {machine}"
+    if instructions() not in ("avx2", "avx512"):
+        return "it is for processors with AVX2, which torch does not use here (ATEN_CPU_CAPABILITY, or none)"
+    if path := _compiled():
+        return f"{path} cannot be loaded"
+    if shutil.which(compiler) is None:
+        return f"there is no C compiler ({compiler})"
+    return f"the C compiler ({compiler}) does not compile it: it takes gcc with OpenMP"
+
+
+def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel knows such a network: float32 on a CPU, SiLU after all layers but the last, which is dense."""
+    if not 0 < len(layers) <= MOST_LAYERS:
+        return False
+    *hidden, last = layers
+    return (
+        dtype == torch.float32
+        and device.type == "cpu"
+        and isinstance(last, Dense)
+        and last.activation is None
+        and all(isinstance(layer.activation, SiLU) for layer in hidden)
+        and kernel() is not None
+    )
