@@ -9,15 +9,15 @@
   are VALIDATIONS of them along a run, on the same TASKS tasks for all methods.
 - A study tries as many settings for every method. The first are the best that was known before; then, by turns, two
   near the best so far and one by Optuna's sampler. All search the same settings, but for those that a method does not
-  have. A trial is judged by its work until
-  95 %, in example-gradients (a Hessian product is 8/3 of one), whatever else the machine does meanwhile. It is cut short
-  where it cannot win: after HOPELESS times the work of the best, or if a quarter of its budget has taught it nothing.
+  have. A trial is judged by its work until 95 %, in example-gradients (a Hessian product is 8/3 of one), whatever else
+  the machine does meanwhile. It is cut short where it cannot win: after HOPELESS times the work of the best, or if a
+  quarter of its budget has taught it nothing.
 - In the race the best trial of each method is run with other seeds, with as many threads as it is fastest with. Seconds
   are those of training, without those of validation. What 97 % takes is read off runs with three times the budget.
 
 ``symmetric_all`` is the yardstick: symmetric on all examples at every step, without a search but for its budget.
-Both commands go on where they were stopped. Into results/: race_tuning.csv (the trials), race_curves.csv (accuracy along
-each run) and race.csv (what each run took to each accuracy).
+Both commands go on where they were stopped. Into results/: race_tuning.csv (the trials), race_curves.csv (accuracy
+along each run) and race.csv (what each run took to each accuracy).
 """
 
 import argparse
@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def course(overrides: list[str], budget: int, seed: int) -> Iterator[Row]:
 def reached(curve: list[Row], goal: float) -> Row | None:
     """The first of two points, one after the other, at which the accuracy is ``goal`` or more."""
     return next(
-        (one for one, after in zip(curve, curve[1:], strict=False) if min(one["accuracy"], after["accuracy"]) >= goal),
+        (one for one, after in pairwise(curve) if min(one["accuracy"], after["accuracy"]) >= goal),
         None,
     )
 
@@ -180,6 +181,8 @@ def near(best: optuna.trial.FrozenTrial, number: int) -> Row:
 
 @dataclass(frozen=True)
 class Race:
+    """The studies and runs at one ``width``, in ``folder``."""
+
     folder: Path
     width: int
 

@@ -144,7 +144,7 @@ def race(folder: Path) -> str:
 
 
 def reached(rows: Sequence[Row], goal: int) -> str:
-    """Medians over seeds of work and seconds, from the runs of the shortest budget in which more than half got there."""
+    """Medians over seeds of work and seconds, from the runs of the least budget in which half got there."""
     for _, runs in sorted(groups(rows, "times").items()):
         works, seconds = (
             sorted(math.inf if row[f"{what}_to_{goal}"] is None else row[f"{what}_to_{goal}"] for row in runs)
