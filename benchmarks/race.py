@@ -28,6 +28,7 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -256,7 +257,7 @@ class Race:
             return
         best = self.study(name).best_trial
         overrides, budget = best.user_attrs["overrides"], times * best.params["budget"]
-        threads = fastest_threads(overrides, budget)
+        threads = fastest_threads(overrides)
         torch.set_num_threads(threads)
         curve, diverged = list[Row](), False
         try:
@@ -270,10 +271,10 @@ class Race:
         write_json(path, {"who": who, "diverged": diverged, "curve": curve})
 
 
-def fastest_threads(overrides: list[str], budget: int) -> int:
+def fastest_threads(overrides: list[str]) -> int:
     """The number of threads with which a few meta-steps, by turns, take the least time."""
     took: dict[int, list[float]] = {count: [] for count in range(1, (os.cpu_count() or 1) + 1)}
-    steps = built(overrides, budget, 0).train()
+    steps = built(overrides, 10**12, 0).train()
     next(steps)
     for _ in range(5):
         for threads, times in took.items():
@@ -323,6 +324,7 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     races = [Race(arguments.folder, width) for width in arguments.widths]
     if arguments.what == "tune":
         for race in races:
