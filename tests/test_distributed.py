@@ -66,7 +66,7 @@ def _assert_same_run(found: Path, wanted: Path, tolerance: float) -> None:
     ("dtype", "tolerance", "counts"),
     [
         ("float64", 1e-10, [2]),
-        pytest.param("float64", 1e-10, [3], marks=pytest.mark.slow),
+        pytest.param("float64", 1e-10, [3], marks=pytest.mark.nightly),
         pytest.param("float32", 1e-5, [2], marks=pytest.mark.slow),
         pytest.param("float64", 1e-10, [1], marks=pytest.mark.nightly),
         pytest.param("float32", 1e-5, [1, 3], marks=pytest.mark.nightly),

@@ -139,7 +139,7 @@ def _check_composed(example: tuple[tuple[nn.Module, str], str, str, int, int, in
         assert float((flat - wanted).norm()) < 1e-9 * size, f"{name} on {model}, task_chunk={chunk}, {found.engine}"
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3, 4))])
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.nightly) for part in (1, 2, 3, 4))])
 def test_composed_modules(part):
     """Three hundred in all."""
     losses = [name for name in LOSSES if name not in FIRST_DERIVATIVES_ONLY]

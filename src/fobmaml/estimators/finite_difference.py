@@ -4,7 +4,6 @@ With φᵢ,ν* = argmin_φ f̂ᵢ(φ) + ν fᵢ(φ) + (λ/2)‖φ − θ‖², t
 No Hessian is touched, and the memory is that of plain gradient descent on the tasks solved at once.
 """
 
-import math
 from copy import copy
 from itertools import count
 from math import factorial
@@ -21,6 +20,8 @@ from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
 
 Nu = float | Literal["auto"]
+MEASURED = 2
+"""Tasks by which ν is chosen: the first ones."""
 
 
 class FiniteDifference(Estimator):
@@ -29,13 +30,15 @@ class FiniteDifference(Estimator):
     Every offset is solved from θ with the same steps, so that most of the solver's error cancels in the difference.
     Non-zero offsets take gradients of support and query, offset zero of the support alone.
 
-    ``nu``: ν, or ``auto``: where truncation and rounding are in balance by ``balanced_nu``, measured on the first task
-    at each call of ``estimate`` (of several processes, by each on its own), and so a function of θ, tasks and settings.
+    ``nu``: ν, or ``auto``: where truncation and noise are in balance by ``balanced_nu``, measured on the first two
+    tasks at each call of ``estimate`` (of several processes, by each on its own), and so a function of θ, tasks and
+    settings.
 
     Cost: (non-zero offsets) × steps gradients of support and query, plus steps support gradients if 0 is an offset: of
     K steps, S support and Q query examples, K(S + Q) example-gradients a non-zero offset, and K·S; of ``auto`` as
-    much for three more tasks (or, where one task alone is harder than most, for more of them).
+    much for six more tasks, of order 4 for five (or, where the tasks are harder than most, for more of them).
     Memory: (tasks at once) × (non-zero offsets) times one task's gradient; flat in the inner steps.
+    ``auto`` solves two tasks at three times the offsets at once.
     Raises ValueError unless λ > 0, ν > 0 and the weights sum to zero, and for a model in half precision.
     """
 
@@ -61,11 +64,8 @@ class FiniteDifference(Estimator):
             return self
         _check_precision(learner)
 
-        def measured(nus: list[float]) -> tuple[list[Tensor], float]:
-            found, perturbed, _ = self._estimates(learner, theta, tasks[:1], nus)
-            # Where a row stops that goes on to a tolerance is no smooth function of ν: ‖φ − φ*‖ ≤ residual / λ.
-            error = float(perturbed.residual.square().mean().sqrt()) if perturbed.tol else 0.0
-            return found, math.hypot(*self.stencil.values()) * error
+        def measured(nus: list[float]) -> list[Tensor]:
+            return self._estimates(learner, theta, tasks[:MEASURED], nus)[0]
 
         settled = copy(self)
         settled.nu = balanced_nu(measured, self.order, torch.finfo(learner.dtype).eps, len(tasks))
@@ -75,7 +75,7 @@ class FiniteDifference(Estimator):
         if not isinstance(self.nu, float):
             return self.settled(learner, theta, tasks)(learner, theta, tasks)
         _check_precision(learner)
-        (gradients,), _, centre = self._estimates(learner, theta, tasks, [self.nu])
+        (gradients,), centre = self._estimates(learner, theta, tasks, [self.nu])
 
         def adapted() -> Solution:
             return self.adapt(learner, theta, tasks) if centre is None else centre
@@ -84,7 +84,7 @@ class FiniteDifference(Estimator):
 
     def _estimates(
         self, learner: Learner, theta: Tensor, tasks: TaskBatch, nus: list[float]
-    ) -> tuple[list[Tensor], Solution, Solution | None]:
+    ) -> tuple[list[Tensor], Solution | None]:
         """[T, P] at each of ``nus``, by one solve of all their offsets, and one of offset zero if there is."""
         offsets = list(dict.fromkeys(o * nu for nu in nus for o in self.stencil if o != 0))
         perturbed = self.solve(InnerProblem(learner, theta, tasks, self.lam, theta.new_tensor(offsets)))
@@ -101,7 +101,7 @@ class FiniteDifference(Estimator):
             if centre is not None:
                 difference += self.stencil[0] * centre.displacement
             found.append(-(self.lam / nu) * difference)
-        return found, perturbed, centre
+        return found, centre
 
 
 def _positive(nu: Nu) -> float:

@@ -1,4 +1,4 @@
-"""ν by measurement: where truncation and rounding of a finite difference of solutions are in balance."""
+"""ν by measurement: where truncation and noise of a finite difference of solutions are in balance."""
 
 import math
 from collections.abc import Callable
@@ -13,25 +13,26 @@ DROWNED = 32
 """Times the dtype's rounding: a ν so small that of the estimate little is left but noise."""
 
 
-def balanced_nu(
-    measured: Callable[[list[float]], tuple[list[Tensor], float]], order: int, eps: float, tasks: int
-) -> float:
+def balanced_nu(measured: Callable[[list[float]], list[Tensor]], order: int, eps: float, tasks: int) -> float:
     """ν* = (R / pC)^{1/(p+1)}, where C ν^p + R/ν is least: the error of a difference formula of order p.
 
-    ``measured``: of one task, the meta-gradient g [1, P] at each of some ν, and what is known of R. C is measured by
-    halving ν, C = ‖g(ν) − g(ν/2)‖ / ν^p (1 − 2^−p), from ν = 1/10 or, until the difference is small against g, a
-    quarter of that again and again; R by a ν at which g drowns in rounding, R = ν ‖g(ν) − g‖. In a mean over ``tasks``
-    R averages out and C does not: R counts 1/√tasks. Above 1/10 it is an underestimate, since rounding hides C there.
-    At most 1, where the query loss counts as much as the support loss.
+    ``measured``: the meta-gradients g [T, P] of some tasks at each of some ν. C is measured by halving ν, as
+    C = ‖ḡ(ν) − ḡ(ν/2)‖ / ν^p (1 − 2^−p) of the mean ḡ over them, since tasks differ in it a hundredfold and the mean
+    has that of the hardest; from ν = 1/10 or, until the difference is small against ḡ, a quarter of that again and
+    again. R is measured by a ν at which g drowns in noise, as ν ‖g(ν) − g‖: rounding, and of a solver that goes on to
+    a tolerance that part of its error in which solutions at different ν differ, far less than the whole. R is the
+    geometric mean of the tasks' own, since a row that happens to stop a step early has a noise far above the others'.
+    In a mean over ``tasks`` R averages out and C does not: R counts 1/√tasks. Above 1/10 ν* is an underestimate, since
+    rounding hides C there. At most 1, where the query loss counts as much as the support loss.
     """
     nu, factor = FIRST, 1 - 2.0**-order
     while True:
-        (at, half, drowned), known = measured([nu, nu / 2, DROWNED * eps])
-        change = float((at - half).norm())
-        if change <= SMALL * float(half.norm()) or nu <= LEAST:
+        at, half, drowned = measured([nu, nu / 2, DROWNED * eps])
+        change = float((at - half).mean(0).norm())
+        if change <= SMALL * float(half.mean(0).norm()) or nu <= LEAST:
             break
         nu /= 4
-    rounding = max(DROWNED * eps * float((drowned - half).norm()), known) / math.sqrt(tasks)
+    noise = DROWNED * eps * float((drowned - half).norm(dim=1).log().mean().exp()) / math.sqrt(tasks)
     truncation = change / factor / nu**order
-    balanced = (rounding / (order * truncation)) ** (1 / (order + 1)) if truncation else 1.0
+    balanced = (noise / (order * truncation)) ** (1 / (order + 1)) if truncation else 1.0
     return min(max(balanced, eps), 1.0) if math.isfinite(balanced) else nu
