@@ -86,7 +86,9 @@ ADAM = {"optimizer": "adam", "adam.lr": 0.01}
 METHODS = {
     "symmetric_all": Method("estimator=symmetric", searched=False),
     "symmetric": Method(
-        "estimator=symmetric", BATCHES | {"estimator.nu": 0.05}, frozenset({"lam", "query_batch", "nu"})
+        "estimator=symmetric",
+        BATCHES | {"estimator.nu": 0.05, "budget": 9_600_000},
+        frozenset({"lam", "query_batch", "nu"}),
     ),
     "forward": Method("estimator=forward", BATCHES | {"estimator.nu": 0.02}, frozenset({"lam", "query_batch", "nu"})),
     "tangent": Method("estimator=tangent", BATCHES, frozenset({"lam", "query_batch"})),
