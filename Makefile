@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test test-all lint figures reproduce verify bench explorer clean
+.PHONY: help setup train test test-all lint figures reproduce verify bench race explorer clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -56,6 +56,11 @@ bench: setup .venv/bench .venv/rate ## time and memory of one meta-gradient, oth
 	@$(if $(QUICK),,$(BIN)/python benchmarks/breakdown.py)
 	@$(if $(QUICK),,$(BIN)/python benchmarks/processes.py)
 	@$(BIN)/python scripts/figure_time.py $(if $(QUICK),outputs/bench-quick)
+
+race: setup .venv/sweeps ## which method takes the least work and time to an accuracy, tuned alike, into results/; hours, and goes on
+	@$(BIN)/python benchmarks/race.py tune $(ARGS)
+	@$(BIN)/python benchmarks/race.py run $(ARGS)
+	@$(BIN)/python scripts/figure_race.py
 
 .venv/rate: benchmarks/rate.c benchmarks/setup.py .venv/complete
 	@cd benchmarks && ../$(BIN)/python setup.py --quiet build_ext --inplace

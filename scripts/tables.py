@@ -1,6 +1,7 @@
 """Writes the README's tables from results/: python scripts/tables.py (--check: only says whether they are)."""
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -127,7 +128,34 @@ def gpu(folder: Path) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy, "speed": speed, "gpu": gpu}
+def race(folder: Path) -> str:
+    rows = load(folder, "race", "make race")
+    goals = sorted(int(key.removeprefix("work_to_")) for key in rows[0] if key.startswith("work_to_"))
+    header = ["method", *(f"to {goal} %, {width:.0f} channels" for width in groups(rows, "width") for goal in goals)]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for name, found in groups(rows, "estimator").items():
+        cells = [
+            reached([row for row in found if row["width"] == width], goal)
+            for width in groups(rows, "width")
+            for goal in goals
+        ]
+        lines.append(f"| {' | '.join([method(name).label, *cells])} |")
+    return "\n".join(lines)
+
+
+def reached(rows: Sequence[Row], goal: int) -> str:
+    """Medians over seeds of work and seconds, from the runs of the least budget in which half got there."""
+    for _, runs in sorted(groups(rows, "times").items()):
+        works, seconds = (
+            sorted(math.inf if row[f"{what}_to_{goal}"] is None else row[f"{what}_to_{goal}"] for row in runs)
+            for what in ("work", "seconds")
+        )
+        if works[len(runs) // 2] < math.inf:
+            return f"{works[len(runs) // 2] / 1e6:.1f} M, {seconds[len(runs) // 2]:.1f} s"
+    return "–"
+
+
+TABLES = {"accuracy": accuracy, "race": race, "speed": speed, "gpu": gpu}
 
 
 def page(folder: Path) -> str:

@@ -27,6 +27,8 @@ METHODS = {
     "imaml": Method("iMAML", "#009E73", "D"),
     "forward": Method("FO-B-MAML, forward", "#56B4E9", "<"),
     "symmetric": Method("FO-B-MAML, symmetric", "#0072B2", "o"),
+    "fobmaml": Method("FO-B-MAML", "#56B4E9", "<"),
+    "symmetric_all": Method("symmetric, all examples a step", "#0072B2", "o", "--"),
     "symmetric_operators": Method("symmetric, torch's operators", "#0072B2", "o", ":"),
     "tangent": Method("FO-B-MAML, tangent", "#0072B2", "d", "--"),
     "exact": Method("exact meta-gradient", "#777777", "*"),

@@ -1,0 +1,345 @@
+"""Which method reaches 90, 95 and 97 % validation accuracy first, by example-gradients and by seconds (make race).
+
+    python benchmarks/race.py tune --trials 24    # a study for each method: the least work to 95 %
+    python benchmarks/race.py run --seeds 3       # the methods at their best, in turns, on an otherwise idle machine
+
+5-way 5-shot 15-query MNIST-1D. The rule, written before the runs:
+
+- An accuracy is reached where two validations one after the other are at or above it, at the first of the two; there
+  are VALIDATIONS of them along a run, on the same TASKS tasks for all methods.
+- A study tries as many settings for every method. The first are the best that was known before; then, by turns, two
+  near the best so far and one by Optuna's sampler. All search the same settings, but for those that a method does not
+  have. A trial is judged by its work until 95 %, in example-gradients (a Hessian product is 8/3 of one), whatever else
+  the machine does meanwhile. It is cut short where it cannot win: after HOPELESS times the work of the best, or if a
+  quarter of its budget has taught it nothing.
+- In the race the best trial of each method is run with other seeds, with as many threads as it is fastest with. Seconds
+  are those of training, without those of validation. What 97 % takes is read off runs with three times the budget.
+
+``symmetric_all`` is the yardstick: symmetric on all examples at every step, without a search but for its budget.
+Both commands go on where they were stopped. Into results/: race_tuning.csv (the trials), race_curves.csv (accuracy
+along each run) and race.csv (what each run took to each accuracy).
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from hydra import compose, initialize_config_dir
+from tqdm import tqdm
+
+from fobmaml.files import write_csv, write_json
+from fobmaml.measure.accuracy import score
+from fobmaml.run.allocator import keep_freed_memory
+from fobmaml.run.build import build
+from fobmaml.run.provenance import provenance
+from fobmaml.training import Diverged, MetaTraining
+
+ROOT = Path(__file__).parents[1]
+GOALS = (0.90, 0.95, 0.97)
+JUDGED = 0.95
+VALIDATIONS, TASKS = 30, 200
+HOPELESS, NOTHING = 1.3, 0.3
+BUDGETS = (500_000, 16_000_000)
+"""Example-gradients of a trial, least and most."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """``fixed``: what makes it this method. ``known``: the first trial, in what it differs from KNOWN. ``has``: those
+    of a proximal term, query batches and ν that it has settings for."""
+
+    fixed: str
+    known: Row = field(default_factory=dict)
+    has: frozenset[str] = frozenset()
+    searched: bool = True
+
+
+KNOWN: Row = {
+    "optimizer": "sngdm",
+    "sngdm.lr": 0.3,
+    "meta_batch": 16,
+    "solver.steps": 10,
+    "solver.lr": 0.1,
+    "solver.batch": "null",
+    "task_clip": "1.0",
+    "adaptation.lr": 1,
+    "eval.solver.steps": 10,
+    "budget": 8_000_000,
+}
+BATCHES = {"solver.batch": 10, "solver.query_batch": 5, "estimator.lam": 0.5}
+ADAM = {"optimizer": "adam", "adam.lr": 0.01}
+METHODS = {
+    "symmetric_all": Method("estimator=symmetric", searched=False),
+    "symmetric": Method(
+        "estimator=symmetric",
+        BATCHES | {"estimator.nu": 0.05, "budget": 9_600_000},
+        frozenset({"lam", "query_batch", "nu"}),
+    ),
+    "forward": Method("estimator=forward", BATCHES | {"estimator.nu": 0.02}, frozenset({"lam", "query_batch", "nu"})),
+    "tangent": Method("estimator=tangent", BATCHES, frozenset({"lam", "query_batch"})),
+    "maml": Method("estimator=maml", {"meta_batch": 8}),
+    "fomaml": Method("estimator=fomaml", ADAM | {"solver.lr": 0.03}),
+    "reptile": Method("estimator=reptile", {"solver.lr": 0.3, "solver.batch": 10, "budget": 2_000_000}),
+    "imaml": Method("estimator=imaml", ADAM | {"estimator.lam": 2.0}, frozenset({"lam"})),
+}
+
+
+def settings(method: Method, trial: optuna.Trial) -> list[str]:
+    """Of a trial, for the command line."""
+    if not method.searched:
+        return ["optimizer.lr=0.3", "solver.lr=0.1", f"budget={trial.suggest_int('budget', 16_000_000, 96_000_000)}"]
+    optimizer = trial.suggest_categorical("optimizer", ["sngdm", "adam"])
+    least, most = {"sngdm": (0.03, 1.0), "adam": (5e-4, 0.03)}[optimizer]
+    found: Row = {
+        "optimizer": optimizer,
+        "optimizer.lr": trial.suggest_float(f"{optimizer}.lr", least, most, log=True),
+        "meta_batch": trial.suggest_categorical("meta_batch", [4, 8, 16]),
+        "solver.steps": trial.suggest_int("solver.steps", 3, 12),
+        "solver.lr": trial.suggest_float("solver.lr", 0.03, 0.6, log=True),
+        "solver.batch": trial.suggest_categorical("solver.batch", ["null", 5, 10, 20]),
+        "task_clip": trial.suggest_categorical("task_clip", ["null", "1.0"]),
+        "budget": trial.suggest_int("budget", *BUDGETS, log=True),
+        "eval.solver.steps": trial.suggest_categorical("eval.solver.steps", [10, 20]),
+        "eval.solver.batch": "null",
+    }
+    found["eval.solver.lr"] = found["solver.lr"] * trial.suggest_categorical("adaptation.lr", [0.5, 1, 2])
+    if "query_batch" in method.has:
+        found["solver.query_batch"] = trial.suggest_categorical("solver.query_batch", ["null", 5, 10, 25])
+        found["eval.solver.query_batch"] = "null"
+    if "lam" in method.has:
+        found["estimator.lam"] = trial.suggest_float("estimator.lam", 0.05, 4.0, log=True)
+    if "nu" in method.has:
+        found["estimator.nu"] = trial.suggest_float("estimator.nu", 1e-3, 1.0, log=True)
+    return [f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in found.items()]
+
+
+def built(overrides: list[str], budget: int, seed: int) -> MetaTraining:
+    given = [*overrides, f"budget={budget}", f"seed={seed}", "steps=null", "device=cpu", "measure=[]"]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return build(compose("train", given))
+
+
+def course(overrides: list[str], budget: int, seed: int) -> Iterator[Row]:
+    """A run's validation accuracies, with the work and the seconds of training until then."""
+    training = built(overrides, budget, seed)
+    tasks, done = training.fixed("validation", TASKS), 0
+    for _ in training.train():
+        if (due := int(training.fraction * VALIDATIONS)) > done:
+            done = due
+            yield {
+                "step": training.step,
+                "work": round(training.work.total),
+                "seconds": round(training.train_seconds, 3),
+                "accuracy": score(training, tasks).accuracy,
+            }
+
+
+def reached(curve: list[Row], goal: float) -> Row | None:
+    """The first of two points, one after the other, at which the accuracy is ``goal`` or more."""
+    return next(
+        (one for one, after in pairwise(curve) if min(one["accuracy"], after["accuracy"]) >= goal),
+        None,
+    )
+
+
+def highest(curve: list[Row]) -> float:
+    return max((point["accuracy"] for point in curve), default=0.0)
+
+
+def judged(curve: list[Row]) -> float:
+    """The logarithm of the work until ``JUDGED``; where it was not reached, above those, by what was missing."""
+    if point := reached(curve, JUDGED):
+        return math.log(point["work"])
+    return 20.0 + 10.0 * max(JUDGED - highest(curve), 0.0)
+
+
+def near(best: optuna.trial.FrozenTrial, number: int) -> Row:
+    """The settings of ``best``, each changed with a probability of 1/3: a number by a factor of about 1.5."""
+    draw, found = random.Random(number), dict(best.params)
+    for name, range_ in best.distributions.items():
+        if draw.random() > 1 / 3:
+            continue
+        if isinstance(range_, optuna.distributions.CategoricalDistribution):
+            found[name] = draw.choice(range_.choices)
+        else:
+            value = min(max(found[name] * math.exp(draw.gauss(0, 0.4)), range_.low), range_.high)
+            found[name] = round(value) if isinstance(found[name], int) else value
+    return found
+
+
+@dataclass(frozen=True)
+class Race:
+    """The studies and runs at one ``width``, in ``folder``."""
+
+    folder: Path
+    width: int
+
+    @cached_property
+    def storage(self) -> str:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return f"sqlite:///{self.folder / 'studies.db'}"
+
+    def study(self, name: str) -> optuna.Study:
+        sampler = optuna.samplers.TPESampler(seed=self.width, multivariate=True, group=True, n_startup_trials=6)
+        study = optuna.create_study(
+            storage=self.storage, sampler=sampler, study_name=f"{name}-{self.width}", load_if_exists=True
+        )
+        if not study.trials:
+            if METHODS[name].searched:
+                study.enqueue_trial(KNOWN | METHODS[name].known)
+            else:
+                for millions in (32, 48, 64):
+                    study.enqueue_trial({"budget": millions * 1_000_000})
+        return study
+
+    def tune(self, name: str, trials: int) -> None:
+        """As many trials as are missing."""
+        study, method = self.study(name), METHODS[name]
+        if not method.searched:
+            trials = 3
+
+        def objective(trial: optuna.Trial) -> float:
+            overrides = [method.fixed, f"width={self.width}", *settings(method, trial)]
+            trial.set_user_attr("overrides", overrides)
+            budget, curve = trial.params["budget"], list[Row]()
+            best = min((each.value for each in study.trials if each.value is not None), default=math.inf)
+            try:
+                for point in course(overrides, budget, seed=0):
+                    curve.append(point)
+                    hopeless = point["work"] > HOPELESS * math.exp(min(best, 20.0))
+                    nothing = 4 * point["work"] > budget and point["accuracy"] < NOTHING
+                    if reached(curve, JUDGED) or hopeless or nothing:
+                        break
+            except Diverged:
+                trial.set_user_attr("diverged", True)
+            trial.set_user_attr("curve", curve)
+            return judged(curve)
+
+        ended = sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials)
+        for number in tqdm(range(ended, trials), desc=f"{name}, width {self.width}", disable=not sys.stderr.isatty()):
+            if number % 3 and method.searched:
+                study.enqueue_trial(near(study.best_trial, number))
+            study.optimize(objective, n_trials=1)
+
+    def trials(self, name: str) -> list[Row]:
+        return [
+            {
+                "estimator": name,
+                "width": self.width,
+                "trial": trial.number,
+                "work_to_95": (reached(trial.user_attrs["curve"], JUDGED) or {}).get("work"),
+                "best_accuracy": highest(trial.user_attrs["curve"]),
+                "work": max((point["work"] for point in trial.user_attrs["curve"]), default=0),
+                "diverged": str(trial.user_attrs.get("diverged", False)).lower(),
+                "settings": " ".join(trial.user_attrs["overrides"]),
+            }
+            for trial in self.study(name).trials
+            if trial.value is not None
+        ]
+
+    def run(self, name: str, seed: int, times: int) -> None:
+        """A run of the method's best trial with ``times`` its budget, unless it is there."""
+        path = self.folder / f"{name}-{self.width}-{times}-{seed}.json"
+        if path.exists():
+            return
+        best = self.study(name).best_trial
+        overrides, budget = best.user_attrs["overrides"], times * best.params["budget"]
+        threads = fastest_threads(overrides)
+        torch.set_num_threads(threads)
+        curve, diverged = list[Row](), False
+        try:
+            for point in course(overrides, budget, seed):
+                curve.append(point)
+                if reached(curve, GOALS[-1]):
+                    break
+        except Diverged:
+            diverged = True
+        who = {"estimator": name, "width": self.width, "times": times, "seed": seed, "threads": threads}
+        write_json(path, {"who": who, "diverged": diverged, "curve": curve})
+
+
+def fastest_threads(overrides: list[str]) -> int:
+    """The number of threads with which a few meta-steps, by turns, take the least time."""
+    took: dict[int, list[float]] = {count: [] for count in range(1, (os.cpu_count() or 1) + 1)}
+    steps = built(overrides, 10**12, 0).train()
+    next(steps)
+    for _ in range(5):
+        for threads, times in took.items():
+            torch.set_num_threads(threads)
+            started = time.perf_counter()
+            next(steps)
+            next(steps)
+            times.append(time.perf_counter() - started)
+    return min(took, key=lambda threads: statistics.median(took[threads]))
+
+
+def collect(folder: Path, results: Path, races: list[Race]) -> None:
+    """The three tables."""
+    write_csv(results / "race_tuning.csv", [row for race in races for name in METHODS for row in race.trials(name)])
+    runs = [json.loads(path.read_text()) for path in folder.glob("*-*-*-*.json")]
+    if not runs:
+        return
+    order = list(METHODS)
+    runs.sort(key=lambda run: (run["who"]["width"], order.index(run["who"]["estimator"]), *run["who"].values()))
+    write_csv(
+        results / "race_curves.csv",
+        [{**run["who"], "number": k, **point} for run in runs for k, point in enumerate(run["curve"])],
+    )
+    rows = []
+    for run in runs:
+        row = {**run["who"], "diverged": str(run["diverged"]).lower(), "best_accuracy": highest(run["curve"])}
+        for goal in GOALS:
+            point = reached(run["curve"], goal) or {}
+            row |= {f"{what}_to_{100 * goal:.0f}": point.get(what) for what in ("work", "seconds")}
+        rows.append(row)
+    write_csv(results / "race.csv", rows)
+    write_json(results / "race.json", provenance(torch.device("cpu"), ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the least work and time to an accuracy")
+    parser.add_argument("what", choices=["tune", "run", "collect"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--times", type=int, nargs="+", default=[1, 3], help="multiples of the budgets that tuning found"
+    )
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "race")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    races = [Race(arguments.folder, width) for width in arguments.widths]
+    if arguments.what == "tune":
+        for race in races:
+            for name in arguments.methods:
+                race.tune(name, arguments.trials)
+    if arguments.what == "run":  # in turns, so that a slow spell of the machine hits all alike
+        for times in arguments.times:
+            for race in races:
+                for seed in range(1, arguments.seeds + 1):
+                    for name in arguments.methods:
+                        race.run(name, seed, times)
+    collect(arguments.folder, arguments.results, races)
+
+
+if __name__ == "__main__":
+    main()
