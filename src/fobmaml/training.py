@@ -119,9 +119,9 @@ class MetaTraining:
         return any(done * (self.step + 1) >= of * self.step > 0 for done, of in self._ends)
 
     def _learning_rate_factor(self) -> float:
-        if self.settings.schedule == "constant":
-            return 1.0
-        return min(0.5 * (1.0 + math.cos(math.pi * done / of)) for done, of in self._ends)
+        over = self.fraction
+        factors = {"constant": 1.0, "linear": 1.0 - over, "cosine": 0.5 * (1.0 + math.cos(math.pi * over))}
+        return factors[self.settings.schedule]
 
     def tasks(self, split: Split, count: int, seed: int, step: int = 0) -> TaskBatch:
         """Tasks as a function of (split, seed, step), in float64 on the CPU; with ``fixed_tasks`` of count alone."""
