@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class Estimator(ABC):
         """The solution of the unperturbed inner problem, φᵢ,₀: what a task's parameters are at test time."""
         return self.solve(InnerProblem(learner, theta, tasks, self.lam))
 
-    def adapting(self, by: Adaptation) -> "Estimator":
+    def adapting(self, by: Adaptation) -> Self:
         """This one, to ``adapt`` only: with another solver or λ, of which its formula may have no use."""
         other = copy(self)
         other.solver = by.solver or self.solver
