@@ -14,7 +14,7 @@ from torch.nn.utils import spectral_norm as spectral_norm_by_hook
 from torch.nn.utils import weight_norm as weight_norm_by_hook
 
 from fobmaml import TaskBatch
-from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Estimator, Forward, Reptile, Symmetric
+from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Estimator, Forward, Reptile, Symmetric, Tangent
 from fobmaml.models import MLP, CNN1d
 from fobmaml.solvers import GradientDescent
 
@@ -380,7 +380,11 @@ ESTIMATORS: dict[str, Estimator] = {
     "fomaml": FOMAML(SOLVER, LAM),
     "reptile": Reptile(SOLVER, LAM, data="support"),
     "imaml": IMAML(SOLVER, IMAML_LAM, cg_steps=400, cg_tol=1e-13),
+    "tangent": Tangent(SOLVER, LAM, way="products"),
+    "tangent, by differences": Tangent(SOLVER, LAM, way="differences"),
 }
+SECOND_DERIVATIVES = ("maml", "maml, checkpointed", "imaml", "tangent")
+TOLERANCE = dict.fromkeys(ESTIMATORS, 1e-9) | {"tangent, by differences": 1e-6}
 
 
 class Plain:
@@ -425,6 +429,23 @@ class Plain:
                 phi = [p.detach().requires_grad_() for p in phi]
         return phi
 
+    def tangent(self, task: int) -> Tensor:
+        """−λ dφ_K/dν at ν = 0, by the derivative of each step."""
+        theta = self.theta()
+        phi, u = theta, [torch.zeros_like(p) for p in theta]
+        for _ in range(STEPS):
+            phi = [p.detach().requires_grad_() for p in phi]
+            g = torch.autograd.grad(self.loss(phi, task, "support"), phi, create_graph=True, materialize_grads=True)
+            g = [part.to_dense() if part.is_sparse else part for part in g]
+            along = sum((gp * up).sum() for gp, up in zip(g, u, strict=True))
+            hu = [torch.zeros_like(p) for p in phi]
+            if along.requires_grad:
+                hu = torch.autograd.grad(along, phi, materialize_grads=True)
+            query = torch.autograd.grad(self.loss(phi, task, "query"), phi, materialize_grads=True)
+            u = [up - LR * (hp + LAM * up + q.to_dense()) for up, hp, q in zip(u, hu, query, strict=True)]
+            phi = [p - LR * (gp + LAM * (p - t)) for p, gp, t in zip(phi, g, theta, strict=True)]
+        return self.flat([-LAM * up for up in u])
+
     def flat(self, parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
         return torch.cat([p.to_dense().reshape(-1) for p in parts]).detach()
 
@@ -447,6 +468,8 @@ class Plain:
             return self.flat(torch.autograd.grad(self.loss(phi, task, "query"), history, materialize_grads=True))
         if name == "fomaml":
             return self.query_gradient(self.adapt(task, LAM), task)
+        if name.startswith("tangent"):
+            return self.tangent(task)
         if name == "reptile":
             return theta - self.flat(self.adapt(task, LAM))
         phi = self.adapt(task, IMAML_LAM)

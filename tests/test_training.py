@@ -86,15 +86,27 @@ def _training(source, steps: int = 8, seed: int = 0, optimizer=SNGDM, lr: float 
     )
 
 
-@pytest.mark.parametrize("optimizer", [SNGDM, ClippedSGD, torch.optim.Adam])
-def test_continued_is_uninterrupted_bit_for_bit(mnist1d, tmp_path, optimizer):
-    whole = _training(mnist1d, optimizer=optimizer)
+@pytest.mark.parametrize(
+    ("optimizer", "batches"),
+    [
+        (SNGDM, {}),
+        (ClippedSGD, {}),
+        (torch.optim.Adam, {}),
+        (SNGDM, {"batch": 4}),
+        (SNGDM, {"batch": 4, "query_batch": 6}),
+    ],
+)
+def test_continued_is_uninterrupted_bit_for_bit(mnist1d, tmp_path, optimizer, batches):
+    run = partial(
+        _training, mnist1d, optimizer=optimizer, estimator=Symmetric(solvers.GradientDescent(3, 0.1, **batches))
+    )
+    whole = run()
     events = list(whole.train())
-    first = _training(mnist1d, optimizer=optimizer)
+    first = run()
     stream = first.train()
     begun = [next(stream) for _ in range(5)]
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = _training(mnist1d, seed=0, optimizer=optimizer)
+    second = run()
     for p in second.learner.model.parameters():
         nn.init.normal_(p)  # what was there before does not matter
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
