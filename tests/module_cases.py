@@ -442,7 +442,7 @@ class Plain:
             if along.requires_grad:
                 hu = torch.autograd.grad(along, phi, materialize_grads=True)
             query = torch.autograd.grad(self.loss(phi, task, "query"), phi, materialize_grads=True)
-            u = [up - LR * (hp + LAM * up + q.to_dense()) for up, hp, q in zip(u, hu, query, strict=True)]
+            u = [up - LR * (hp.to_dense() + LAM * up + q.to_dense()) for up, hp, q in zip(u, hu, query, strict=True)]
             phi = [p - LR * (gp + LAM * (p - t)) for p, gp, t in zip(phi, g, theta, strict=True)]
         return self.flat([-LAM * up for up in u])
 
@@ -460,15 +460,17 @@ class Plain:
             "symmetric": {1: 0.5, -1: -0.5},
             "central4": {1: 2 / 3, -1: -2 / 3, 2: -1 / 12, -2: 1 / 12},
         }
+        stencil["tangent, by differences"] = stencil["central4"]  # at a small ν: what has first derivatives only
         if name in stencil:
-            return -LAM / NU * sum(w * self.flat(self.adapt(task, LAM, o * NU)) for o, w in stencil[name].items())
+            nu = 1e-3 if name.startswith("tangent") else NU
+            return -LAM / nu * sum(w * self.flat(self.adapt(task, LAM, o * nu)) for o, w in stencil[name].items())
         if name.startswith("maml"):
             history = [p.requires_grad_() for p in self.theta()]
             phi = self.adapt(task, LAM if "," in name else 0.0, history=history)
             return self.flat(torch.autograd.grad(self.loss(phi, task, "query"), history, materialize_grads=True))
         if name == "fomaml":
             return self.query_gradient(self.adapt(task, LAM), task)
-        if name.startswith("tangent"):
+        if name == "tangent":
             return self.tangent(task)
         if name == "reptile":
             return theta - self.flat(self.adapt(task, LAM))
