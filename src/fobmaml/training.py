@@ -237,7 +237,7 @@ class MetaTraining:
             self.optimizer.step()
             self.step += 1
             self.work += took
-            self._record(worked(self.work))
+            work = self._record(worked(self.work))
             spent = time.perf_counter() - started
             self.step_seconds.append(spent)
             self.train_seconds += spent
@@ -252,7 +252,7 @@ class MetaTraining:
                     "inner/residual": residual,
                     "optimizer/lr": self.optimizer.param_groups[0]["lr"],
                     "time/meta_step_s": statistics.median(self.step_seconds),
-                    **worked(self.work),
+                    **work,
                     **linear,
                     **({"estimator/nu": nu} if self.estimator.nu == "auto" else {}),
                 }

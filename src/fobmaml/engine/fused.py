@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine.activations import SiLU
-from fobmaml.engine.base import Draws, Engine
+from fobmaml.engine.base import Engine, Steps
 from fobmaml.engine.layers import Convolution, Dense, check_chain
 from fobmaml.engine.losses import CrossEntropy, Part, rows_taken
 from fobmaml.engine.memory import check, check_in_order, factors, in_order
@@ -314,16 +314,10 @@ class Fused(Stacked):
 
         return self.gradient(phi), product
 
-    def gradient_descent(
-        self,
-        theta: Tensor,
-        rates: Sequence[float],
-        lam: float = 0.0,
-        momentum: float = 0.0,
-        draws: Draws | None = None,
-    ) -> Tensor:
+    def gradient_descent(self, theta: Tensor, steps: Steps) -> Tensor:
+        rates, lam, momentum, draws = steps
         if momentum:
-            return Engine.gradient_descent(self, theta, rates, lam, momentum, draws)
+            return Engine.gradient_descent(self, theta, steps)
         displacement = torch.zeros(theta.shape, dtype=theta.dtype)
         for first in range(0, len(rates), STEPS_A_CALL):
             these = rates[first : first + STEPS_A_CALL]
