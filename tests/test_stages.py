@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from test_training import MEASURED, QUICK
 
 import fobmaml
-from fobmaml.estimators import MAML, Adaptation, Reptile, Symmetric
+from fobmaml import Learner
+from fobmaml.estimators import IMAML, MAML, Adaptation, Reptile, Symmetric
 from fobmaml.measure.accuracy import score
 from fobmaml.models import CNN1d
 from fobmaml.optim import SNGDM
@@ -134,6 +135,18 @@ def test_learned_step_lengths_go_with_every_stage(mnist1d):
     assert not torch.equal(moved, training.estimator.adapt(learner, theta, tasks).displacement)  # by its λ
     said = _training(mnist1d, MAML(GradientDescent(2), learn_lr=1.0), (), Adaptation(GradientDescent(5, 0.05)))
     assert said.adapting.learned(learner).rates == [0.05] * 5
+
+
+def test_imaml_pulls_back_by_the_length_of_the_stage(mnist1d):
+    model = _model()
+    learner, tasks = Learner(model, F.cross_entropy), mnist1d.sample("train", 2, torch.Generator().manual_seed(0))
+    estimator = IMAML(GradientDescent(3, 0.1), 2.0, pull_back=True)
+    stages = Stages(estimator, [Stage(0.5, GradientDescent(3, 0.2))])
+    for progress, lr in ((0.0, 0.2), (0.5, 0.1)):
+        stages.enter(progress)
+        wanted = IMAML(GradientDescent(3, lr), 2.0, pull_back=True).adapt(learner, learner.theta(), tasks)
+        found = estimator.adapt(learner, learner.theta(), tasks)
+        assert torch.equal(found.displacement, wanted.displacement)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ class MetaTraining:
     @property
     def fraction(self) -> float:
         """Of the way to whichever end comes first."""
-        return max(done / of if of else 1.0 for done, of in self._ends)
+        return min(max(done / of if of else 1.0 for done, of in self._ends), 1.0)
 
     def _ends_at_next(self) -> bool:
         """Whether the next meta-step is the last one, if it takes what they took on average."""
