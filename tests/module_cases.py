@@ -14,7 +14,7 @@ from torch.nn.utils import spectral_norm as spectral_norm_by_hook
 from torch.nn.utils import weight_norm as weight_norm_by_hook
 
 from fobmaml import TaskBatch
-from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Estimator, Forward, Reptile, Symmetric
+from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Estimator, Forward, Reptile, Symmetric, Tangent
 from fobmaml.models import MLP, CNN1d
 from fobmaml.solvers import GradientDescent
 
@@ -380,7 +380,11 @@ ESTIMATORS: dict[str, Estimator] = {
     "fomaml": FOMAML(SOLVER, LAM),
     "reptile": Reptile(SOLVER, LAM, data="support"),
     "imaml": IMAML(SOLVER, IMAML_LAM, cg_steps=400, cg_tol=1e-13),
+    "tangent": Tangent(SOLVER, LAM, way="products"),
+    "tangent, by differences": Tangent(SOLVER, LAM, way="differences"),
 }
+SECOND_DERIVATIVES = ("maml", "maml, checkpointed", "imaml", "tangent")
+TOLERANCE = dict.fromkeys(ESTIMATORS, 1e-9) | {"tangent, by differences": 1e-6}
 
 
 class Plain:
@@ -425,6 +429,23 @@ class Plain:
                 phi = [p.detach().requires_grad_() for p in phi]
         return phi
 
+    def tangent(self, task: int) -> Tensor:
+        """−λ dφ_K/dν at ν = 0, by the derivative of each step."""
+        theta = self.theta()
+        phi, u = theta, [torch.zeros_like(p) for p in theta]
+        for _ in range(STEPS):
+            phi = [p.detach().requires_grad_() for p in phi]
+            g = torch.autograd.grad(self.loss(phi, task, "support"), phi, create_graph=True, materialize_grads=True)
+            g = [part.to_dense() if part.is_sparse else part for part in g]
+            along = sum((gp * up).sum() for gp, up in zip(g, u, strict=True))
+            hu = [torch.zeros_like(p) for p in phi]
+            if along.requires_grad:
+                hu = torch.autograd.grad(along, phi, materialize_grads=True)
+            query = torch.autograd.grad(self.loss(phi, task, "query"), phi, materialize_grads=True)
+            u = [up - LR * (hp.to_dense() + LAM * up + q.to_dense()) for up, hp, q in zip(u, hu, query, strict=True)]
+            phi = [p - LR * (gp + LAM * (p - t)) for p, gp, t in zip(phi, g, theta, strict=True)]
+        return self.flat([-LAM * up for up in u])
+
     def flat(self, parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
         return torch.cat([p.to_dense().reshape(-1) for p in parts]).detach()
 
@@ -439,14 +460,18 @@ class Plain:
             "symmetric": {1: 0.5, -1: -0.5},
             "central4": {1: 2 / 3, -1: -2 / 3, 2: -1 / 12, -2: 1 / 12},
         }
+        stencil["tangent, by differences"] = stencil["central4"]  # at a small ν: what has first derivatives only
         if name in stencil:
-            return -LAM / NU * sum(w * self.flat(self.adapt(task, LAM, o * NU)) for o, w in stencil[name].items())
+            nu = 1e-3 if name.startswith("tangent") else NU
+            return -LAM / nu * sum(w * self.flat(self.adapt(task, LAM, o * nu)) for o, w in stencil[name].items())
         if name.startswith("maml"):
             history = [p.requires_grad_() for p in self.theta()]
             phi = self.adapt(task, LAM if "," in name else 0.0, history=history)
             return self.flat(torch.autograd.grad(self.loss(phi, task, "query"), history, materialize_grads=True))
         if name == "fomaml":
             return self.query_gradient(self.adapt(task, LAM), task)
+        if name == "tangent":
+            return self.tangent(task)
         if name == "reptile":
             return theta - self.flat(self.adapt(task, LAM))
         phi = self.adapt(task, IMAML_LAM)

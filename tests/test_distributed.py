@@ -93,6 +93,25 @@ def test_an_estimators_own_variables_and_its_progress_reach_all_processes(run_tr
     _assert_same_run(tmp_path / "run", tmp_path / "plain", 1e-10)
 
 
+@pytest.mark.slow
+def test_batches_and_stages_are_those_of_a_single_process_and_go_on(run_train, tmp_path):
+    run = (*RUN, "steps=40", "dtype=float64", "solver.batch=5", "solver.query_batch=4")
+    run += ("inner=[{until: 0.5, steps: 3, query_batch: 3}]",)
+    assert run_train(*run, "hydra.run.dir=plain").returncode == 0
+    code, _, err = _ended(_torchrun(tmp_path, 2, *run, "hydra.run.dir=two"))
+    assert code == 0, err
+    _assert_same_run(tmp_path / "two", tmp_path / "plain", 1e-10)
+
+    job = _torchrun(tmp_path, 2, *run, "hydra.run.dir=stopped")
+    wait_until(lambda: _logged(tmp_path / "stopped" / "metrics.jsonl") > 8, job)
+    os.kill(job.pid, signal.SIGTERM)
+    assert _ended(job)[0] != 0
+    assert json.loads((tmp_path / "stopped" / "summary.json").read_text())["status"] == "interrupted"
+    code, _, err = _ended(_torchrun(tmp_path, 2, *run, "hydra.run.dir=stopped"))
+    assert code == 0, err
+    _assert_same_run(tmp_path / "stopped", tmp_path / "two", 0.0)
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

@@ -54,16 +54,20 @@ def instructions(request, monkeypatch):
     library.kernel.cache_clear()
 
 
+def _sizes(seed: int, *ranges: tuple[int, int]) -> list[int]:
+    """Random numbers, one of each range, on both sides of all that the kernel cuts into blocks. Seeds torch, too."""
+    torch.manual_seed(seed)
+    choose = np.random.default_rng(seed)
+    return [int(choose.integers(low, high)) for low, high in ranges]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_compiled_gradients_equal_autograd(instructions, seed):
-    """Sizes on both sides of all that the kernel cuts into blocks; every other time with saturated units."""
-    choose = np.random.default_rng(seed)
-    length, outputs, width, depth, rows, examples = (
-        int(choose.integers(low, high)) for low, high in ((3, 50), (2, 60), (1, 120), (1, 5), (1, 6), (1, 140))
-    )
+    """Every other time with saturated units."""
+    ranges = (3, 50), (2, 60), (1, 120), (1, 5), (1, 6), (1, 140)
+    length, outputs, width, depth, rows, examples = _sizes(seed, *ranges)
     if seed == 11:
         width, depth, examples = 230, 3, 110  # in the blocks of large layers
-    torch.manual_seed(seed)
     model = (CNN1d if seed % 3 else MLP)((length,), outputs, width, depth)
     learner, precise = Learner(model, F.cross_entropy), Learner(model.double(), F.cross_entropy, engine="autograd")
     x, targets = torch.randn(rows, examples, length), torch.randint(outputs, (rows, examples))
@@ -90,12 +94,8 @@ def test_compiled_gradients_equal_autograd(instructions, seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_descent_on_mini_batches_equals_autograd(instructions, seed):
     """Random orders, examples taken twice among them, in several blocks; steps of their own lengths."""
-    choose = np.random.default_rng(seed)
-    length, outputs, width, depth, rows, examples, times, chosen = (
-        int(choose.integers(low, high))
-        for low, high in ((3, 50), (2, 60), (1, 80), (1, 4), (1, 6), (1, 60), (1, 5), (1, 120))
-    )
-    torch.manual_seed(seed)
+    ranges = (3, 50), (2, 60), (1, 80), (1, 4), (1, 6), (1, 60), (1, 5), (1, 120)
+    length, outputs, width, depth, rows, examples, times, chosen = _sizes(seed, *ranges)
     model = (CNN1d if seed % 3 else MLP)((length,), outputs, width, depth)
     precise = Learner(model.double(), F.cross_entropy, engine="autograd")
     x, targets = torch.randn(rows, examples, length), torch.randint(outputs, (rows, examples))
@@ -119,14 +119,11 @@ def test_descent_on_mini_batches_equals_autograd(instructions, seed):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_compiled_hessian_products_equal_autograd(instructions, seed):
-    """Sizes on both sides of all that the kernel cuts into blocks; every other time with saturated units."""
-    choose = np.random.default_rng(seed)
-    length, outputs, width, depth, rows, examples = (
-        int(choose.integers(low, high)) for low, high in ((3, 50), (2, 60), (1, 90), (1, 4), (1, 4), (1, 90))
-    )
+    """Every other time with saturated units."""
+    ranges = (3, 50), (2, 60), (1, 90), (1, 4), (1, 4), (1, 90)
+    length, outputs, width, depth, rows, examples = _sizes(seed, *ranges)
     if seed == 11:
         length, width, depth, examples = 40, 230, 2, 60  # in the blocks of large layers
-    torch.manual_seed(seed)
     model = (CNN1d if seed % 3 else MLP)((length,), outputs, width, depth if seed else 0)
     learner, precise = Learner(model, F.cross_entropy), Learner(model.double(), F.cross_entropy, engine="autograd")
     x, targets = torch.randn(rows, examples, length), torch.randint(outputs, (rows, examples))

@@ -109,7 +109,7 @@ def valid(draw) -> list[str]:
     number("optimizer.lr", _within(1e-5, 1e-2))
     number("meta_batch", st.integers(1, 5))
     one_of("task_chunk", "auto", 1, 2)
-    one_of("schedule", "cosine", "constant")
+    one_of("schedule", "cosine", "linear", "constant")
     one_of("fixed_tasks", "true", "false")
     number("seed", st.integers(0, 2**31))
     one_of("log_every", 1, 2, 3)

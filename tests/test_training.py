@@ -86,15 +86,27 @@ def _training(source, steps: int = 8, seed: int = 0, optimizer=SNGDM, lr: float 
     )
 
 
-@pytest.mark.parametrize("optimizer", [SNGDM, ClippedSGD, torch.optim.Adam])
-def test_continued_is_uninterrupted_bit_for_bit(mnist1d, tmp_path, optimizer):
-    whole = _training(mnist1d, optimizer=optimizer)
+@pytest.mark.parametrize(
+    ("optimizer", "batches"),
+    [
+        (SNGDM, {}),
+        (ClippedSGD, {}),
+        (torch.optim.Adam, {}),
+        (SNGDM, {"batch": 4}),
+        (SNGDM, {"batch": 4, "query_batch": 6}),
+    ],
+)
+def test_continued_is_uninterrupted_bit_for_bit(mnist1d, tmp_path, optimizer, batches):
+    run = partial(
+        _training, mnist1d, optimizer=optimizer, estimator=Symmetric(solvers.GradientDescent(3, 0.1, **batches))
+    )
+    whole = run()
     events = list(whole.train())
-    first = _training(mnist1d, optimizer=optimizer)
+    first = run()
     stream = first.train()
     begun = [next(stream) for _ in range(5)]
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = _training(mnist1d, seed=0, optimizer=optimizer)
+    second = run()
     for p in second.learner.model.parameters():
         nn.init.normal_(p)  # what was there before does not matter
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -269,8 +281,9 @@ def test_plots_say_which_loss(tmp_path):
 def test_schedule(mnist1d):
     rates = [e["optimizer/lr"] for e in _training(mnist1d, steps=4, lr=0.2, log_every=1).train()]
     assert rates == pytest.approx([0.2 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(4)])
-    rates = [e["optimizer/lr"] for e in _training(mnist1d, steps=4, lr=0.2, log_every=1, schedule="constant").train()]
-    assert rates == pytest.approx([0.2] * 4)
+    for schedule, wanted in (("constant", [0.2] * 4), ("linear", [0.2, 0.15, 0.1, 0.05])):
+        training = _training(mnist1d, steps=4, lr=0.2, log_every=1, schedule=schedule)
+        assert [e["optimizer/lr"] for e in training.train()] == pytest.approx(wanted)
 
 
 def test_evaluation_tasks_are_the_same_for_every_estimator_and_seed(mnist1d):
@@ -456,7 +469,7 @@ def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
         ("meta_batch", 0),
         ("task_chunk", "some"),
         ("task_chunk", 0),
-        ("schedule", "linear"),
+        ("schedule", "exponential"),
         ("seed", -1),
         ("checkpoint_every", 0),
         ("memory_limit_mb", 0),

@@ -208,10 +208,11 @@ def test_a_run_with_a_budget_continues_bit_for_bit(mnist1d):
     assert second.work == whole.work
 
 
-@pytest.mark.parametrize("name", ["symmetric", "maml", "reptile", "own"])
+@pytest.mark.parametrize("name", ["symmetric", "maml", "rates", "reptile", "own"])
 def test_clipping_of_tasks_is_a_loop_over_tasks(batch, name):
-    estimator = FORMULAS[name][0](GradientDescent(K))
-    model = _model().double()
+    """``rates``: step lengths have derivatives, too, and count with the others."""
+    kind = partial(MAML, learn_lr=1.0) if name == "rates" else FORMULAS[name][0]
+    estimator, model = kind(GradientDescent(K)), _model().double()
     tasks = batch.to(dtype=torch.float64)
     alone = [fobmaml.meta_gradient(estimator, model, F.cross_entropy, tasks[i : i + 1]).gradient for i in range(T)]
     norms = [math.sqrt(sum(float(part.square().sum()) for part in each.values())) for each in alone]

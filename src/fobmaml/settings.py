@@ -45,4 +45,4 @@ class Settings:
             if self.task_chunk != "auto":
                 raise refuse("memory_limit_mb", self.memory_limit_mb, "task_chunk=auto, which it limits")
         one_of("engine", self.engine, ENGINES)
-        one_of("schedule", self.schedule, ("cosine", "constant"))
+        one_of("schedule", self.schedule, ("cosine", "linear", "constant"))

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from fobmaml.measure import Event, Measurement, peak_bytes
 from fobmaml.measure.accuracy import task_scores
 from fobmaml.outer import Outer
 from fobmaml.settings import Settings
+from fobmaml.stages import Stage, Stages
 from fobmaml.tasks import Split, TaskBatch, TaskSource
 from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample
 
@@ -61,15 +62,17 @@ class MetaTraining:
         make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
         measurements: Sequence[Measurement] = (),
         adaptation: Adaptation | None = None,
+        stages: Sequence[Stage] = (),
     ):
-        """``adaptation``: of validation and meta-test tasks, by default as in training."""
+        """``adaptation``: of validation and meta-test tasks, by default as in training, without ``stages``."""
         check_members(source)
         self.settings, self.source, self.estimator, self.measurements = settings, source, estimator, tuple(measurements)
-        self.adapting = estimator.adapting(adaptation) if adaptation else estimator
+        self.stages = Stages(estimator, stages)
         self.step, self.train_seconds, self.negative_curvature_tasks, self.work = 0, 0.0, 0.0, Work()
         self._in_turn = False
         self.learner = Learner(model, source.loss_fn, settings.engine)
         self.outer = Outer(self.learner, estimator)
+        self.adapting = estimator.adapting(adaptation or Adaptation())  # behind outer, to share its variables
         self.optimizer = self.outer.optimizer(make_optimizer)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -112,16 +115,16 @@ class MetaTraining:
     @property
     def fraction(self) -> float:
         """Of the way to whichever end comes first."""
-        return max(done / of if of else 1.0 for done, of in self._ends)
+        return min(max(done / of if of else 1.0 for done, of in self._ends), 1.0)
 
     def _ends_at_next(self) -> bool:
         """Whether the next meta-step is the last one, if it takes what they took on average."""
         return any(done * (self.step + 1) >= of * self.step > 0 for done, of in self._ends)
 
     def _learning_rate_factor(self) -> float:
-        if self.settings.schedule == "constant":
-            return 1.0
-        return min(0.5 * (1.0 + math.cos(math.pi * done / of)) for done, of in self._ends)
+        over = self.fraction
+        factors = {"constant": 1.0, "linear": 1.0 - over, "cosine": 0.5 * (1.0 + math.cos(math.pi * over))}
+        return factors[self.settings.schedule]
 
     def tasks(self, split: Split, count: int, seed: int, step: int = 0) -> TaskBatch:
         """Tasks as a function of (split, seed, step), in float64 on the CPU; with ``fixed_tasks`` of count alone."""
@@ -155,10 +158,14 @@ class MetaTraining:
             raise refuse("memory_limit_mb", limit, f"at least {math.ceil(one / 1e5) / 10}, what one task needs")
         return int(1e6 * limit // one)
 
-    def _peak_bytes(self, tasks: TaskBatch, chunk: int) -> int:
-        theta = self.learner.theta()
-        self.estimator.progress = 1.0  # of those that change, when they need the most
-        return peak_bytes(lambda: self._estimate(theta, tasks, chunk, diagnose=False), self.learner.device)
+    def _peak_bytes(self, tasks: TaskBatch, chunk: int | None = None) -> int:
+        """Of the stage of training that needs the most."""
+        theta, peaks = self.learner.theta(), []
+        for _ in self.stages.each():
+            at_once = chunk or self.chunk(tasks, self.estimator)
+            call = partial(self._estimate, theta, tasks, at_once, diagnose=False)
+            peaks.append(peak_bytes(call, self.learner.device))
+        return max(peaks)
 
     def _estimate(self, theta: Tensor, tasks: TaskBatch, chunk: int, diagnose: bool) -> MeanEstimate:
         return estimate(self.estimator, self.learner, theta, tasks, chunk, diagnose, self.settings.task_clip)
@@ -171,7 +178,7 @@ class MetaTraining:
         In the first process of several; each computes its share.
         """
         s = self.settings
-        self.estimator.progress = fraction
+        self.stages.enter(fraction)
         tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
         result = self._estimate(theta, tasks, self.chunk(tasks, self.estimator), logged)
         values = torch.cat([result.gradient, *(each.flatten() for each in result.variables.values())])
@@ -230,7 +237,7 @@ class MetaTraining:
             self.optimizer.step()
             self.step += 1
             self.work += took
-            self._record(worked(self.work))
+            work = self._record(worked(self.work))
             spent = time.perf_counter() - started
             self.step_seconds.append(spent)
             self.train_seconds += spent
@@ -245,7 +252,7 @@ class MetaTraining:
                     "inner/residual": residual,
                     "optimizer/lr": self.optimizer.param_groups[0]["lr"],
                     "time/meta_step_s": statistics.median(self.step_seconds),
-                    **worked(self.work),
+                    **work,
                     **linear,
                     **({"estimator/nu": nu} if self.estimator.nu == "auto" else {}),
                 }
@@ -275,15 +282,14 @@ class MetaTraining:
     def measure(self, ended: bool = False) -> Event:
         event = Event()
         for measurement in self.due(ended):
-            self.estimator.progress = self.fraction
+            self.stages.enter(self.fraction)
             event |= self._record(measurement(self))
         return event
 
     def peak_bytes(self) -> int:
         """Peak storage of one meta-gradient on a training meta-batch, or on one process's share of it."""
         s = self.settings
-        tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed)))
-        return self._peak_bytes(tasks, self.chunk(tasks, self.estimator))
+        return self._peak_bytes(self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed))))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, as tensors and plain values."""

@@ -20,6 +20,18 @@ class Draws(NamedTuple):
     parts: Sequence[Part]
 
 
+class Steps(NamedTuple):
+    """Of gradient descent: one for each of ``rates``, v ← momentum · v + ∇h(φ), φ ← φ − rate · v.
+
+    h is the loss with (lam/2)‖φ − θ‖², of all examples or, step by step, of ``draws``.
+    """
+
+    rates: Sequence[float]
+    lam: float = 0.0
+    momentum: float = 0.0
+    draws: Draws | None = None
+
+
 class Engine(ABC):
     """The losses Lᵣ(network(φᵣ, xᵣ)) of a network with its own parameters in every row r, at fixed inputs.
 
@@ -53,19 +65,10 @@ class Engine(ABC):
         loss = self.row_loss.of_examples(examples, parts)
         return type(self)(self.network, rows_taken(self.x, examples), loss, apart)
 
-    def gradient_descent(
-        self,
-        theta: Tensor,
-        rates: Sequence[float],
-        lam: float = 0.0,
-        momentum: float = 0.0,
-        draws: Draws | None = None,
-    ) -> Tensor:
-        """Displacements φ − θ [R, P] after a step for each of ``rates``: v ← momentum · v + ∇h(φ), φ ← φ − rate · v.
-
-        h is the loss with (lam/2)‖φ − θ‖², of all examples or, step by step, of ``draws``; ``theta`` [R, P] may be
-        expanded. The displacement is what moves: it is small, so that little of it is lost to rounding.
-        """
+    def gradient_descent(self, theta: Tensor, steps: Steps) -> Tensor:
+        """Displacements φ − θ [R, P] after ``steps``; ``theta`` [R, P] may be expanded. The displacement is what
+        moves: it is small, so that little of it is lost to rounding."""
+        rates, lam, momentum, draws = steps
         displacement = torch.zeros_like(theta, memory_format=torch.contiguous_format)
         velocity = torch.zeros_like(displacement) if momentum else displacement
         phi = torch.empty_like(displacement)

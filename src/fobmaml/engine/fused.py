@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine import library
-from fobmaml.engine.base import Draws, Engine
+from fobmaml.engine.base import Engine, Steps
 from fobmaml.engine.layers import Convolution, Dense, check_chain
 from fobmaml.engine.losses import CrossEntropy, Part, rows_taken
 from fobmaml.engine.memory import ALIGNMENT, aligned, check, check_in_order, check_written, factors, in_order
@@ -271,16 +271,10 @@ class Fused(Stacked):
 
         return gradient, product
 
-    def gradient_descent(
-        self,
-        theta: Tensor,
-        rates: Sequence[float],
-        lam: float = 0.0,
-        momentum: float = 0.0,
-        draws: Draws | None = None,
-    ) -> Tensor:
+    def gradient_descent(self, theta: Tensor, steps: Steps) -> Tensor:
+        rates, lam, momentum, draws = steps
         if momentum:
-            return Engine.gradient_descent(self, theta, rates, lam, momentum, draws)
+            return Engine.gradient_descent(self, theta, steps)
         displacement = torch.zeros(theta.shape, dtype=theta.dtype)
         for first in range(0, len(rates), STEPS_A_CALL):
             these = rates[first : first + STEPS_A_CALL]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +82,9 @@ class Learner(Network):
 
         No graph is recorded: to differentiate, take an engine's ``gradient``.
         """
+        loss = RowLoss(self.loss, x, [Part(slice(None), 1.0)])  # outputs ask for nothing of it
         with torch.no_grad():
-            return self._chosen(x, None, second_order=False)[1].outputs(phi)
+            return self._chosen(x, loss, second_order=False)[1].outputs(phi)
 
     def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None) -> RowLoss:
         """``targets`` [R, N, ...]; ``parts``: by default all examples of a row are one."""
@@ -100,16 +100,15 @@ class Learner(Network):
         self._used[name] = None
         return Counted(engine, self.work)
 
-    def _chosen(self, x: Tensor, loss: RowLoss | None, second_order: bool) -> tuple[str, Engine]:
-        rows = cast(RowLoss, loss)  # who wants outputs only asks for nothing of it
+    def _chosen(self, x: Tensor, loss: RowLoss, second_order: bool) -> tuple[str, Engine]:
         if self.lists_layers and self._trial.listed(x):
             if self.fused and isinstance(loss, CrossEntropy):
                 return f"fused-{library.instructions()}", fused.Fused(self, x, loss)
-            return "stacked", Stacked(self, x, rows)
+            return "stacked", Stacked(self, x, loss)
         batched = self._trial.batched(x, second_order)
-        parts = [part.examples for part in loss.parts] if loss else WHOLE
+        parts = [part.examples for part in loss.parts]
         apart = parts if len(parts) > 1 and not self._trial.joint(x, parts) else WHOLE
-        return ("autograd", Autograd(self, x, rows, apart)) if batched else ("loop", Loop(self, x, rows, apart))
+        return ("autograd", Autograd(self, x, loss, apart)) if batched else ("loop", Loop(self, x, loss, apart))
 
     def rows_at_once(self, x: Tensor, examples: int, second_order: bool) -> int:
         """As many rows as keep a CPU busy, for gradients of so many ``examples`` like those of ``x`` [R, N, ...].

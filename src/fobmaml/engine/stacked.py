@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import refuse
-from fobmaml.engine.base import Draws, Engine
+from fobmaml.engine.base import Engine, Steps
 from fobmaml.engine.layers import Convolution, Dense, check_chain
 from fobmaml.engine.losses import Part, rows_taken
 from fobmaml.engine.network import Network
@@ -171,14 +171,8 @@ class Stacked(Engine):
 
         return self._unpack(gradient, passes), product
 
-    def gradient_descent(
-        self,
-        theta: Tensor,
-        rates: Sequence[float],
-        lam: float = 0.0,
-        momentum: float = 0.0,
-        draws: Draws | None = None,
-    ) -> Tensor:
+    def gradient_descent(self, theta: Tensor, steps: Steps) -> Tensor:
+        rates, lam, momentum, draws = steps
         engine = self if draws is None else self.of_examples(draws.examples[:, 0], draws.parts)
         passes = engine._passes
         start = passes.pack(self.network.unflatten(theta[:1] if theta.stride(0) == 0 else theta))

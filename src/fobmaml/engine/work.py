@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fobmaml.engine.base import Draws, Engine
+from fobmaml.engine.base import Engine, Steps
 from fobmaml.engine.losses import Part
 
 GRADIENT, HESSIAN_PRODUCT = 3, 8
@@ -122,14 +122,9 @@ class Counted(Engine):
     def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "Counted":
         return Counted(self.engine.of_examples(examples, parts), self.counter)
 
-    def gradient_descent(
-        self,
-        theta: Tensor,
-        rates: Sequence[float],
-        lam: float = 0.0,
-        momentum: float = 0.0,
-        draws: Draws | None = None,
-    ) -> Tensor:
+    def gradient_descent(self, theta: Tensor, steps: Steps) -> Tensor:
         rows, examples = self.size
-        self.counter.gradient(rows, len(rates) * (examples if draws is None else draws.examples.shape[2]))
-        return self.engine.gradient_descent(theta, rates, lam, momentum, draws)
+        if steps.draws is not None:
+            examples = steps.draws.examples.shape[2]
+        self.counter.gradient(rows, len(steps.rates) * examples)
+        return self.engine.gradient_descent(theta, steps)

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ class Estimate:
     adapted: Callable[[], Solution]
     linear: LinearStatistics | None = None
     variables: dict[str, Tensor] = field(default_factory=dict)
+
+    def norms(self) -> Tensor:
+        """Of each task's meta-gradient, ``gradients`` and ``variables`` together, [T]."""
+        parts = (self.gradients, *self.variables.values())
+        return torch.stack([part.flatten(1).norm(dim=1) for part in parts]).norm(dim=0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Estimator(ABC):
         """The solution of the unperturbed inner problem, φᵢ,₀: what a task's parameters are at test time."""
         return self.solve(InnerProblem(learner, theta, tasks, self.lam))
 
-    def adapting(self, by: Adaptation) -> "Estimator":
+    def adapting(self, by: Adaptation) -> Self:
         """This one, to ``adapt`` only: with another solver or λ, of which its formula may have no use."""
         other = copy(self)
         other.solver = by.solver or self.solver
@@ -210,8 +215,9 @@ def estimate(
 
     ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
     unperturbed problem where the estimator does not, and of one more gradient, which are no part of ``work``.
-    ``task_clip``: a task's meta-gradient is scaled to a norm of at most that, before the mean; bias and smoothness are
-    measured without, for they are the estimator's.
+    ``task_clip``: a task's meta-gradient, with its derivatives by ``variables``, is scaled to a norm of at most that,
+    before the mean: one factor a task, so that it keeps its direction and none outweighs the others in any part. Bias
+    and smoothness are measured without, for they are the estimator's.
     """
     total, work, variables = torch.zeros_like(theta), Work(), dict[str, Tensor]()
     query_loss, residual, linear, clipped = [], [], [], []
@@ -221,14 +227,14 @@ def estimate(
         for part in tasks.split(task_chunk or len(tasks)):
             result = settled(learner, theta, part)
             work += learner.work.read() - before
-            if task_clip is None:
-                total += result.gradients.sum(0)
-            else:
-                norms = result.gradients.norm(dim=1)
+            factor = None
+            if task_clip is not None:
+                norms = result.norms()
                 clipped.append(norms > task_clip)
-                total += (task_clip / norms).clamp(max=1.0) @ result.gradients
+                factor = (task_clip / norms).clamp(max=1.0)
+            total += _summed(result.gradients, factor)
             for name, each in result.variables.items():
-                variables[name] = variables.get(name, 0.0) + each.sum(0) / len(tasks)
+                variables[name] = variables.get(name, 0.0) + _summed(each, factor) / len(tasks)
             if result.linear is not None:
                 linear.append((result.linear.steps, result.linear.relative_residual, result.linear.negative_curvature))
             if diagnose:
@@ -247,6 +253,11 @@ def estimate(
             variables,
             settled.nu if isinstance(settled.nu, float) else None,
         )
+
+
+def _summed(each: Tensor, factor: Tensor | None) -> Tensor:
+    """Over tasks, [T, ...] -> [...], each times its ``factor`` [T]."""
+    return each.sum(0) if factor is None else (factor @ each.flatten(1)).view(each.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,10 @@ class IMAML(Estimator):
         problem = InnerProblem(learner, theta, tasks, self.lam)
         if self.pull_back is None:
             return self.solve(problem)
+        lr = getattr(self.solver, "lr", None)  # of the present solver, if it has one
+        rest = 1.0 - (lr if isinstance(lr, float) else self.pull_back) * self.lam
         free = self.solve(InnerProblem(learner, theta, tasks, 0.0))
-        return replace(free, problem=problem, displacement=(1.0 - self.pull_back * self.lam) * free.displacement)
+        return replace(free, problem=problem, displacement=rest * free.displacement)
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         solution = self.adapt(learner, theta, tasks)

@@ -1,13 +1,14 @@
 """MAML: back-propagation through the inner solver's steps."""
 
 from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import refuse
 from fobmaml.engine import Learner
-from fobmaml.estimators.base import Estimate, Estimator
+from fobmaml.estimators.base import Adaptation, Estimate, Estimator
 from fobmaml.estimators.multi_step import multi_step_gradient, part_of_training
 from fobmaml.solvers import Descent, InnerProblem, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
@@ -85,6 +86,12 @@ class MAML(Estimator):
         rates = variables[RATES].detach()
         solver.rates = rates.repeat_interleave(sizes.to(rates.device), dim=1)
         return solver
+
+    def adapting(self, by: Adaptation) -> Self:
+        other = super().adapting(by)
+        if by.solver is not None:
+            other.learn_lr = 0.0  # its step lengths are said
+        return other
 
     def adapt(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Solution:
         solver = self.learned(learner)

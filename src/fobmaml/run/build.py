@@ -21,6 +21,7 @@ from fobmaml.run.settings import GROUPS, choices, measurements_in, plain_config
 from fobmaml.run.tracking import check_options
 from fobmaml.settings import Settings
 from fobmaml.solvers import Solver
+from fobmaml.stages import Stage
 from fobmaml.tasks.checks import check_members
 from fobmaml.training import MetaTraining
 
@@ -29,6 +30,7 @@ KINDS = {
     "model": torch.nn.Module,
     "solver": Solver,
     "eval.solver": Solver,
+    "inner": Solver,
     "estimator": Estimator,
     "optimizer": torch.optim.Optimizer,
 }
@@ -51,7 +53,7 @@ def build(cfg: DictConfig) -> MetaTraining:
     model = build_part(cfg, "model", input_shape=dataset.input_shape, outputs=dataset.outputs).to(device, dtype)
     estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
     measurements = [build_part(cfg, name) for name in measurements_in(cfg)]
-    adaptation = build_adaptation(cfg)
+    adaptation, stages = build_adaptation(cfg), build_stages(cfg)
     with bad_values_named():
         return MetaTraining(
             model,
@@ -61,6 +63,7 @@ def build(cfg: DictConfig) -> MetaTraining:
             lambda p: build_part(cfg, "optimizer", params=p),
             measurements,
             adaptation,
+            stages,
         )
 
 
@@ -80,6 +83,23 @@ def build_adaptation(cfg: DictConfig) -> Adaptation | None:
     return Adaptation(build_part(OmegaConf.create({"eval.solver": said}), "eval.solver"), lam)
 
 
+def build_stages(cfg: DictConfig) -> list[Stage]:
+    """``inner``: what each stage says of its solver, the rest from ``solver``. Raises ConfigError."""
+    plain, stages = plain_config(cfg), []
+    said = [] if plain["inner"] is None else plain["inner"]
+    if not isinstance(said, list):
+        raise ConfigError(str(refuse("inner", said, "null, or a list of stages: [{until: 0.5, steps: 5}]")))
+    for i, stage in enumerate(said):
+        name = f"inner[{i}]"
+        if not isinstance(stage, dict) or "until" not in stage or "_target_" in stage:
+            raise ConfigError(str(refuse(name, stage, "until and settings of the solver: {until: 0.5, steps: 5}")))
+        until = stage.pop("until")
+        solver = build_part(OmegaConf.create({name: plain["solver"] | stage}), name)
+        with bad_values_named(f"{name}."):
+            stages.append(Stage(until, solver))
+    return stages
+
+
 def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
     """What a group's ``_target_`` makes of its settings. Raises ConfigError."""
     try:
@@ -93,13 +113,13 @@ def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
             written = cast(dict[str, Any], OmegaConf.to_container(cfg[group], resolve=False))[key]
             said = re.fullmatch(r"\$\{([\w.]+)\}", str(written))
             text = f"{said[1] if said else f'{group}.{key}'}{text.removeprefix(key)}"
-        elif unknown := re.search("unexpected keyword argument '(.*)'", text):
-            text = f"{group}.{unknown[1]}: {group}={choices().get(group)} has no such setting; ~{group}.{unknown[1]}"
+        elif group in GROUPS and (unknown := re.search("unexpected keyword argument '(.*)'", text)):
+            text = f"{group}.{unknown[1]}: {group}={choices()[group]} has no such setting; ~{group}.{unknown[1]}"
             text += " takes it back, where another choice sets it"
         else:
             text = f"{group}={choices()[group]}: {text}" if group in GROUPS else f"{group}: {text}"
         raise ConfigError(text) from error
-    kind = KINDS.get(group, Measurement)
+    kind = KINDS.get(group.split("[")[0], Measurement)
     if not isinstance(part, kind):
         raise ConfigError(
             f"{group}._target_={cfg[group].get('_target_')}: takes one that makes a "
@@ -109,11 +129,11 @@ def build_part(cfg: DictConfig, group: str, **given: Any) -> Any:
 
 
 @contextmanager
-def bad_values_named() -> Iterator[None]:
+def bad_values_named(group: str = "") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{group}{error}") from error
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fobmaml.arguments import number
+from fobmaml.engine.base import Steps
 from fobmaml.solvers.descent import Descent, Memory
 from fobmaml.solvers.problem import InnerProblem, Solution
 
@@ -33,8 +34,8 @@ class GradientDescent(Descent):
         if isinstance(self.rates, Tensor):
             return super().solve(problem)
         seen = self.drawn(problem)
-        displacement = seen.engine().gradient_descent(problem.theta, self.rates, problem.lam, self.momentum, seen.draws)
-        return self._solution(problem, displacement)
+        steps = Steps(self.rates, problem.lam, self.momentum, seen.draws)
+        return self._solution(problem, seen.engine().gradient_descent(problem.theta, steps))
 
     def memory(self, like: Tensor) -> Memory:
         return (torch.zeros_like(like),) if self.momentum else ()
