@@ -126,6 +126,27 @@ def test_bias_is_the_distance_to_the_dense_meta_gradient():
         assert found.reference == "exact, lam=0.7"
 
 
+def test_bias_of_batches_is_that_of_their_mean():
+    learner, tasks = tasks_of("logistic")
+    theta = learner.theta()
+    wanted = dense_meta_gradient(learner, tasks, 0.7).mean(0)
+
+    def alone(count):
+        drawn = [tasks.keyed(torch.Generator().manual_seed(seed)) for seed in range(count)]
+        return torch.stack([estimate(estimator, learner, theta, each, diagnose=False).gradient for each in drawn])
+
+    estimator = Symmetric(GradientDescent(20, 0.3, batch=2, query_batch=2), 0.7, 1e-3)
+    single = alone(600)
+    exactly = relative_error(single.mean(0), wanted)
+    noise = float((single - single.mean(0)).norm(dim=1).square().mean().sqrt() / wanted.norm())
+    found = bias(estimator, learner, tasks)
+    assert found == bias(estimator, learner, tasks.keyed())  # whatever was drawn
+    assert abs(found.relative_error - exactly) < 3 * noise / 32**0.5
+    assert noise > exactly  # of a single draw little is bias
+    same = bias(MAML(estimator.solver), learner, tasks.keyed())
+    assert same.relative_error < 1e-5  # its reference makes the same draws
+
+
 def test_bias_without_a_proximal_term_is_against_the_unrolled_objective(mnist1d):
     torch.manual_seed(0)
     learner = Learner(CNN1d((40,), 5, width=8), F.cross_entropy)

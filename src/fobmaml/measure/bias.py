@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from fobmaml.arguments import number, refuse
 from fobmaml.engine import Learner
 from fobmaml.estimators import MAML, Estimator, Exact, NotConverged, chunk_size, estimate
 from fobmaml.measure.base import Event, OnValidationTasks, Training, shown
-from fobmaml.solvers import NewtonCG
+from fobmaml.solvers import NewtonCG, Solver
 from fobmaml.tasks.batch import TaskBatch
+
+DRAWS = 32
+"""Of an estimator whose inner steps take batches, so many estimates are averaged: what they draw is noise, not bias."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     The reference is computed in float64, and is the estimator's own if it names one. Else, with λ > 0, it is the
     proximal objective's exact meta-gradient (``Exact`` at the same λ). With λ = 0 the inner problem has no unique
     minimiser, F is the objective after the solver's K steps, and the reference is its gradient, by back-propagation.
-    ``tasks`` in float64, so that both see the same examples. Cost: one estimate and one exact meta-gradient.
+    ``tasks`` in float64, so that both see the same examples. Where inner steps take batches and those of the reference
+    do not, the bias is that of the mean over ``DRAWS`` draws. Cost: one estimate, or so many, and one exact
+    meta-gradient.
     """
     precise = learner.in_double()
     theta = learner.theta()
@@ -54,7 +60,8 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
         exact = estimate(reference, precise, theta.double(), tasks.to(dtype=torch.float64), chunk, False).gradient
     except (NotConverged, ValueError) as error:  # a loss that holds float32 numbers cannot be had in float64
         return Bias(None, None, name, str(error))
-    returned = estimate(estimator, learner, theta, tasks.to(dtype=learner.dtype), diagnose=False).gradient.double()
+    draws = DRAWS if _draws(estimator.solver) and not _draws(reference.solver) else 0
+    returned = _mean(estimator, learner, theta, tasks.to(dtype=learner.dtype), draws).double()
     norm = exact.norm()
     if norm == 0 or not torch.isfinite(norm):
         return Bias(None, None, name, f"the exact meta-gradient has norm {float(norm)}")
@@ -65,6 +72,17 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
         name,
         exact_norm=float(norm),
     )
+
+
+def _draws(solver: Solver) -> bool:
+    return bool(solver.batch or solver.query_batch)
+
+
+def _mean(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskBatch, draws: int) -> Tensor:
+    """The estimate with the tasks' own draws, or if ``draws`` the mean over so many others."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (tasks.keyed(generator) for _ in range(draws)) if draws else [tasks]
+    return torch.stack([estimate(estimator, learner, theta, each, diagnose=False).gradient for each in drawn]).mean(0)
 
 
 @dataclass
