@@ -94,7 +94,7 @@ def test_bad_arguments(argument, value):
 
 
 RUN = ("width=4", "steps=4", "eval.every=2", "eval.tasks=20", "eval.validation_tasks=10", "bias.every=0")
-RUN = (*RUN, "wandb.mode=disabled")
+RUN = (*RUN, "estimator=symmetric", "wandb.mode=disabled")
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,8 @@ def test_by_the_command_line(run_train, tmp_path):
     assert steps.returncode == 0, steps.stderr
     other = ("eval.solver._target_=fobmaml.solvers.NewtonCG", "eval.solver.steps=3", "eval.lam=2")
     assert run_train(*RUN, *other, "hydra.run.dir=other").returncode == 0
+    batches = run_train(*RUN, "estimator=fobmaml", *other, "hydra.run.dir=batches")  # of which this solver has none
+    assert batches.returncode == 0, batches.stderr
     plain, newton = _summary(tmp_path / "plain"), _summary(tmp_path / "other")
     ten, twenty = (_summary(next((tmp_path / "sweep").glob(f"*eval.solver.steps={steps}*"))) for steps in (10, 20))
     assert ten["test/loss"] == plain["test/loss"]  # as many as in training

@@ -55,7 +55,7 @@ def _complete(folder: Path) -> dict:
 
 
 def test_every_estimator_makes_a_complete_run(run_train, tmp_path):
-    names = ["forward", "symmetric", "central4", "maml", "fomaml", "reptile", "imaml", "exact"]
+    names = ["fobmaml", "forward", "symmetric", "central4", "maml", "fomaml", "reptile", "imaml", "exact"]
     done = run_train(
         "-m",
         f"estimator={','.join(names)}",
@@ -156,8 +156,8 @@ def test_the_table_is_printed(run_train, tmp_path):
     [
         (
             ["estimator=foo"],
-            "estimator=foo: takes one of central4, exact, fomaml, forward, imaml, maml, maml_checkpoint, reptile, "
-            "symmetric, tangent",
+            "estimator=foo: takes one of central4, exact, fobmaml, fomaml, forward, imaml, maml, maml_checkpoint, "
+            "reptile, symmetric, tangent",
         ),
         (["dataset=foo"], "dataset=foo: takes one of logistic, mnist1d, sinusoid"),
         (["width=0"], "width=0: takes a whole number of at least 1"),

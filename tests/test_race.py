@@ -79,7 +79,7 @@ def test_the_race_goes_on_where_it_was_stopped(short, tmp_path):
     (tmp_path / "results").mkdir()
     race.collect(tmp_path / "race", tmp_path / "results", [second])
     rows = read_csv(tmp_path / "results" / "race_curves.csv")
-    assert [row["seed"] for row in rows] == ["1", "1", "1", "2", "2", "2"]
+    assert [*dict.fromkeys(row["seed"] for row in rows)] == ["1", "2"]
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert tables.race(tmp_path / "results").splitlines()[-1] == "| Reptile | – | – | – |"
     draw(tmp_path / "results")

@@ -279,7 +279,15 @@ QUICK = ("width=4", "eval.tasks=20", "eval.validation_tasks=10", "bias.every=0",
 
 def test_a_budget_by_the_command_line(run_train, tmp_path):
     step = 16 * 2 * 10 * (S + Q)
-    done = run_train(*QUICK, "steps=null", f"budget={3 * step}", "task_clip=0.01", "clip=1", "hydra.run.dir=run")
+    done = run_train(
+        *QUICK,
+        "estimator=symmetric",
+        "steps=null",
+        f"budget={3 * step}",
+        "task_clip=0.01",
+        "clip=1",
+        "hydra.run.dir=run",
+    )
     assert done.returncode == 0, done.stderr
     assert f"{3 * step:,} example-gradients\n" in done.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -80,6 +80,8 @@ def build_adaptation(cfg: DictConfig) -> Adaptation | None:
         return None if lam is None else Adaptation(lam=lam)
     if said.get("_target_", solver["_target_"]) == solver["_target_"]:
         said = solver | said
+    else:  # null, as of batches that training's solver has, is what any other does without
+        said = {key: value for key, value in said.items() if value is not None}
     return Adaptation(build_part(OmegaConf.create({"eval.solver": said}), "eval.solver"), lam)
 
 
