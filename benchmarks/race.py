@@ -95,7 +95,11 @@ METHODS = {
     "maml": Method("estimator=maml", {"meta_batch": 8}),
     "fomaml": Method("estimator=fomaml", ADAM | {"solver.lr": 0.03}),
     "reptile": Method("estimator=reptile", {"solver.lr": 0.3, "solver.batch": 10, "budget": 2_000_000}),
-    "imaml": Method("estimator=imaml", ADAM | {"estimator.lam": 2.0}, frozenset({"lam"})),
+    "imaml": Method(
+        "estimator=imaml estimator.damping=1 estimator.lam_damping=10 estimator.pull_back=true eval.lam=0",
+        ADAM | {"adam.lr": 0.003, "estimator.lam": 2.0, "solver.steps": 12},
+        frozenset({"lam"}),
+    ),
 }
 
 
@@ -214,7 +218,7 @@ class Race:
             trials = 3
 
         def objective(trial: optuna.Trial) -> float:
-            overrides = [method.fixed, f"width={self.width}", *settings(method, trial)]
+            overrides = [*method.fixed.split(), f"width={self.width}", *settings(method, trial)]
             trial.set_user_attr("overrides", overrides)
             budget, curve = trial.params["budget"], list[Row]()
             best = min((each.value for each in study.trials if each.value is not None), default=math.inf)

@@ -44,7 +44,7 @@ def test_no_setting_of_a_trial_is_unknown_to_its_method():
         if not method.searched:
             continue
         trial = optuna.trial.FixedTrial(race.KNOWN | method.known)
-        given = [method.fixed, *race.settings(method, trial)]
+        given = [*method.fixed.split(), *race.settings(method, trial)]
         training = race.built([*given, "width=4"], 1000, 0)
         assert training.settings.budget == 1000, name
         assert training.adapting.solver.batch is None, name
