@@ -274,7 +274,8 @@ class Race:
         except Diverged:
             diverged = True
         who = {"estimator": name, "width": self.width, "times": times, "seed": seed, "threads": threads}
-        write_json(path, {"who": who, "diverged": diverged, "curve": curve})
+        made_with = provenance(torch.device("cpu"))
+        write_json(path, {"who": who, "diverged": diverged, "curve": curve, "provenance": made_with})
 
 
 def fastest_threads(overrides: list[str]) -> int:
@@ -312,7 +313,9 @@ def collect(folder: Path, results: Path, races: list[Race]) -> None:
             row |= {f"{what}_to_{100 * goal:.0f}": point.get(what) for what in ("work", "seconds")}
         rows.append(row)
     write_csv(results / "race.csv", rows)
-    write_json(results / "race.json", provenance(torch.device("cpu"), ""))
+    made_with = [run["provenance"] for run in runs]
+    distinct = [one for place, one in enumerate(made_with) if one not in made_with[:place]]
+    write_json(results / "race.json", {"command": "make race", "provenance": distinct})
 
 
 def main() -> None:

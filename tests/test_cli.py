@@ -110,12 +110,12 @@ def test_width_250(run_train, tmp_path, tasks):
 
 @pytest.mark.slow
 def test_the_default_run_learns(run_train, tmp_path):
-    """What `make train` does: some minutes, and an accuracy above the 88 % asked of more than three times the steps."""
+    """What `make train` does. The bias is that of ten coarse inner steps, on a few tasks."""
     done = run_train("hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     summary = _complete(tmp_path / "run")
-    assert summary["test/accuracy"] > 0.88
-    assert summary["bias/cosine"] > 0.5
+    assert summary["test/accuracy"] > 0.94
+    assert summary["bias/cosine"] > 0.2
 
 
 @pytest.mark.parametrize(

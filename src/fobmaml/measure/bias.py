@@ -14,7 +14,7 @@ from fobmaml.measure.base import Event, OnValidationTasks, Training, shown
 from fobmaml.solvers import NewtonCG, Solver
 from fobmaml.tasks.batch import TaskBatch
 
-DRAWS = 32
+DRAWS = 128
 """Of an estimator whose inner steps take batches, so many estimates are averaged: what they draw is noise, not bias."""
 
 
