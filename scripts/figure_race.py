@@ -8,14 +8,13 @@ from matplotlib.ticker import StrMethodFormatter
 
 from fobmaml.run.plotting import new_figure
 
-MADE_BY = "make race"
 GOALS = (90, 95, 97)
 
 
 def draw(folder: Path) -> None:
-    rows = [row for row in load(folder, "race_curves", MADE_BY) if row["times"] == 1]
+    rows = [row for row in load(folder, "race_curves", "make race") if row["times"] == 1]
     widths = groups(rows, "width")
-    figure, axes = new_figure(columns=2 * len(widths), width_in=7.0, height_in=3.0 if len(widths) == 1 else 2.9)
+    figure, axes = new_figure(columns=2 * len(widths), width_in=7.0, height_in=3.0)
     for place, (width, found) in enumerate(sorted(widths.items())):
         for ax, column, unit in zip(
             axes[2 * place : 2 * place + 2],

@@ -83,25 +83,25 @@ def test_the_number_of_processes_does_not_change_a_run(run_train, tmp_path, dtyp
     assert {path.name for path in tmp_path.iterdir()} == {"plain", *map(str, counts)}  # and writes
 
 
+def _assert_two_are_as_one(run_train, tmp_path, run):
+    assert run_train(*run, "hydra.run.dir=plain").returncode == 0
+    code, _, err = _ended(_torchrun(tmp_path, 2, *run, "hydra.run.dir=two"))
+    assert code == 0, err
+    _assert_same_run(tmp_path / "two", tmp_path / "plain", 1e-10)
+
+
 @pytest.mark.slow
 def test_an_estimators_own_variables_and_its_progress_reach_all_processes(run_train, tmp_path):
     run = (*RUN, "dtype=float64", "estimator=maml", "estimator.learn_lr=1", "estimator.multi_step=0.5")
     run += ("estimator.second_order_from=0.25",)
-    assert run_train(*run, "hydra.run.dir=plain").returncode == 0
-    code, _, err = _ended(_torchrun(tmp_path, 2, *run, "hydra.run.dir=run"))
-    assert code == 0, err
-    _assert_same_run(tmp_path / "run", tmp_path / "plain", 1e-10)
+    _assert_two_are_as_one(run_train, tmp_path, run)
 
 
 @pytest.mark.slow
 def test_batches_and_stages_are_those_of_a_single_process_and_go_on(run_train, tmp_path):
     run = (*RUN, "steps=40", "dtype=float64", "solver.batch=5", "solver.query_batch=4")
     run += ("inner=[{until: 0.5, steps: 3, query_batch: 3}]",)
-    assert run_train(*run, "hydra.run.dir=plain").returncode == 0
-    code, _, err = _ended(_torchrun(tmp_path, 2, *run, "hydra.run.dir=two"))
-    assert code == 0, err
-    _assert_same_run(tmp_path / "two", tmp_path / "plain", 1e-10)
-
+    _assert_two_are_as_one(run_train, tmp_path, run)
     job = _torchrun(tmp_path, 2, *run, "hydra.run.dir=stopped")
     wait_until(lambda: _logged(tmp_path / "stopped" / "metrics.jsonl") > 8, job)
     os.kill(job.pid, signal.SIGTERM)

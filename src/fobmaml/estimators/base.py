@@ -313,7 +313,7 @@ def meta_gradient(
     with torch.inference_mode(False):
         learner = Learner(model, loss_fn, engine)
         tasks = learner.check(tasks.to(dtype=learner.dtype))
-        if tasks.keys is None and (estimator.solver.batch or estimator.solver.query_batch):
+        if tasks.keys is None and estimator.solver.takes_batches:
             tasks = tasks.keyed()
         chunk = chunk_size(learner, tasks, estimator) if isinstance(task_chunk, str) else task_chunk
         result = estimate(estimator, learner, learner.theta(), tasks, chunk, task_clip=task_clip)

@@ -11,7 +11,7 @@ from fobmaml.arguments import number, refuse
 from fobmaml.engine import Learner
 from fobmaml.estimators import MAML, Estimator, Exact, NotConverged, chunk_size, estimate
 from fobmaml.measure.base import Event, OnValidationTasks, Training, shown
-from fobmaml.solvers import NewtonCG, Solver
+from fobmaml.solvers import NewtonCG
 from fobmaml.tasks.batch import TaskBatch
 
 DRAWS = 128
@@ -60,7 +60,7 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
         exact = estimate(reference, precise, theta.double(), tasks.to(dtype=torch.float64), chunk, False).gradient
     except (NotConverged, ValueError) as error:  # a loss that holds float32 numbers cannot be had in float64
         return Bias(None, None, name, str(error))
-    draws = DRAWS if _draws(estimator.solver) and not _draws(reference.solver) else 0
+    draws = DRAWS if estimator.solver.takes_batches and not reference.solver.takes_batches else 0
     returned = _mean(estimator, learner, theta, tasks.to(dtype=learner.dtype), draws).double()
     norm = exact.norm()
     if norm == 0 or not torch.isfinite(norm):
@@ -74,15 +74,12 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     )
 
 
-def _draws(solver: Solver) -> bool:
-    return bool(solver.batch or solver.query_batch)
-
-
 def _mean(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskBatch, draws: int) -> Tensor:
     """The estimate with the tasks' own draws, or if ``draws`` the mean over so many others."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = (tasks.keyed(generator) for _ in range(draws)) if draws else [tasks]
-    return torch.stack([estimate(estimator, learner, theta, each, diagnose=False).gradient for each in drawn]).mean(0)
+    generator, total = torch.Generator().manual_seed(0), torch.zeros_like(theta)
+    for each in (tasks.keyed(generator) for _ in range(draws)) if draws else [tasks]:
+        total += estimate(estimator, learner, theta, each, diagnose=False).gradient
+    return total / max(draws, 1)
 
 
 @dataclass

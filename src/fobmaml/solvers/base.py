@@ -25,6 +25,11 @@ class Solver(ABC):
     """How many support examples each step takes, None: all."""
     query_batch: int | None = None
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether its steps take batches, by the keys of the tasks."""
+        return bool(self.batch or self.query_batch)
+
     @abstractmethod
     def solve(self, problem: InnerProblem) -> Solution:
         """An approximate minimiser a row, started at ``problem.theta``."""
