@@ -60,6 +60,8 @@ bench: setup .venv/bench .venv/rate ## time and memory of one meta-gradient, oth
 race: setup .venv/sweeps ## which method takes the least work and time to an accuracy, tuned alike, into results/; hours, and goes on
 	@$(BIN)/python benchmarks/race.py tune $(ARGS)
 	@$(BIN)/python benchmarks/race.py run $(ARGS)
+	@$(BIN)/python benchmarks/race.py time $(ARGS)
+	@$(BIN)/python benchmarks/race.py collect $(ARGS)
 	@$(BIN)/python scripts/figure_race.py
 
 .venv/rate: benchmarks/rate.c benchmarks/setup.py .venv/complete

@@ -151,7 +151,8 @@ def reached(rows: Sequence[Row], goal: int) -> str:
             for what in ("work", "seconds")
         )
         if works[len(runs) // 2] < math.inf:
-            return f"{works[len(runs) // 2] / 1e6:.1f} M, {seconds[len(runs) // 2]:.1f} s"
+            took = seconds[len(runs) // 2]
+            return f"{works[len(runs) // 2] / 1e6:.1f} M" + (f", {took:.1f} s" if took < math.inf else "")
     return "–"
 
 
