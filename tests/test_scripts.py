@@ -277,7 +277,7 @@ def test_verdicts_follow_the_tables(tmp_path):
         return next(line for line in summary.page(tmp_path).splitlines() if line.startswith("| Memory |"))
 
     assert verdict(1.01) == "| Memory | holds |"
-    assert verdict(1.5) == "| Memory | does not hold |"
+    assert verdict(1.5) == "| Memory | holds in part |"
     assert "| Time | not measured |" in summary.page(tmp_path)
 
 

@@ -147,6 +147,8 @@ class Estimator(ABC):
 
         A solution that is θ itself is none of this: the problem may start at its solution, and ``residual`` tells.
         """
+        if displacement[:1].all():  # the usual case, at little cost
+            return []
         unflatten = problem.learner.unflatten
         for part in (displacement[:1], displacement):  # one row shows it nearly always
             moved = {name: part.any() for name, part in unflatten(part).items()}
