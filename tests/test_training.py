@@ -30,7 +30,7 @@ from fobmaml.optim import SNGDM, ClippedSGD
 from fobmaml.run.plotting import learning_curve
 from fobmaml.settings import Settings
 from fobmaml.tasks import Logistic, Sinusoid
-from fobmaml.tasks.mnist1d import mean_squared_error
+from fobmaml.tasks.few_shot import mean_squared_error
 from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining
 
 QUICK = {

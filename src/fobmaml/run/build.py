@@ -22,6 +22,7 @@ from fobmaml.run.tracking import check_options
 from fobmaml.settings import Settings
 from fobmaml.solvers import Solver
 from fobmaml.stages import Stage
+from fobmaml.tasks import FewShot
 from fobmaml.tasks.checks import check_members
 from fobmaml.training import MetaTraining
 
@@ -47,6 +48,8 @@ def build(cfg: DictConfig) -> MetaTraining:
         settings = Settings(**{field.name: cfg[field.name] for field in fields(Settings)})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     dataset = build_part(cfg, "dataset")
+    if isinstance(dataset, FewShot):
+        dataset = dataset.to(device)  # where its tasks are then gathered
     with bad_values_named():
         check_members(dataset)
     torch.manual_seed(settings.seed)
