@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fobmaml.files import CannotWrite, write_json
-from fobmaml.run.checkpoints import load_checkpoint, save_checkpoint
-from fobmaml.run.errors import CheckpointError, FolderInUse
+from fobmaml.run.errors import FolderInUse
 from fobmaml.run.events import EventLog, events_until, read_events
 from fobmaml.run.folders import sole_user
+from fobmaml.saved.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from fobmaml.tasks import mnist1d
 from fobmaml.tasks.cache import stored
 

@@ -19,6 +19,7 @@ from fobmaml.measure import Measurement
 from fobmaml.run.errors import ConfigError
 from fobmaml.run.settings import GROUPS, choices, measurements_in, plain_config
 from fobmaml.run.tracking import check_options
+from fobmaml.saved.parts import evaluation_solver
 from fobmaml.settings import Settings
 from fobmaml.solvers import Solver
 from fobmaml.stages import Stage
@@ -73,19 +74,16 @@ def build(cfg: DictConfig) -> MetaTraining:
 def build_adaptation(cfg: DictConfig) -> Adaptation | None:
     """Of validation and meta-test tasks: ``eval.solver``, what it does not say from ``solver`` if both make the same,
     and ``eval.lam``. None: as in training. Raises ConfigError."""
-    said, solver, lam = plain_config(cfg)["eval"]["solver"] or {}, plain_config(cfg)["solver"], cfg.eval.lam
-    if not isinstance(said, dict):
+    plain, lam = plain_config(cfg), cfg.eval.lam
+    if not isinstance(said := plain["eval"]["solver"], dict | None):
         raise ConfigError(str(refuse("eval.solver", said, "settings of a solver, or null")))
     with bad_values_named():
         if lam is not None:
             number("eval.lam", lam, at_least=0.0)
-    if not said:
+    solver = evaluation_solver(plain)
+    if solver is None:
         return None if lam is None else Adaptation(lam=lam)
-    if said.get("_target_", solver["_target_"]) == solver["_target_"]:
-        said = solver | said
-    else:  # null, as of batches that training's solver has, is what any other does without
-        said = {key: value for key, value in said.items() if value is not None}
-    return Adaptation(build_part(OmegaConf.create({"eval.solver": said}), "eval.solver"), lam)
+    return Adaptation(build_part(OmegaConf.create({"eval.solver": solver}), "eval.solver"), lam)
 
 
 def build_stages(cfg: DictConfig) -> list[Stage]:
