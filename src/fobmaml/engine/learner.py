@@ -15,6 +15,7 @@ from fobmaml.engine.loop import Loop
 from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss
 from fobmaml.engine.modules import private_copy
 from fobmaml.engine.network import Network
+from fobmaml.engine.selection import Adapt, adapted_names
 from fobmaml.engine.stacked import Stacked
 from fobmaml.engine.trial import Trial
 from fobmaml.engine.work import Counted, Counter
@@ -40,12 +41,15 @@ class Learner(Network):
     - ``loop``: any module, row by row;
     - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
 
+    ``adapt``, what the inner problem moves: all parameters, ``head``, ``norm-and-head`` or names by pattern
+    (``adapted_names``). ``adapted``: their names. ``moves`` [P]: 1 for them and 0 for the others, or None: all.
+
     Where a network's examples interact, support and query set are evaluated apart. ``work`` counts all that engines
-    compute but outputs. Raises ValueError as ``Network``
-    does, for a ``loss_fn`` that is no function, and for an engine that does not take the model.
+    compute but outputs. Raises ValueError as ``Network`` and ``adapted_names`` do, for a ``loss_fn`` that is no
+    function, and for an engine that does not take the model.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, engine: str = "auto"):
+    def __init__(self, model: nn.Module, loss_fn: LossFn, engine: str = "auto", adapt: Adapt = "all"):
         one_of("engine", engine, ENGINES)
         super().__init__(model)
         self.loss_fn, self.engine, self.loss = loss_fn, engine, Loss(loss_fn)
@@ -63,6 +67,11 @@ class Learner(Network):
             raise refuse(
                 "engine", engine, "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any"
             )
+        self.adapt, self.adapted = adapt, adapted_names(model, self.shapes, adapt)
+        self.moves: Tensor | None = None
+        if len(self.adapted) < len(self.shapes):
+            parts = [torch.full((shape.numel(),), float(name in self.adapted)) for name, shape in self.shapes.items()]
+            self.moves = torch.cat(parts).to(self.device, self.dtype)
         self._trial = Trial(self, engine)
         self._used: dict[str, None] = {}
         self.work = Counter()
@@ -75,7 +84,8 @@ class Learner(Network):
     def in_double(self) -> "Learner":
         """The same network and loss in float64, on copies of everything."""
         model = private_copy(self.model, share=False).double()
-        return Learner(model, self.loss.to(torch.float64), "auto" if self.engine == "fused" else self.engine)
+        engine = "auto" if self.engine == "fused" else self.engine
+        return Learner(model, self.loss.to(torch.float64), engine, self.adapt)
 
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
         """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].

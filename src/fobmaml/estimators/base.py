@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.engine import Learner, Work
 from fobmaml.engine.losses import LossFn
+from fobmaml.engine.selection import Adapt
 from fobmaml.precision import full_precision
 from fobmaml.solvers import InnerProblem, LinearStatistics, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
@@ -149,7 +150,7 @@ class Estimator(ABC):
         """
         unflatten = problem.learner.unflatten
         for part in (displacement[:1], displacement):  # one row shows it nearly always
-            moved = {name: part.any() for name, part in unflatten(part).items()}
+            moved = {name: part.any() for name, part in unflatten(part).items() if name in problem.learner.adapted}
             moved = dict(zip(moved, torch.stack([*moved.values()]).tolist(), strict=True))
             if all(moved.values()):
                 return []
@@ -288,6 +289,7 @@ def meta_gradient(
     task_chunk: int | str | None = "auto",
     engine: str = "auto",
     task_clip: float | None = None,
+    adapt: Adapt = "all",
 ) -> MetaGradient:
     """The meta-gradient at a model's present parameters, by any estimator.
 
@@ -295,7 +297,9 @@ def meta_gradient(
     ``loss_fn(outputs, targets)`` returns the mean loss of one task's examples. ``task_chunk``: how many tasks are
     solved at once (None: all); fewer take less memory, and ``auto`` as few as are fast. ``engine``: see ``Learner``.
     ``task_clip``: each task's meta-gradient is scaled to a norm of at most that before the mean, so that no task
-    outweighs the others. Dtype and device follow the model; autocast is left.
+    outweighs the others. ``adapt``: which parameters the inner problem moves, the others being θ: ``all``, ``head``,
+    ``norm-and-head`` or a list of patterns of their names (``engine.selection``); the meta-gradient is by all. Dtype
+    and device follow the model; autocast is left.
 
     Raises ValueError, naming the argument, for a model with running batch statistics or active dropout, a loss that is
     not one number, labels without an output, and tasks of another device.
@@ -311,7 +315,7 @@ def meta_gradient(
     if task_clip is not None:
         number("task_clip", task_clip, above=0.0)
     with torch.inference_mode(False):
-        learner = Learner(model, loss_fn, engine)
+        learner = Learner(model, loss_fn, engine, adapt)
         tasks = learner.check(tasks.to(dtype=learner.dtype))
         if tasks.keys is None and estimator.solver.takes_batches:
             tasks = tasks.keyed()

@@ -35,6 +35,9 @@ class Tangent(Estimator):
     - ``auto``: ``differences``, which was the faster in every engine; in a dtype that is too
       short for them, ``products``.
 
+    Where φ is θ in some parameters (``Learner.adapt``), u is zero there, and the estimate ∇fᵢ(φ_K) + ∇²f̂ᵢ(φ_K) u_K,
+    by one more product and query gradient.
+
     Memory is flat in K. Reference: Chayti & Jaggi, arXiv:2409.03682, whose symmetric estimator has this limit.
     Raises ValueError unless λ > 0, and for a solver other than gradient descent, whose steps are linear in gradients.
     """
@@ -66,9 +69,9 @@ class Tangent(Estimator):
         for step, (rate, query) in enumerate(zip(rates, queries, strict=True)):
             phi = problem.theta + d
             gradient, product = linearize(seen.at(step), phi, u)
-            slope = product + self.lam * u + learner.query_gradient(phi, query)
+            slope = problem.moved(product + learner.query_gradient(phi, query)) + self.lam * u
             # Both directions are the same linear function.
-            direction, memory = descent.direction(gradient + self.lam * d, memory, step)
+            direction, memory = descent.direction(problem.moved(gradient) + self.lam * d, memory, step)
             u_direction, u_memory = descent.direction(slope, u_memory, step)
             d, u = d - rate * direction, u - rate * u_direction
         taken = torch.full((len(tasks),), descent.steps)
@@ -77,7 +80,11 @@ class Tangent(Estimator):
         def adapted() -> Solution:
             return reached if rows is tasks else self.adapt(learner, theta, tasks)  # differences have moved φ by O(ε²)
 
-        return Estimate(-self.lam * u, adapted)
+        gradients = -self.lam * u
+        if learner.moves is not None:
+            _, product = linearize(InnerProblem(learner, theta, rows, self.lam), reached.phi, u)
+            gradients += (1.0 - learner.moves) * (product + learner.query_gradient(reached.phi, tasks))
+        return Estimate(gradients, adapted)
 
 
 def _by_products(problem: InnerProblem, phi: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

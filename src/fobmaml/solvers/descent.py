@@ -68,7 +68,8 @@ class Descent(Solver):
         seen, displacement = self.drawn(problem), torch.zeros_like(problem.theta)
         memory = self.memory(displacement)
         for step, rate in enumerate(_on(problem, self.rates)):
-            gradient = seen.at(step).engine().gradient(problem.theta + displacement) + problem.lam * displacement
+            gradient = problem.moved(seen.at(step).engine().gradient(problem.theta + displacement))
+            gradient += problem.lam * displacement
             direction, memory = self.direction(gradient, memory, step)
             displacement = displacement - rate * direction
         return self._solution(problem, displacement)
@@ -127,6 +128,7 @@ class Descent(Solver):
                 if hessian is None:
                     continue
                 wrt_gradient, wrt_after = self.pulled_back(*(kept or (v, ())), step, -rate * wrt_phi, wrt_after)
+                wrt_gradient = problem.moved(wrt_gradient)
                 product = seen.at(step).linearize(hessian, engine)[1] if isinstance(hessian, Tensor) else hessian
                 wrt_phi = wrt_phi + product(wrt_gradient)
                 if problem.lam:

@@ -34,7 +34,7 @@ class NewtonCG(Iterative):
         # A finished row asks for nothing: its right-hand side is zero.
         target = -at.gradient * active.unsqueeze(1)
         forcing = target.norm(dim=1).sqrt().clamp(max=0.5)
-        found = conjugate_gradients(at.memory, target, self.cg_steps, forcing)
+        found = conjugate_gradients(lambda v: problem.moved(at.memory(v)), target, self.cg_steps, forcing)
         direction = torch.where(found.x.any(dim=1, keepdim=True), found.x, target)
         length = self._length(problem, at.phi, direction, at.gradient)
         phi = at.phi + length.unsqueeze(1) * direction

@@ -19,6 +19,8 @@ from fobmaml.tasks.draws import drawn
 class InnerProblem:
     """The perturbed inner problems hᵣ(φ) = f̂ᵢ(φ) + νⱼ fᵢ(φ) + (λ/2)‖φ − θ‖², one row r a task i and offset j.
 
+    φ moves in the parameters that the learner adapts (``Learner.adapt``), and is θ in the others.
+
     ``theta`` [P] or [T, P], one a task. ``nu``: [J] offsets, each applied to every task (row r = i·J + j), or None for
     the unperturbed problem, which never touches the query set.
     """
@@ -87,20 +89,25 @@ class InnerProblem:
         """Of f̂ + ν f, the problem without its proximal term. Support and query are one pass."""
         return self.learner.engine_for(self.x, self.loss, second_order)
 
+    def moved(self, v: Tensor) -> Tensor:
+        """[R, P] in the parameters that φ moves in, zero in the others."""
+        return v if self.learner.moves is None else v * self.learner.moves
+
     def gradient(self, phi: Tensor) -> Tensor:
-        """∇hᵣ at each row: [R, P] -> [R, P]."""
-        return self.engine().gradient(phi) + self.lam * (phi - self.theta)
+        """∇hᵣ at each row, in the parameters that φ moves in: [R, P] -> [R, P]."""
+        return self.moved(self.engine().gradient(phi)) + self.lam * (phi - self.theta)
 
     def objective(self, phi: Tensor) -> Tensor:
         """hᵣ at each row: [R, P] -> [R]."""
         return self.engine().loss(phi) + 0.5 * self.lam * (phi - self.theta).square().sum(1)
 
     def linearize(self, phi: Tensor, engine: Engine | None = None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """∇hᵣ(φᵣ) and v ↦ ∇²hᵣ(φᵣ) vᵣ for all rows, each [R, P] -> [R, P].
+        """∇hᵣ(φᵣ), as ``gradient``, and v ↦ ∇²hᵣ(φᵣ) vᵣ in all parameters, for all rows, each [R, P] -> [R, P].
 
         ``engine``: for several calls one, so that they share its memory; by default one of their own.
         """
         gradient, hvp = (engine or self.engine(second_order=True)).linearize(phi)
+        gradient = self.moved(gradient)
         if self.lam == 0.0:
             return gradient, hvp
         return (
@@ -143,6 +150,19 @@ class Solution:
     def residual(self) -> Tensor:
         """‖∇hᵣ(φᵣ)‖, [R]. Costs one gradient a row, spent only if somebody reads it."""
         return self.problem.gradient(self.phi).norm(dim=1)
+
+    @property
+    def envelope(self) -> Tensor:
+        """−∇_θ min hᵣ / λ, [R, P], at the solution taken for the minimiser.
+
+        φ − θ in the parameters that φ moves in, −∇(f̂ + νf)(φ)/λ in those where it is θ. Costs a gradient a row, where
+        there are such.
+        """
+        moves = self.problem.learner.moves
+        if moves is None:
+            return self.displacement
+        held = (1.0 - moves) * self.problem.engine().gradient(self.phi)
+        return self.displacement - held / self.problem.lam
 
     @property
     def result(self) -> list[str]:
