@@ -19,6 +19,7 @@ from fobmaml.files import write_atomically
 from fobmaml.run.plotting import OF_OTHERS, method
 
 TUNING = ("tuning_adam", "tuning_sngdm", "tuning_clipped")
+LENGTH = "dataset.dimension"
 HOLDS, IN_PART, DOES_NOT = "holds", "holds in part", "does not hold"
 
 
@@ -91,6 +92,39 @@ def memory(folder: Path) -> Finding:
         f"checkpointed {rival:.1f} times.",
         HOLDS if growth["symmetric"] < 1.05 and ratio > 1 else DOES_NOT,
     )
+
+
+def deep_memory(folder: Path) -> Finding:
+    parts, flat, lower = [], True, True
+    for table, axes in (("memory_deep", ("depth", "width")), ("memory_transformer", ("depth", "width", LENGTH))):
+        rows = load(folder, table)
+        at = {(*(r[a] for a in axes), r["estimator"], r["solver.steps"]): r["memory/peak_bytes"] for r in rows}
+        sizes, steps = list(groups(rows, *axes)), sorted({row["solver.steps"] for row in rows})
+        first, last = steps[0], steps[-1]
+        growth = {
+            name: [at[*size, name, last] / at[*size, name, first] for size in sizes] for name in ("symmetric", "maml")
+        }
+        flat = flat and max(growth["symmetric"]) < 1.05
+        text = f"{'Convolutions' if table == 'memory_deep' else 'Transformer'}, {len(sizes)} sizes, from K = {first:g} "
+        text += f"to {last:g}: symmetric at most {max(growth['symmetric']):.3f}-fold, MAML {_span(growth['maml'])}-fold"
+        for count in steps[1:]:
+            over = {
+                name: [at[*size, name, count] / at[*size, "symmetric", count] for size in sizes]
+                for name in ("maml", "maml_checkpoint", "imaml", "tangent")
+            }
+            lower = lower and min(over["maml"]) > 1
+            said = ", ".join(f"{method(name).label} {_span(ratios)}" for name, ratios in over.items())
+            text += f"; at K = {count:g}, over symmetric's: {said}"
+        small, large = ([min, max][i](sizes) for i in (0, 1))
+        text += (
+            f"; symmetric at the largest size takes {at[*large, 'symmetric', last] / at[*small, 'symmetric', last]:.0f}"
+        )
+        parts.append(text + " times what it takes at the smallest.")
+    return Finding(" ".join(parts), HOLDS if flat and lower else IN_PART if flat else DOES_NOT)
+
+
+def _span(ratios: Sequence[float]) -> str:
+    return f"{min(ratios):.1f} to {max(ratios):.1f}"
 
 
 def seconds(folder: Path) -> Finding:
@@ -291,6 +325,13 @@ CLAIMS = [
         inner_steps,
     ),
     Claim("Memory", "FO-B-MAML's memory does not grow with inner steps; MAML's does.", "memory", memory),
+    Claim(
+        "Memory of deep, wide and attentive networks",
+        "The same to 12 convolutions of 250 channels and for Transformers, and below MAML's at 10 inner steps, too. "
+        "It is not flat in size: with depth, width and length the activations of one step grow.",
+        "memory_deep",
+        deep_memory,
+    ),
     Claim("Time", "A symmetric meta-gradient costs about as much as MAML's.", "time", seconds),
     Claim(
         "Bias against inner precision",
