@@ -37,11 +37,30 @@ def _middle() -> nn.Module:
     return Of(lambda m, x: m.c(m.b(m.a(x).tanh()).tanh()), a=nn.Linear(4, 3), b=nn.Linear(3, 2), c=nn.Linear(2, 3))
 
 
+def _twice(m: Of, x: Tensor) -> Tensor:
+    return m.b(m.b(m.a(x)).tanh())
+
+
+def _read_before(m: Of, x: Tensor) -> Tensor:
+    return m.b(m.a(x).tanh() * m.b.weight.sum())
+
+
 CASES = {
     "listed, head": (lambda: MLP((4,), 3, 3, 1), "head", {"layers.1.weight", "layers.1.bias"}),
     "listed, body": (lambda: MLP((4,), 3, 3, 1), ["layers.0.*"], {"layers.0.weight", "layers.0.bias"}),
     "head": (_normed, "head", {"3.weight", "3.bias"}),
     "norm and head": (_normed, "norm-and-head", {"1.weight", "1.bias", "3.weight", "3.bias"}),
+    "a head called twice": (lambda: Of(_twice, a=nn.Linear(4, 3), b=nn.Linear(3, 3)), "head", {"b.weight", "b.bias"}),
+    "a head read before": (
+        lambda: Of(_read_before, a=nn.Linear(4, 3), b=nn.Linear(3, 3)),
+        ["b.*"],
+        {"b.weight", "b.bias"},
+    ),
+    "a head of layers": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))),
+        ["2.*"],
+        {"2.0.weight", "2.0.bias", "2.2.weight", "2.2.bias"},
+    ),
     "names": (_middle, ["*.bias", "b.*"], {"a.bias", "b.weight", "b.bias", "c.bias"}),
 }
 
@@ -215,6 +234,27 @@ def test_solvers_leave_the_others_where_they_are(solver):
     assert solution.displacement[:, mask == 1].all()
     inside = problem.engine().gradient(solution.phi) + 0.5 * solution.displacement
     assert torch.allclose(solution.residual, inside[:, mask == 1].norm(dim=1))
+
+
+@pytest.mark.parametrize(("case", "apart"), [("head", True), ("a head of layers", True), ("names", False)])
+def test_what_leads_up_to_a_head_is_computed_once(case, apart):
+    """Four support and five query examples of two tasks: forward passes once, and a gradient at each solution."""
+    learner, tasks, _ = _problem(case)
+    work = estimate(Symmetric(SOLVER, LAM), learner, learner.theta(), tasks, diagnose=False).work
+    assert (work.forward, work.gradients) == ((2 * 9, 2 * 2 * 9) if apart else (0, 2 * 2 * 9 * (STEPS + 1)))
+    learner.work = type(learner.work)()
+    work = estimate(Reptile(SOLVER, LAM, data="support"), learner, learner.theta(), tasks, diagnose=False).work
+    assert (work.forward, work.gradients) == ((2 * 4, 0) if apart else (0, 2 * 4 * STEPS))
+
+
+def test_step_lengths_of_all_parameters_are_those_of_a_head():
+    learner, tasks, mask = _problem("head")
+    rates = torch.full((STEPS, len(mask)), LR, dtype=torch.float64)
+    for kind in (Symmetric, Tangent):
+        found, wanted = (
+            kind(GradientDescent(STEPS, lr), LAM)(learner, learner.theta(), tasks).gradients for lr in (rates, LR)
+        )
+        assert relative_error(found, wanted) < 1e-6
 
 
 def test_the_bias_is_against_the_same_problem():

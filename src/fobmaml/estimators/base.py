@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self, cast
 
 import torch
@@ -126,7 +126,7 @@ class Estimator(ABC):
     def solve(self, problem: InnerProblem) -> Solution:
         """By the solver. Raises ValueError for a solution that is none: of another shape, or, for an estimator that
         differentiates it, with some parameters moved and others left where they were although they have a slope."""
-        solution = self.solver.solve(problem)
+        solution = self._solved(problem)
         displacement, wanted = solution.displacement, (problem.rows, problem.learner.parameter_count)
         name = type(self.solver).__name__
         if displacement.shape != wanted:
@@ -141,6 +141,13 @@ class Estimator(ABC):
                 "solver", name, f"one that moves every parameter, and this one leaves {', '.join(still)} where it was"
             )
         return solution
+
+    def _solved(self, problem: InnerProblem) -> Solution:
+        """Of a network's last module alone, by features that are computed once, where that is what moves."""
+        if self.solver.for_all_parameters or (head := problem.of_head()) is None:
+            return self.solver.solve(problem)
+        solution = self.solver.solve(head)
+        return replace(solution, problem=problem, displacement=problem.lifted(solution.displacement))
 
     @staticmethod
     def _left_behind(problem: InnerProblem, displacement: Tensor) -> list[str]:

@@ -36,6 +36,10 @@ class Descent(Solver):
         self.batch = None if batch is None else whole_number("batch", batch)
         self.query_batch = None if query_batch is None else whole_number("query_batch", query_batch)
 
+    @property
+    def for_all_parameters(self) -> bool:
+        return isinstance(self.rates, Tensor)
+
     @abstractmethod
     def direction(self, gradient: Tensor, memory: Memory, step: int) -> tuple[Tensor, Memory]:
         """At step 0, 1, ..., of ∇h [R, P] and what the step before left: the direction, and what to keep."""

@@ -72,5 +72,6 @@ class Inexact(NewtonCG):
     def solve(self, problem: InnerProblem) -> Solution:
         exact = super().solve(problem)
         away = torch.randn(exact.displacement.shape, generator=self.generator, dtype=torch.float64)
+        away = problem.moved(away.to(exact.displacement)).double()
         away *= self.delta / away.norm(dim=1, keepdim=True)
         return replace(exact, displacement=exact.displacement + away.to(exact.displacement))

@@ -30,7 +30,7 @@ class InnerProblem:
         self.draws: Draws | None = None
         self.offsets = 1 if nu is None else len(nu)
         self.rows = len(tasks) * self.offsets
-        theta = theta.detach()
+        self.start = theta = theta.detach()
         if theta.dim() == 1:
             self.theta = theta.expand(self.rows, -1)  # [R, P]
         else:
@@ -88,6 +88,23 @@ class InnerProblem:
     def engine(self, second_order: bool = False) -> Engine:
         """Of f̂ + ν f, the problem without its proximal term. Support and query are one pass."""
         return self.learner.engine_for(self.x, self.loss, second_order)
+
+    def of_head(self, query: bool = False) -> "InnerProblem | None":
+        """The same problem of the parameters that φ moves in alone, if they are the network's last module
+        (``Learner.features``) and θ is one for all tasks; else None. ``query``: its tasks' query sets are needed, also
+        without ``nu``."""
+        if self.learner.moves is None or self.start.dim() != 1:
+            return None
+        if (found := self.learner.features(self.start, self.tasks, query or self.nu is not None)) is None:
+            return None
+        return InnerProblem(found[0], self.start[self.learner.moves != 0], found[1], self.lam, self.nu)
+
+    def lifted(self, v: Tensor) -> Tensor:
+        """Rows of ``of_head`` as rows of this, zero in the other parameters."""
+        rows = torch.zeros_like(self.theta, memory_format=torch.contiguous_format)
+        if self.learner.moves is not None:
+            rows[:, self.learner.moves != 0] = v
+        return rows
 
     def moved(self, v: Tensor) -> Tensor:
         """[R, P] in the parameters that φ moves in, zero in the others."""
