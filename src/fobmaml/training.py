@@ -70,7 +70,7 @@ class MetaTraining:
         self.stages = Stages(estimator, stages)
         self.step, self.train_seconds, self.negative_curvature_tasks, self.work = 0, 0.0, 0.0, Work()
         self._in_turn = False
-        self.learner = Learner(model, source.loss_fn, settings.engine)
+        self.learner = Learner(model, source.loss_fn, settings.engine, settings.adapt)
         self.outer = Outer(self.learner, estimator)
         self.adapting = estimator.adapting(adaptation or Adaptation())  # behind outer, to share its variables
         self.optimizer = self.outer.optimizer(make_optimizer)

@@ -11,10 +11,12 @@ from fobmaml.arguments import one_of, refuse
 from fobmaml.engine import fused, library
 from fobmaml.engine.autograd import Autograd
 from fobmaml.engine.base import WHOLE, Engine
+from fobmaml.engine.head import features, module_of
 from fobmaml.engine.loop import Loop
-from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss
+from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss, close
 from fobmaml.engine.modules import private_copy
 from fobmaml.engine.network import Network
+from fobmaml.engine.selection import Adapt, adapted_names
 from fobmaml.engine.stacked import Stacked
 from fobmaml.engine.trial import Trial
 from fobmaml.engine.work import Counted, Counter
@@ -40,12 +42,16 @@ class Learner(Network):
     - ``loop``: any module, row by row;
     - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
 
+    ``adapt``, what the inner problem moves: all parameters, ``head``, ``norm-and-head`` or names by pattern
+    (``adapted_names``). ``adapted``: their names. ``moves`` [P]: 1 for them and 0 for the others, or None: all. Where
+    they are those of the network's last module, ``features`` takes it apart.
+
     Where a network's examples interact, support and query set are evaluated apart. ``work`` counts all that engines
-    compute but outputs. Raises ValueError as ``Network``
-    does, for a ``loss_fn`` that is no function, and for an engine that does not take the model.
+    compute but outputs. Raises ValueError as ``Network`` and ``adapted_names`` do, for a ``loss_fn`` that is no
+    function, and for an engine that does not take the model.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, engine: str = "auto"):
+    def __init__(self, model: nn.Module, loss_fn: LossFn, engine: str = "auto", adapt: Adapt = "all"):
         one_of("engine", engine, ENGINES)
         super().__init__(model)
         self.loss_fn, self.engine, self.loss = loss_fn, engine, Loss(loss_fn)
@@ -66,6 +72,13 @@ class Learner(Network):
         self._trial = Trial(self, engine)
         self._used: dict[str, None] = {}
         self.work = Counter()
+        self.adapt, self.adapted = adapt, adapted_names(model, self.shapes, adapt)
+        self.moves: Tensor | None = None
+        if len(self.adapted) < len(self.shapes):
+            parts = [torch.full((shape.numel(),), float(name in self.adapted)) for name, shape in self.shapes.items()]
+            self.moves = torch.cat(parts).to(self.device, self.dtype)
+        self._head: Learner | None = None
+        self._head_name = "" if self.moves is None else module_of(model, self.adapted)
 
     @property
     def used(self) -> str:
@@ -75,7 +88,8 @@ class Learner(Network):
     def in_double(self) -> "Learner":
         """The same network and loss in float64, on copies of everything."""
         model = private_copy(self.model, share=False).double()
-        return Learner(model, self.loss.to(torch.float64), "auto" if self.engine == "fused" else self.engine)
+        engine = "auto" if self.engine == "fused" else self.engine
+        return Learner(model, self.loss.to(torch.float64), engine, self.adapt)
 
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
         """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].
@@ -131,6 +145,54 @@ class Learner(Network):
     def query_gradient(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """∇fᵢ(φᵢ), row i on task i: [T, P] -> [T, P]. Cost: one query gradient a task."""
         return self.engine_for(tasks.query_x, self.row_loss(tasks.query_y, [QUERY])).gradient(phi)
+
+    def features(self, theta: Tensor, tasks: TaskBatch, query: bool) -> "tuple[Learner, TaskBatch] | None":
+        """The last module as a learner of its own, and ``tasks`` with what it gets at ``theta`` [P] for examples.
+
+        None unless its parameters are those that tasks adapt, and what it gets depends on the others alone. Without
+        ``query`` the query set is the support set again. Cost: a forward pass of the examples; what the module by
+        itself takes then is no part of ``work``.
+        """
+        if self._head_name and self._head is None and self.moves is not None:
+            self._head = self._last_module(theta, self.moves, tasks.support_x[0])
+        if self._head is None:
+            return None
+
+        def seen(x: Tensor) -> Tensor:
+            self.work.forward(*x.shape[:2])
+            return torch.stack([self._features(theta, examples)[0] for examples in x])
+
+        support = seen(tasks.support_x), tasks.support_y
+        return self._head, TaskBatch(
+            *support, *((seen(tasks.query_x), tasks.query_y) if query else support), tasks.keys
+        )
+
+    def _features(self, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = features(self, self._head_name, phi, x)
+        if found is None:
+            raise refuse("model", f"'{self._head_name}' called differently", "a module that is called the same way")
+        return found
+
+    def _last_module(self, theta: Tensor, moves: Tensor, x: Tensor) -> "Learner | None":
+        """The module of ``_head_name`` if the network is that of its features, else None and there is no such name."""
+        name, self._head_name = self._head_name, ""
+        generator = torch.Generator().manual_seed(0)
+        noise = 0.1 * torch.randn(2, len(theta), generator=generator, dtype=torch.float64).to(theta)
+        with torch.no_grad():
+            phi = torch.stack([theta + noise[0], theta + noise[0] + noise[1] * moves])
+            try:
+                found = [features(self, name, row, x) for row in phi]
+            except Exception:  # an engine says it better
+                return None
+            if found[0] is None or found[1] is None or not torch.equal(found[0][0], found[1][0]):
+                return None
+            engine = self.engine if self.engine in ("autograd", "loop") else "auto"
+            head = Learner(self.module.copy.get_submodule(name), self.loss_fn, engine)
+            inputs = torch.stack([found[0][0], found[1][0]])
+            if not close(head.outputs(phi[:, moves != 0], inputs), torch.stack([found[0][1], found[1][1]])):
+                return None
+        self._head_name = name
+        return head
 
     def check(self, tasks: TaskBatch) -> TaskBatch:
         """``tasks``, once they are known to fit the model. Raises ValueError naming what does not."""

@@ -43,12 +43,14 @@ def curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> Cu
     ``solver``: gradient descent without momentum, whose K steps MAML's objective takes. Cost, a task: P
     Hessian-vector products and three eigenvalue decompositions [P, P], and 2K products.
     Reference: Schraudolph 2002 (Gauss–Newton products); Finn et al. 2017, arXiv:1703.03400, section 5.2.
-    Raises ValueError for a solver with momentum or batches.
+    Raises ValueError for a solver with momentum or batches, and where tasks adapt some parameters only.
     """
     if solver.momentum or solver.batch:
         raise ValueError(
             f"solver: momentum={solver.momentum}, batch={solver.batch}: takes 0 and None, as the formula of MAML does"
         )
+    if learner.moves is not None:
+        raise refuse("adapt", learner.adapt, "all, for a curvature in all parameters")
     with differentiable(twice=True):
         return _curvature(learner, tasks, solver)
 
@@ -134,6 +136,8 @@ class CurvatureMeasurement(OnValidationTasks):
         super().check(training)
         if self.every:
             self.steps_of(training)
+            if training.learner.moves is not None:
+                raise refuse("curvature.every", self.every, "adapt=all, or 0 for never")
 
     def steps_of(self, training: Training) -> GradientDescent:
         solver = training.estimator.solver

@@ -44,9 +44,10 @@ def build(cfg: DictConfig) -> MetaTraining:
     with bad_values_named():
         device = choose_device(cfg.device)
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
-        check_options(plain_config(cfg)["wandb"])
+        plain = plain_config(cfg)
+        check_options(plain["wandb"])
         whole_number("seed", cfg.seed, at_least=0, at_most=2**64 - 1)  # what torch takes
-        settings = Settings(**{field.name: cfg[field.name] for field in fields(Settings)})
+        settings = Settings(**{field.name: plain[field.name] for field in fields(Settings)})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     dataset = build_part(cfg, "dataset")
     if isinstance(dataset, FewShot):
