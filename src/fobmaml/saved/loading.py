@@ -145,7 +145,7 @@ def _built(path: Path, state: dict[str, Any], trust: bool, data: TaskSource | No
     model = _of_kind("model", model, nn.Module).to(device, dtype)
     solver = _of_kind("solver", make("solver", settings["solver"], trust), Solver)
     estimator = _of_kind("estimator", make("estimator", settings["estimator"], trust, solver=solver), Estimator)
-    learner = Learner(model, data.loss_fn)
+    learner = Learner(model, data.loss_fn, adapt=settings.get("adapt", "all"))
     Outer(learner, estimator).load_state_dict(state)
     said = evaluation_solver(settings)
     by = Adaptation(None if said is None else make("eval.solver", said, trust), settings["eval"]["lam"])
