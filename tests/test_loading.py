@@ -373,7 +373,7 @@ def test_an_adapted_network_is_written_as_onnx(adapted, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     network, x = adapted
-    torch.onnx.export(network, (x,), str(tmp_path / "network.onnx"), dynamo=True, verbose=False)
+    torch.onnx.export(network.eval(), (x,), str(tmp_path / "network.onnx"), dynamo=True, verbose=False)
     session = runtime.InferenceSession(str(tmp_path / "network.onnx"))
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert np.allclose(found, network(x).detach().numpy(), atol=1e-5)
