@@ -40,15 +40,16 @@ class Learner(Network):
     - ``loop``: any module, row by row;
     - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
 
-    Where a network's examples interact, support and query set are evaluated apart. ``work`` counts all that engines
-    compute but outputs. Raises ValueError as ``Network``
-    does, for a ``loss_fn`` that is no function, and for an engine that does not take the model.
+    Where a network's examples interact, support and query set are evaluated apart. ``support_loss``: of the support
+    examples, where that is not ``loss_fn``. ``work`` counts all that engines compute but outputs. Raises ValueError as
+    ``Network`` does, for a loss that is no function, and for an engine that does not take the model.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, engine: str = "auto"):
+    def __init__(self, model: nn.Module, loss_fn: LossFn, engine: str = "auto", support_loss: LossFn | None = None):
         one_of("engine", engine, ENGINES)
         super().__init__(model)
         self.loss_fn, self.engine, self.loss = loss_fn, engine, Loss(loss_fn)
+        self.support_loss = None if support_loss is None else Loss(support_loss)
         self.lists_layers = self.lists_layers and engine not in ("autograd", "loop")
         if engine in ("stacked", "fused") and not self.lists_layers:
             raise refuse(
@@ -75,7 +76,9 @@ class Learner(Network):
     def in_double(self) -> "Learner":
         """The same network and loss in float64, on copies of everything."""
         model = private_copy(self.model, share=False).double()
-        return Learner(model, self.loss.to(torch.float64), "auto" if self.engine == "fused" else self.engine)
+        support_loss = None if self.support_loss is None else self.support_loss.to(torch.float64)
+        engine = "auto" if self.engine == "fused" else self.engine
+        return Learner(model, self.loss.to(torch.float64), engine, support_loss)
 
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
         """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].
@@ -86,13 +89,14 @@ class Learner(Network):
         with torch.no_grad():
             return self._chosen(x, loss, second_order=False)[1].outputs(phi)
 
-    def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None) -> RowLoss:
-        """``targets`` [R, N, ...]; ``parts``: by default all examples of a row are one."""
-        return self.loss.rows(targets, parts or [Part(slice(None), 1.0)])
+    def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None, mask: Tensor | None = None) -> RowLoss:
+        """``targets`` [R, N, ...]; ``parts``: by default all examples of a row are one. ``mask`` [R, N]: the examples
+        that there are, None: all."""
+        return self.loss.rows(targets, parts or [Part(slice(None), 1.0)], mask)
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean loss of each row: [R, N, ...], [R, N, ...] -> [R]."""
-        return self.row_loss(targets)(outputs)
+        return self.row_loss(targets, mask=mask)(outputs)
 
     def engine_for(self, x: Tensor, loss: RowLoss, second_order: bool = False) -> Engine:
         """The engine for inputs ``x`` [R, N, ...]. ``second_order``: for Hessian products."""
@@ -107,6 +111,8 @@ class Learner(Network):
             return "stacked", Stacked(self, x, loss)
         batched = self._trial.batched(x, second_order)
         parts = [part.examples for part in loss.parts]
+        if loss.padded and not self._trial.joint(x, [slice(1), slice(1, None)]):
+            raise refuse("tasks", "masks", "tasks of equal numbers of examples, for a model whose examples interact")
         apart = parts if len(parts) > 1 and not self._trial.joint(x, parts) else WHOLE
         return ("autograd", Autograd(self, x, loss, apart)) if batched else ("loop", Loop(self, x, loss, apart))
 
@@ -126,11 +132,12 @@ class Learner(Network):
 
     def query_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """fᵢ(φᵢ), row i on task i: [T, P] -> [T]."""
-        return self.row_loss(tasks.query_y, [QUERY])(self.outputs(phi, tasks.query_x))
+        return self.row_loss(tasks.query_y, [QUERY], tasks.query_mask)(self.outputs(phi, tasks.query_x))
 
     def query_gradient(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """∇fᵢ(φᵢ), row i on task i: [T, P] -> [T, P]. Cost: one query gradient a task."""
-        return self.engine_for(tasks.query_x, self.row_loss(tasks.query_y, [QUERY])).gradient(phi)
+        loss = self.row_loss(tasks.query_y, [QUERY], tasks.query_mask)
+        return self.engine_for(tasks.query_x, loss).gradient(phi)
 
     def check(self, tasks: TaskBatch) -> TaskBatch:
         """``tasks``, once they are known to fit the model. Raises ValueError naming what does not."""

@@ -288,6 +288,7 @@ def meta_gradient(
     task_chunk: int | str | None = "auto",
     engine: str = "auto",
     task_clip: float | None = None,
+    support_loss: LossFn | None = None,
 ) -> MetaGradient:
     """The meta-gradient at a model's present parameters, by any estimator.
 
@@ -295,7 +296,8 @@ def meta_gradient(
     ``loss_fn(outputs, targets)`` returns the mean loss of one task's examples. ``task_chunk``: how many tasks are
     solved at once (None: all); fewer take less memory, and ``auto`` as few as are fast. ``engine``: see ``Learner``.
     ``task_clip``: each task's meta-gradient is scaled to a norm of at most that before the mean, so that no task
-    outweighs the others. Dtype and device follow the model; autocast is left.
+    outweighs the others. ``support_loss``: of the support examples, where that is not ``loss_fn``. Dtype and device
+    follow the model; autocast is left.
 
     Raises ValueError, naming the argument, for a model with running batch statistics or active dropout, a loss that is
     not one number, labels without an output, and tasks of another device.
@@ -311,7 +313,7 @@ def meta_gradient(
     if task_clip is not None:
         number("task_clip", task_clip, above=0.0)
     with torch.inference_mode(False):
-        learner = Learner(model, loss_fn, engine)
+        learner = Learner(model, loss_fn, engine, support_loss)
         tasks = learner.check(tasks.to(dtype=learner.dtype))
         if tasks.keys is None and estimator.solver.takes_batches:
             tasks = tasks.keyed()
