@@ -22,7 +22,7 @@ from fobmaml.arguments import refuse
 from fobmaml.engine import Learner, Work
 from fobmaml.estimators import Adaptation, Estimator, MeanEstimate, chunk_size, estimate
 from fobmaml.logged import LINEAR, loss_name, worked
-from fobmaml.measure import Event, Measurement, peak_bytes
+from fobmaml.measure import Accuracy, Event, Measurement, Metric, peak_bytes
 from fobmaml.measure.accuracy import task_scores
 from fobmaml.outer import Outer
 from fobmaml.settings import Settings
@@ -63,14 +63,16 @@ class MetaTraining:
         measurements: Sequence[Measurement] = (),
         adaptation: Adaptation | None = None,
         stages: Sequence[Stage] = (),
+        metrics: Sequence[Metric] = (Accuracy(),),
     ):
-        """``adaptation``: of validation and meta-test tasks, by default as in training, without ``stages``."""
+        """``adaptation``: of validation and meta-test tasks, by default as in training, without ``stages``.
+        ``metrics``: what is measured there beside the loss."""
         check_members(source)
         self.settings, self.source, self.estimator, self.measurements = settings, source, estimator, tuple(measurements)
-        self.stages = Stages(estimator, stages)
+        self.stages, self.metrics = Stages(estimator, stages), metrics
         self.step, self.train_seconds, self.negative_curvature_tasks, self.work = 0, 0.0, 0.0, Work()
         self._in_turn = False
-        self.learner = Learner(model, source.loss_fn, settings.engine)
+        self.learner = Learner(model, source.loss_fn, settings.engine, getattr(source, "support_loss", None))
         self.outer = Outer(self.learner, estimator)
         self.adapting = estimator.adapting(adaptation or Adaptation())  # behind outer, to share its variables
         self.optimizer = self.outer.optimizer(make_optimizer)
@@ -99,7 +101,7 @@ class MetaTraining:
             with failures_named(f"model: forward at examples {list(one.query_x.shape[1:])} of the data set"):
                 outputs = self.learner.outputs(theta[None], one.query_x)
             with failures_named("dataset: loss_fn"):
-                task_scores(self.learner, self.source, outputs, one.query_y)
+                task_scores(self.learner, self.source, outputs, one, self.metrics)
 
     @property
     def _ends(self) -> list[tuple[float, float]]:
