@@ -27,7 +27,7 @@ from fobmaml.measure.accuracy import task_scores
 from fobmaml.outer import Outer
 from fobmaml.settings import Settings
 from fobmaml.stages import Stage, Stages
-from fobmaml.tasks import Split, TaskBatch, TaskSource
+from fobmaml.tasks import Split, Stream, TaskBatch, TaskSource
 from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample
 
 log = logging.getLogger(__name__)
@@ -134,6 +134,8 @@ class MetaTraining:
             split, seed, step = "train", self.settings.seed, 0
         entropy = np.random.SeedSequence([seed, ("train", "validation", "test").index(split), step])
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
+        if split == "train" and isinstance(self.source, Stream):
+            self.source.seek(step * count)
         tasks = sample(self.source, split, count, generator)
         return tasks if tasks.keys is not None else tasks.keyed(generator)
 
@@ -305,9 +307,12 @@ class MetaTraining:
             "work": astuple(self.work),
             "negative_curvature_tasks": self.negative_curvature_tasks,
             "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
+            **({"stream": self.source.state_dict()} if isinstance(self.source, Stream) else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if isinstance(self.source, Stream):
+            self.source.load_state_dict(state["stream"])
         self.outer.load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.latest = state["step"], {**self.latest, **state["latest"]}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -87,10 +87,25 @@ class TaskBatch:
     def __getitem__(self, rows: slice | Tensor) -> "TaskBatch":
         return self._each(lambda t: t[rows])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TaskBatch":
         """With ``change`` of every tensor that there is."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(t) for name, t in tensors.items() if t is not None})
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence["TaskBatch"]) -> "TaskBatch":
+        """The tasks of all parts. Raises ValueError unless they have the same tensors, of the same shapes."""
+        tensors = [part.tensors() for part in parts]
+        kinds = {tuple((name, *t.shape[1:]) for name, t in each.items()) for each in tensors}
+        if len(kinds) > 1:
+            raise refuse(
+                "tasks", "batches of different shapes", "equal numbers of examples, or masks (TaskBatch.padded)"
+            )
+        return cls(**{name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
 
     @property
     def mask(self) -> Tensor | None:
@@ -144,3 +159,12 @@ class TaskSource(Protocol):
         """``count`` tasks of a split, on the CPU; all randomness from ``generator``. Labels of classes are 0 ...
         ``outputs`` − 1, or what the loss ignores: −100, or its ``ignore_index``."""
         ...
+
+    if not TYPE_CHECKING:  # for a type checker, a source need not have it
+
+        @staticmethod
+        def from_dataloader(*loaders, **settings):
+            """A source of batches of tasks that data loaders bring: ``fobmaml.tasks.Stream``."""
+            from fobmaml.tasks.stream import Stream
+
+            return Stream(*loaders, **settings)
