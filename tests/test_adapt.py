@@ -247,6 +247,26 @@ def test_what_leads_up_to_a_head_is_computed_once(case, apart):
     assert (work.forward, work.gradients) == ((2 * 4, 0) if apart else (0, 2 * 4 * STEPS))
 
 
+@pytest.mark.parametrize(
+    "estimator", [Symmetric(GradientDescent(4)), MAML(GradientDescent(4)), IMAML(GradientDescent(4), 2)]
+)
+def test_a_head_of_unequal_tasks_with_a_loss_of_their_own(estimator, monkeypatch):
+    """On features computed once: the same as through the whole network."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 9, 4).double(), torch.randint(3, (2, 9))
+    there = torch.arange(9) < torch.tensor([[9], [6]])
+    tasks = TaskBatch(x[:, :4], y[:, :4], x[:, 4:], y[:, 4:], support_mask=there[:, 2:6], query_mask=there[:, 4:])
+    found = []
+    for _ in range(2):
+        learner = Learner(
+            _normed().double(), F.cross_entropy, adapt="head", support_loss=nn.CrossEntropyLoss(label_smoothing=0.2)
+        )
+        theta = torch.linspace(-1, 1, learner.parameter_count).double()
+        found.append(estimate(estimator, learner, theta, tasks).gradient)
+        monkeypatch.setattr(Learner, "features", lambda *_: None)
+    assert relative_error(*found) < 1e-10
+
+
 def test_step_lengths_of_all_parameters_are_those_of_a_head():
     learner, tasks, mask = _problem("head")
     rates = torch.full((STEPS, len(mask)), LR, dtype=torch.float64)

@@ -44,17 +44,26 @@ class Learner(Network):
 
     ``adapt``, what the inner problem moves: all parameters, ``head``, ``norm-and-head`` or names by pattern
     (``adapted_names``). ``adapted``: their names. ``moves`` [P]: 1 for them and 0 for the others, or None: all. Where
-    they are those of the network's last module, ``features`` takes it apart.
+    they are those of the network's last module, ``features`` takes it apart. ``support_loss``: of the support examples,
+    where that is not ``loss_fn``.
 
     Where a network's examples interact, support and query set are evaluated apart. ``work`` counts all that engines
-    compute but outputs. Raises ValueError as ``Network`` and ``adapted_names`` do, for a ``loss_fn`` that is no
-    function, and for an engine that does not take the model.
+    compute but outputs. Raises ValueError as ``Network`` and ``adapted_names`` do, for a loss that is no function, and
+    for an engine that does not take the model.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, engine: str = "auto", adapt: Adapt = "all"):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        engine: str = "auto",
+        adapt: Adapt = "all",
+        support_loss: LossFn | None = None,
+    ):
         one_of("engine", engine, ENGINES)
         super().__init__(model)
         self.loss_fn, self.engine, self.loss = loss_fn, engine, Loss(loss_fn)
+        self.support_loss = None if support_loss is None else Loss(support_loss)
         self.lists_layers = self.lists_layers and engine not in ("autograd", "loop")
         if engine in ("stacked", "fused") and not self.lists_layers:
             raise refuse(
@@ -88,8 +97,9 @@ class Learner(Network):
     def in_double(self) -> "Learner":
         """The same network and loss in float64, on copies of everything."""
         model = private_copy(self.model, share=False).double()
+        support_loss = None if self.support_loss is None else self.support_loss.to(torch.float64)
         engine = "auto" if self.engine == "fused" else self.engine
-        return Learner(model, self.loss.to(torch.float64), engine, self.adapt)
+        return Learner(model, self.loss.to(torch.float64), engine, self.adapt, support_loss)
 
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
         """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].
@@ -100,13 +110,14 @@ class Learner(Network):
         with torch.no_grad():
             return self._chosen(x, loss, second_order=False)[1].outputs(phi)
 
-    def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None) -> RowLoss:
-        """``targets`` [R, N, ...]; ``parts``: by default all examples of a row are one."""
-        return self.loss.rows(targets, parts or [Part(slice(None), 1.0)])
+    def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None, mask: Tensor | None = None) -> RowLoss:
+        """``targets`` [R, N, ...]; ``parts``: by default all examples of a row are one. ``mask`` [R, N]: the examples
+        that there are, None: all."""
+        return self.loss.rows(targets, parts or [Part(slice(None), 1.0)], mask)
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean loss of each row: [R, N, ...], [R, N, ...] -> [R]."""
-        return self.row_loss(targets)(outputs)
+        return self.row_loss(targets, mask=mask)(outputs)
 
     def engine_for(self, x: Tensor, loss: RowLoss, second_order: bool = False) -> Engine:
         """The engine for inputs ``x`` [R, N, ...]. ``second_order``: for Hessian products."""
@@ -121,6 +132,8 @@ class Learner(Network):
             return "stacked", Stacked(self, x, loss)
         batched = self._trial.batched(x, second_order)
         parts = [part.examples for part in loss.parts]
+        if loss.padded and not self._trial.joint(x, [slice(1), slice(1, None)]):
+            raise refuse("tasks", "masks", "tasks of equal numbers of examples, for a model whose examples interact")
         apart = parts if len(parts) > 1 and not self._trial.joint(x, parts) else WHOLE
         return ("autograd", Autograd(self, x, loss, apart)) if batched else ("loop", Loop(self, x, loss, apart))
 
@@ -140,11 +153,12 @@ class Learner(Network):
 
     def query_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """fᵢ(φᵢ), row i on task i: [T, P] -> [T]."""
-        return self.row_loss(tasks.query_y, [QUERY])(self.outputs(phi, tasks.query_x))
+        return self.row_loss(tasks.query_y, [QUERY], tasks.query_mask)(self.outputs(phi, tasks.query_x))
 
     def query_gradient(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """∇fᵢ(φᵢ), row i on task i: [T, P] -> [T, P]. Cost: one query gradient a task."""
-        return self.engine_for(tasks.query_x, self.row_loss(tasks.query_y, [QUERY])).gradient(phi)
+        loss = self.row_loss(tasks.query_y, [QUERY], tasks.query_mask)
+        return self.engine_for(tasks.query_x, loss).gradient(phi)
 
     def features(self, theta: Tensor, tasks: TaskBatch, query: bool) -> "tuple[Learner, TaskBatch] | None":
         """The last module as a learner of its own, and ``tasks`` with what it gets at ``theta`` [P] for examples.
@@ -162,10 +176,11 @@ class Learner(Network):
             self.work.forward(*x.shape[:2])
             return torch.stack([self._features(theta, examples)[0] for examples in x])
 
-        support = seen(tasks.support_x), tasks.support_y
-        return self._head, TaskBatch(
-            *support, *((seen(tasks.query_x), tasks.query_y) if query else support), tasks.keys
-        )
+        support = seen(tasks.support_x)
+        if query:
+            return self._head, replace(tasks, support_x=support, query_x=seen(tasks.query_x))
+        mask = tasks.support_mask
+        return self._head, TaskBatch(support, tasks.support_y, support, tasks.support_y, tasks.keys, mask, mask)
 
     def _features(self, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         found = features(self, self._head_name, phi, x)
@@ -187,7 +202,8 @@ class Learner(Network):
             if found[0] is None or found[1] is None or not torch.equal(found[0][0], found[1][0]):
                 return None
             engine = self.engine if self.engine in ("autograd", "loop") else "auto"
-            head = Learner(self.module.copy.get_submodule(name), self.loss_fn, engine)
+            own = None if self.support_loss is None else self.support_loss.loss_fn
+            head = Learner(self.module.copy.get_submodule(name), self.loss_fn, engine, support_loss=own)
             inputs = torch.stack([found[0][0], found[1][0]])
             if not close(head.outputs(phi[:, moves != 0], inputs), torch.stack([found[0][1], found[1][1]])):
                 return None

@@ -299,6 +299,7 @@ def meta_gradient(
     engine: str = "auto",
     task_clip: float | None = None,
     adapt: Adapt = "all",
+    support_loss: LossFn | None = None,
 ) -> MetaGradient:
     """The meta-gradient at a model's present parameters, by any estimator.
 
@@ -307,8 +308,9 @@ def meta_gradient(
     solved at once (None: all); fewer take less memory, and ``auto`` as few as are fast. ``engine``: see ``Learner``.
     ``task_clip``: each task's meta-gradient is scaled to a norm of at most that before the mean, so that no task
     outweighs the others. ``adapt``: which parameters the inner problem moves, the others being θ: ``all``, ``head``,
-    ``norm-and-head`` or a list of patterns of their names (``engine.selection``); the meta-gradient is by all. Dtype
-    and device follow the model; autocast is left.
+    ``norm-and-head`` or a list of patterns of their names (``engine.selection``); the meta-gradient is by all.
+    ``support_loss``: of the support examples, where that is not ``loss_fn``. Dtype and device follow the model;
+    autocast is left.
 
     Raises ValueError, naming the argument, for a model with running batch statistics or active dropout, a loss that is
     not one number, labels without an output, and tasks of another device.
@@ -324,7 +326,7 @@ def meta_gradient(
     if task_clip is not None:
         number("task_clip", task_clip, above=0.0)
     with torch.inference_mode(False):
-        learner = Learner(model, loss_fn, engine, adapt)
+        learner = Learner(model, loss_fn, engine, adapt, support_loss)
         tasks = learner.check(tasks.to(dtype=learner.dtype))
         if tasks.keys is None and estimator.solver.takes_batches:
             tasks = tasks.keyed()

@@ -117,10 +117,7 @@ def _once(tasks: TaskBatch) -> TaskBatch:
 
 def _twice(tasks: TaskBatch) -> TaskBatch:
     """Each task as two rows."""
-    s_x, s_y, q_x, q_y = (
-        t.repeat_interleave(2, dim=0) for t in (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
-    )
-    return TaskBatch(s_x, s_y, q_x, q_y, None if tasks.keys is None else tasks.keys.repeat_interleave(2))
+    return tasks[torch.arange(len(tasks), device=tasks.support_x.device).repeat_interleave(2)]
 
 
 def _query_batches(descent: Descent, tasks: TaskBatch) -> Iterator[TaskBatch]:

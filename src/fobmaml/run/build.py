@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.estimators import Adaptation, Estimator
-from fobmaml.measure import Measurement
+from fobmaml.measure import Measurement, Metric
 from fobmaml.run.errors import ConfigError
 from fobmaml.run.settings import GROUPS, choices, measurements_in, plain_config
 from fobmaml.run.tracking import check_options
@@ -35,6 +35,7 @@ KINDS = {
     "inner": Solver,
     "estimator": Estimator,
     "optimizer": torch.optim.Optimizer,
+    "metrics": Metric,
 }
 """What the ``_target_`` of a group makes; of a data set it is looked at what it has. All others are measurements."""
 
@@ -59,6 +60,10 @@ def build(cfg: DictConfig) -> MetaTraining:
     estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
     measurements = [build_part(cfg, name) for name in measurements_in(cfg)]
     adaptation, stages = build_adaptation(cfg), build_stages(cfg)
+    metrics = [
+        build_part(OmegaConf.create({f"metrics[{name}]": made}), f"metrics[{name}]")
+        for name, made in plain_config(cfg)["metrics"].items()
+    ]
     with bad_values_named():
         return MetaTraining(
             model,
@@ -69,6 +74,7 @@ def build(cfg: DictConfig) -> MetaTraining:
             measurements,
             adaptation,
             stages,
+            metrics,
         )
 
 

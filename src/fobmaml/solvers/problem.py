@@ -36,30 +36,37 @@ class InnerProblem:
         else:
             self.theta = theta.repeat_interleave(self.offsets, dim=0)
         if nu is None:
-            self.x, targets = tasks.support_x, tasks.support_y
+            self.x, targets, mask = tasks.support_x, tasks.support_y, tasks.support_mask
         else:
             self.x = torch.cat([tasks.support_x, tasks.query_x], dim=1).repeat_interleave(self.offsets, dim=0)
             targets = torch.cat([tasks.support_y, tasks.query_y], dim=1).repeat_interleave(self.offsets, dim=0)
-        self.loss = learner.row_loss(targets, self._parts(tasks.support_x.shape[1]))
+            mask = tasks.mask if tasks.mask is None else tasks.mask.repeat_interleave(self.offsets, dim=0)
+        self.loss = learner.row_loss(targets, self._parts(tasks.support_x.shape[1]), mask)
 
     def _parts(self, support: int) -> list[Part]:
         """So many support examples, and query examples behind them if there is an offset."""
+        own = self.learner.support_loss
         if self.nu is None:
-            return [Part(slice(None), 1.0, "support_y")]
+            return [Part(slice(None), 1.0, "support_y", own)]
         factor = self.nu.repeat(len(self.tasks))
-        return [Part(slice(support), 1.0, "support_y"), Part(slice(support, None), factor, "query_y")]
+        return [Part(slice(support), 1.0, "support_y", own), Part(slice(support, None), factor, "query_y")]
 
     def drawn(self, steps: int, batch: int | None = None, query_batch: int | None = None) -> "InnerProblem":
         """The same problem, of whose support and query examples each of ``steps`` takes so many (None: all).
 
         What is drawn depends on a task's key, not on ν: the steps of all offsets, and of the unperturbed problem, see
-        the same examples, so that the draws cancel in differences. Raises ValueError for tasks without keys.
+        the same examples, so that the draws cancel in differences. Raises ValueError for tasks without keys, and for
+        tasks with masks.
         """
         sets = [(self.tasks.support_x.shape[1], batch)]
         if self.nu is not None:
             sets.append((self.tasks.query_x.shape[1], query_batch))
         if all(size is None for _, size in sets):
             return self
+        if self.tasks.mask is not None:
+            raise refuse(
+                "tasks", "masks", "tasks of equal numbers of examples, for a solver that draws batches of them"
+            )
         if (keys := self.tasks.keys) is None:
             raise refuse("tasks", "no keys", "tasks with keys to draw batches by (TaskBatch.keyed)")
         chosen, before = [], 0

@@ -11,6 +11,7 @@ from fobmaml.tasks.mnist1d import MNIST1D
 from fobmaml.tasks.omniglot import Omniglot
 from fobmaml.tasks.shapes1d import Shapes1D
 from fobmaml.tasks.sinusoid import Sinusoid
+from fobmaml.tasks.stream import Stream
 
 __all__ = [
     "MNIST1D",
@@ -24,6 +25,7 @@ __all__ = [
     "Shapes1D",
     "Sinusoid",
     "Split",
+    "Stream",
     "TaskBatch",
     "TaskSource",
 ]
