@@ -187,7 +187,7 @@ class Learner(Network):
             if found[0] is None or found[1] is None or not torch.equal(found[0][0], found[1][0]):
                 return None
             engine = self.engine if self.engine in ("autograd", "loop") else "auto"
-            head = Learner(self.module.copy.get_submodule(name), self.loss_fn, engine)
+            head = Learner(self.model.get_submodule(name), self.loss_fn, engine)
             inputs = torch.stack([found[0][0], found[1][0]])
             if not close(head.outputs(phi[:, moves != 0], inputs), torch.stack([found[0][1], found[1][1]])):
                 return None
