@@ -267,6 +267,12 @@ def test_a_head_of_unequal_tasks_with_a_loss_of_their_own(estimator, monkeypatch
     assert relative_error(*found) < 1e-10
 
 
+def test_the_linear_system_is_a_heads():
+    learner, tasks, _ = _problem("head")
+    work = estimate(IMAML(SOLVER, IMAML_LAM, cg_steps=3), learner, learner.theta(), tasks, diagnose=False).work
+    assert (work.gradients, work.hessian_products) == (2 * 5, 2 * 4)  # of the query set; the mixed one of the support
+
+
 def test_step_lengths_of_all_parameters_are_those_of_a_head():
     learner, tasks, mask = _problem("head")
     rates = torch.full((STEPS, len(mask)), LR, dtype=torch.float64)

@@ -203,7 +203,7 @@ class Learner(Network):
                 return None
             engine = self.engine if self.engine in ("autograd", "loop") else "auto"
             own = None if self.support_loss is None else self.support_loss.loss_fn
-            head = Learner(self.module.copy.get_submodule(name), self.loss_fn, engine, support_loss=own)
+            head = Learner(self.model.get_submodule(name), self.loss_fn, engine, support_loss=own)
             inputs = torch.stack([found[0][0], found[1][0]])
             if not close(head.outputs(phi[:, moves != 0], inputs), torch.stack([found[0][1], found[1][1]])):
                 return None

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -202,21 +202,34 @@ def _no_inference_path() -> Iterator[None]:
 
 
 @contextmanager
-def _plain_kernels() -> Iterator[None]:
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+def _plain_attention() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH):
         yield
 
 
-_once, _twice = SharedChange(_no_inference_path), SharedChange(_plain_kernels)
+@contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+_no_path, _attention, _recurrence = map(SharedChange, (_no_inference_path, _plain_attention, _plain_recurrence))
 
 
 @contextmanager
 def differentiable(twice: bool = False) -> Iterator[None]:
     """Without torch's inference path for transformers, which has no derivative; ``twice``: also without its kernels for
     attention and recurrent layers that have a first one only."""
-    with _once:
+    with _no_path:
         if twice:
-            with _twice:
+            with _attention, _recurrence:
                 yield
         else:
             yield
+
+
+@contextmanager
+def batched(device: torch.device) -> Iterator[None]:
+    """For ``torch.func.vmap``: without the kernel for attention on a CPU, which it would call row by row."""
+    with _attention if device.type == "cpu" else nullcontext():
+        yield

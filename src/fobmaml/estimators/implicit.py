@@ -90,17 +90,21 @@ class IMAML(Estimator):
     def differentiated(self, learner: Learner, solution: Solution, tasks: TaskBatch) -> tuple[Tensor, LinearSolve]:
         """The formula at ``solution``, [T, P], and how its linear system was solved."""
         problem, query_gradient = solution.problem, learner.query_gradient(solution.phi, tasks)
-        hessian = problem.hessian(solution.phi)  # of h, so with λI
+        head = problem.of_head()
+        system, only = (head, problem.restricted) if head else (problem, problem.moved)
+        hessian = system.hessian(only(solution.phi) if head else solution.phi)  # of h, so with λI
         more = (1.0 + self.damping) * (self.lam + self.lam_damping) - self.lam
         solve = LINEAR[self.linear](
-            lambda v: problem.moved(hessian(v) + more * v if more else hessian(v)),
-            problem.moved(query_gradient),
+            lambda v: system.moved(hessian(v) + more * v if more else hessian(v)),
+            only(query_gradient),
             self.cg_steps,
             self.cg_tol,
         )
-        gradients = (self.lam + self.lam_damping) * solve.x
+        x = problem.lifted(solve.x) if head else solve.x
+        gradients = (self.lam + self.lam_damping) * x
         if learner.moves is not None:
-            gradients += (1.0 - learner.moves) * (query_gradient - hessian(solve.x))
+            product = (problem.hessian(solution.phi) if head else hessian)(x)
+            gradients += (1.0 - learner.moves) * (query_gradient - product)
         return gradients, solve
 
 

@@ -106,6 +106,10 @@ class InnerProblem:
             return None
         return InnerProblem(found[0], self.start[self.learner.moves != 0], found[1], self.lam, self.nu)
 
+    def restricted(self, v: Tensor) -> Tensor:
+        """Rows of this as rows of ``of_head``."""
+        return v if self.learner.moves is None else v[:, self.learner.moves != 0]
+
     def lifted(self, v: Tensor) -> Tensor:
         """Rows of ``of_head`` as rows of this, zero in the other parameters."""
         rows = torch.zeros_like(self.theta, memory_format=torch.contiguous_format)
