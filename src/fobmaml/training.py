@@ -72,6 +72,7 @@ class MetaTraining:
         self.stages, self.metrics = Stages(estimator, stages), metrics
         self.step, self.train_seconds, self.negative_curvature_tasks, self.work = 0, 0.0, 0.0, Work()
         self._in_turn = False
+        self.at_once: int | None = None  # tasks solved together in the latest meta-step
         support_loss = getattr(source, "support_loss", None)
         self.learner = Learner(model, source.loss_fn, settings.engine, settings.adapt, support_loss)
         self.outer = Outer(self.learner, estimator)
@@ -185,7 +186,8 @@ class MetaTraining:
         s = self.settings
         self.stages.enter(fraction)
         tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
-        result = self._estimate(theta, tasks, self.chunk(tasks, self.estimator), logged)
+        self.at_once = self.chunk(tasks, self.estimator)
+        result = self._estimate(theta, tasks, self.at_once, logged)
         values = torch.cat([result.gradient, *(each.flatten() for each in result.variables.values())])
         if result.query_loss is not None and result.residual is not None:
             nu = values.new_tensor([result.nu or 0.0])

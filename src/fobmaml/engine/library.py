@@ -24,7 +24,18 @@ class Layer(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
-        for name in ("kernel_size", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias")
+        for name in (
+            "kernel_size",
+            "stride",
+            "inputs",
+            "outputs",
+            "length_in",
+            "length_out",
+            "dense",
+            "turned",
+            "weight",
+            "bias",
+        )
     )
 
 
