@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import one_of, refuse
-from fobmaml.engine import fused, library
+from fobmaml.engine import fused, images, library
 from fobmaml.engine.autograd import Autograd
 from fobmaml.engine.base import WHOLE, Engine
 from fobmaml.engine.loop import Loop
 from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss
 from fobmaml.engine.modules import private_copy
 from fobmaml.engine.network import Network
+from fobmaml.engine.nodes import Node
 from fobmaml.engine.stacked import Stacked
 from fobmaml.engine.trial import Trial
 from fobmaml.engine.work import Counted, Counter
@@ -36,6 +37,8 @@ class Learner(Network):
 
     - ``stacked``: networks that list their layers (``stacked_layers``, ``stacked_inputs``, see ``CNN1d``), by hand;
     - ``fused``: the same for a cross-entropy by a compiled kernel, in float32 on a CPU;
+    - ``images``: first derivatives of a cross-entropy of chains of convolutions, norms, activations and pools, by a
+      compiled kernel, in float32 on a CPU; by ``auto`` alone;
     - ``autograd``: any module that ``torch.func.vmap`` batches, all rows at once;
     - ``loop``: any module, row by row;
     - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
@@ -105,10 +108,19 @@ class Learner(Network):
             if self.fused and isinstance(loss, CrossEntropy):
                 return f"fused-{library.instructions()}", fused.Fused(self, x, loss)
             return "stacked", Stacked(self, x, loss)
+        if not second_order and isinstance(loss, CrossEntropy) and (nodes := self._of_images(x)):
+            return f"images-{library.instructions()}", images.FusedImages(nodes, self, x, loss)
         batched = self._trial.batched(x, second_order)
         parts = [part.examples for part in loss.parts]
         apart = parts if len(parts) > 1 and not self._trial.joint(x, parts) else WHOLE
         return ("autograd", Autograd(self, x, loss, apart)) if batched else ("loop", Loop(self, x, loss, apart))
+
+    def _of_images(self, x: Tensor) -> Sequence[Node] | None:
+        """The network as the kernel for images takes it, or None."""
+        if self.engine != "auto" or self.dtype != torch.float32 or self.device.type != "cpu" or not len(x):
+            return None
+        nodes = self._trial.nodes(x)
+        return nodes if nodes and images.knows(nodes, self.shapes, x.shape[2:]) else None
 
     def rows_at_once(self, x: Tensor, examples: int, second_order: bool) -> int:
         """As many rows as keep a CPU busy, for gradients of so many ``examples`` like those of ``x`` [R, N, ...].
@@ -120,6 +132,8 @@ class Learner(Network):
             rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
             a_thread = fused.KEPT_ROWS_A_THREAD if second_order else fused.ROWS_A_THREAD
             return max(rows, a_thread * torch.get_num_threads()) if self.fused else rows
+        if not second_order and self._of_images(x):
+            return fused.ROWS_A_THREAD * torch.get_num_threads()
         if not self._trial.batched(x, second_order):
             return 1
         return math.ceil(FLOPS_AT_ONCE / max(self._trial.flops_an_example * examples, 1))

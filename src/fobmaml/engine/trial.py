@@ -15,6 +15,7 @@ from fobmaml.engine.loop import rows_one_by_one
 from fobmaml.engine.losses import close, hvp
 from fobmaml.engine.modules import differentiable
 from fobmaml.engine.network import Network
+from fobmaml.engine.nodes import Node
 from fobmaml.engine.stacked import at, passes_of
 from fobmaml.precision import full_precision
 
@@ -43,6 +44,10 @@ class Trial:
             if not self._listed and self.engine in ("stacked", "fused"):
                 raise refuse("engine", self.engine, "a network whose forward is what its stacked_layers list")
         return self._listed
+
+    def nodes(self, x: Tensor) -> Sequence[Node] | None:
+        """What the network does with examples like those of ``x`` [R, N, ...], where that is known."""
+        return None
 
     def batched(self, x: Tensor, second_order: bool) -> bool:
         """Whether rows are evaluated by vmap: it is the faster, and agrees with the module itself."""
