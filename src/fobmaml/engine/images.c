@@ -27,6 +27,7 @@ enum { LANES = 8, HEIGHT = 6, WIDTH = 2 }; /* 12 of 16 */
 enum { LANES = 4, HEIGHT = 6, WIDTH = 4 }; /* NEON has 32 */
 #endif
 enum { DEPTH = 64, WINDOWS = 64 }; /* summed at a time: what is read again and again has to stay in the first cache */
+enum { TILES = 60, PARTS = 16 };   /* transformed at a time, and places of each */
 enum { CONVOLUTION, NORM, MAXIMUM, AVERAGE };     /* kinds of nodes */
 enum { IDENTITY, SILU, RELU, TANH, GELU };        /* and of activations */
 
@@ -35,6 +36,7 @@ enum { IDENTITY, SILU, RELU, TANH, GELU };        /* and of activations */
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define ROUND(a) (CEIL(a, LANES) * LANES)
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 /* Cuts columns, a multiple of LANES, into panels of at most WIDTH vectors, as equal as can be; each has a first column
 and a width. */
@@ -76,11 +78,13 @@ typedef struct {
     int64_t *from, *to;   /* where window m starts in h, and where its outputs go in the next node's h */
     float *weights;       /* as panels [kernel_height * kernel_width * in][up to WIDTH vectors of out]; a gain */
     float *transposed;    /* as panels [kernel_height][.. of kernel_width * in][out][up to WIDTH vectors of them] */
+                          /* of tiles: [PARTS] such panels [in][.. of out] and [out][.. of in], g_weights [PARTS][in][out] */
     float *bias;          /* or a shift */
     float *g_weights;     /* the derivative by the weights, [kernel_height * kernel_width * in][out]; by the gain */
     float *g_bias;
     float *mean, *inverse, *factor; /* of a norm: [examples][in] each; 1 / deviation, and gain times that */
     float *sum, *product; /* [in] each */
+    float *tiles_in, *tiles_out; /* what enters and leaves tiles, transformed: [PARTS][TILES][in or out] */
 } Buffers;
 
 INLINE vec load(const float *p) { return *(const aliased *)p; }
@@ -149,12 +153,31 @@ INLINE vec slope(const int activation, vec y) {
 /* From a channel vector of the input of node l to the next. */
 INLINE int64_t pixel(const Node *nodes, int64_t l) { return l ? ROUND(nodes[l].in) : nodes->in; }
 
+/* How many tiles of 2 x 2 outputs there are in an image. */
+INLINE int64_t tiles_of(const Node *node) { return CEIL(node->height_out, 2) * CEIL(node->width_out, 2); }
+
+/* Whether a convolution is done in tiles: see ``tiles_forward``. */
+INLINE int tiled(const Node *nodes, int64_t l) {
+    const Node *node = nodes + l;
+    return l && node->kind == CONVOLUTION && node->kernel_height == 3 && node->kernel_width == 3 &&
+           node->stride_height == 1 && node->stride_width == 1 &&
+           20 * tiles_of(node) <= 9 * node->height_out * node->width_out;
+}
+
+/* With room for the last tile, of zeros. */
 INLINE int64_t line(const Node *nodes, int64_t l) {
-    return (nodes[l].width + 2 * nodes[l].pad_width) * pixel(nodes, l);
+    int64_t room = tiled(nodes, l) ? nodes[l].width_out & 1 : 0;
+    return (nodes[l].width + 2 * nodes[l].pad_width + room) * pixel(nodes, l);
 }
 
 INLINE int64_t image(const Node *nodes, int64_t l) {
-    return (nodes[l].height + 2 * nodes[l].pad_height) * line(nodes, l);
+    int64_t room = tiled(nodes, l) ? nodes[l].height_out & 1 : 0;
+    return (nodes[l].height + 2 * nodes[l].pad_height + room) * line(nodes, l);
+}
+
+/* Numbers that an output's weights take, for the products. */
+INLINE int64_t depth_of(const Node *nodes, int64_t l) {
+    return (tiled(nodes, l) ? PARTS : nodes[l].kernel_height * nodes[l].kernel_width) * pixel(nodes, l);
 }
 
 INLINE int64_t windows_of(const Node *node) { return node->height_out * node->width_out; }
@@ -286,12 +309,199 @@ static void weight_gradient(const Node *nodes, int64_t l, int64_t windows, const
 #undef PRODUCTS
             }
         }
-        if (node->bias >= 0)
-            for (int64_t o = 0; o < out; o += LANES) {
-                vec sum = load(at->g_bias + o);
-                for (int64_t i = m; i < m + some; i++) sum += load(at[1].gh + at->to[i] + o);
-                store(at->g_bias + o, sum);
+    }
+}
+
+static void bias_gradient(const Node *node, int64_t windows, const Buffers *at) {
+    for (int64_t o = 0; o < ROUND(node->out); o += LANES) {
+        vec sum = load(at->g_bias + o);
+        for (int64_t m = 0; m < windows; m++) sum += load(at[1].gh + at->to[m] + o);
+        store(at->g_bias + o, sum);
+    }
+}
+
+/* Windows of 3 x 3 at stride 1 by Winograd's F(2 x 2, 3 x 3), as in Lavin and Gray, Fast algorithms for convolutional
+neural networks (2016): of a tile d of 4 x 4 inputs and the weights g the 2 x 2 outputs are
+A' [(G g G') * (B' d B)] A, ' for transposed: 16 products of channels in place of 36. Its derivatives are
+G' [(A gz A') * (B' d B)] G and B [(G g G') * (A gz A')] B'.
+
+B', A and G applied to a column; the others are their transposes. */
+INLINE void inputs_apart(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
+    t[0] = a - c;
+    t[step] = b + c;
+    t[2 * step] = c - b;
+    t[3 * step] = b - d;
+}
+
+INLINE void inputs_together(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
+    t[0] = a;
+    t[step] = b - c + d;
+    t[2 * step] = b + c - a;
+    t[3 * step] = -d;
+}
+
+INLINE void outputs_apart(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step];
+    t[step] = a + b;
+    t[2 * step] = a - b;
+    t[3 * step] = -b;
+}
+
+INLINE void outputs_together(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
+    t[0] = a + b + c;
+    t[step] = b - c - d;
+}
+
+INLINE void weights_apart(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step], c = t[2 * step];
+    t[step] = 0.5f * (a + c + b);
+    t[2 * step] = 0.5f * (a + c - b);
+    t[3 * step] = c;
+}
+
+INLINE void weights_together(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
+    t[0] = a + 0.5f * (b + c);
+    t[step] = 0.5f * (b - c);
+    t[2 * step] = d + 0.5f * (b + c);
+}
+
+/* CALL(t + .., ..) for the columns, then the rows, of t, ``first`` and ``second`` of them. */
+#define BOTH_WAYS(CALL, t, first, second)                        \
+    do {                                                         \
+        UNROLL for (int j = 0; j < (first); j++) CALL((t) + j, 4); \
+        UNROLL for (int i = 0; i < (second); i++) CALL((t) + 4 * i, 1); \
+    } while (0)
+
+/* Whether the output (y, x) of a tile whose first one is window m of an image is in it. */
+INLINE int within(const Node *node, int64_t m, int y, int x) {
+    int64_t place = m % windows_of(node);
+    return place / node->width_out + y < node->height_out && place % node->width_out + x < node->width_out;
+}
+
+/* Tiles ``first`` to ``first`` + ``some``: their first windows. */
+static void tile_windows(const Node *node, int64_t first, int64_t some, int64_t *window) {
+    int64_t across = CEIL(node->width_out, 2), each = tiles_of(node);
+    for (int64_t q = 0; q < some; q++) {
+        int64_t n = (first + q) / each, tile = (first + q) % each;
+        window[q] = (n * node->height_out + tile / across * 2) * node->width_out + tile % across * 2;
+    }
+}
+
+/* B' d B for some tiles, into [PARTS][TILES][in]. */
+static void enter_tiles(const Node *nodes, int64_t l, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t in = pixel(nodes, l), step = line(nodes, l);
+    for (int64_t q = 0; q < some; q++) for (int64_t c = 0; c < in; c += LANES) {
+        vec t[PARTS];
+        const float *h = at->h + at->from[window[q]] + c;
+        UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++) t[4 * i + j] = load(h + i * step + j * in);
+        BOTH_WAYS(inputs_apart, t, 4, 4);
+        UNROLL for (int k = 0; k < PARTS; k++) store(at->tiles_in + (k * TILES + q) * in + c, t[k]);
+    }
+}
+
+/* A gz A' for some tiles, into [PARTS][TILES][out]. */
+static void enter_slopes(const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t out = ROUND(node->out);
+    for (int64_t q = 0; q < some; q++) for (int64_t o = 0; o < out; o += LANES) {
+        vec t[PARTS];
+        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int j = 0; j < 2; j++) {
+            int64_t m = window[q] + i * node->width_out + j;
+            t[4 * i + j] = within(node, window[q], i, j) ? load(at[1].gh + at->to[m] + o) : spread(0.0f);
+        }
+        BOTH_WAYS(outputs_apart, t, 2, 4);
+        UNROLL for (int k = 0; k < PARTS; k++) store(at->tiles_out + (k * TILES + q) * out + o, t[k]);
+    }
+}
+
+/* z = A' [..] A + b. */
+static void leave_tiles(const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t out = ROUND(node->out);
+    for (int64_t q = 0; q < some; q++) for (int64_t o = 0; o < out; o += LANES) {
+        vec t[PARTS], bias = load(at->bias + o);
+        UNROLL for (int k = 0; k < PARTS; k++) t[k] = load(at->tiles_out + (k * TILES + q) * out + o);
+        BOTH_WAYS(outputs_together, t, 4, 2);
+        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int j = 0; j < 2; j++)
+            if (within(node, window[q], i, j))
+                store(at[1].h + at->to[window[q] + i * node->width_out + j] + o, t[4 * i + j] + bias);
+    }
+}
+
+/* gh += B [..] B'. */
+static void leave_slopes(const Node *nodes, int64_t l, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t in = pixel(nodes, l), step = line(nodes, l);
+    for (int64_t q = 0; q < some; q++) for (int64_t c = 0; c < in; c += LANES) {
+        vec t[PARTS];
+        float *gh = at->gh + at->from[window[q]] + c;
+        UNROLL for (int k = 0; k < PARTS; k++) t[k] = load(at->tiles_in + (k * TILES + q) * in + c);
+        BOTH_WAYS(inputs_together, t, 4, 4);
+        UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++)
+            store(gh + i * step + j * in, load(gh + i * step + j * in) + t[4 * i + j]);
+    }
+}
+
+/* For each place k of a tile, z[k] = a[k] times a matrix in panels, ``depth`` rows each of ``columns`` numbers. */
+static void tile_products(int64_t some, const float *a, int64_t stride, int64_t depth, const float *panels, float *z,
+                          int64_t columns) {
+    static const float zeros[WIDTH * LANES] __attribute__((aligned(64)));
+    int64_t from[TILES], to[TILES];
+    for (int64_t q = 0; q < some; q++) {
+        from[q] = q * stride;
+        to[q] = q * columns;
+    }
+    for (int64_t k = 0; k < PARTS; k++) EACH_PANEL(columns, first, width) {
+#define PRODUCTS(width)                                                                               \
+    window_products(width, some, a + k * TILES * stride, from, 1, 0, depth, panels + (k * columns + first) * depth, \
+                    zeros, z + k * TILES * columns + first, to)
+        BY_WIDTH(width, PRODUCTS);
+#undef PRODUCTS
+    }
+}
+
+/* EACH_TILES(some, window): of all tiles of the examples, TILES at a time. */
+#define EACH_TILES(node, examples, some, window)                                                                      \
+    for (int64_t first_ = 0, all_ = (examples) * tiles_of(node), some, window[TILES];                                 \
+         first_ < all_ && (some = MIN(TILES, all_ - first_)) && (tile_windows(node, first_, some, window), 1); first_ += some)
+
+/* As ``convolve``. */
+static void tiles_forward(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t in = pixel(nodes, l), out = ROUND(node->out);
+    EACH_TILES(node, examples, some, window) {
+        enter_tiles(nodes, l, at, some, window);
+        tile_products(some, at->tiles_in, in, in, at->weights, at->tiles_out, out);
+        leave_tiles(node, at, some, window);
+    }
+}
+
+/* As ``weight_gradient`` and ``input_gradient``. */
+static void tiles_backward(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t in = pixel(nodes, l), out = ROUND(node->out), from[TILES], to[TILES];
+    for (int64_t q = 0; q < TILES; q++) {
+        from[q] = q * in;
+        to[q] = q * out;
+    }
+    memset(at->gh, 0, examples * image(nodes, l) * sizeof(float));
+    EACH_TILES(node, examples, some, window) {
+        enter_tiles(nodes, l, at, some, window);
+        enter_slopes(node, at, some, window);
+        for (int64_t k = 0; k < PARTS; k++) for (int64_t c = 0; c < in; c += HEIGHT) {
+            const float *h[HEIGHT];
+            for (int i = 0; i < HEIGHT; i++) h[i] = at->tiles_in + k * TILES * in + MIN(c + i, in - 1);
+            EACH_PANEL(out, first, width) {
+#define PRODUCTS(width)                                                                                       \
+    weight_products(width, some, h, from, at->tiles_out + k * TILES * out + first, to,                         \
+                    at->g_weights + (k * in + c) * out + first, out, in - c)
+                BY_WIDTH(width, PRODUCTS);
+#undef PRODUCTS
             }
+        }
+        tile_products(some, at->tiles_out, out, node->out, at->transposed, at->tiles_in, in);
+        leave_slopes(nodes, l, at, some, window);
     }
 }
 
@@ -525,7 +735,8 @@ static void enter(const Node *nodes, int64_t examples, const float *x, const int
 static void forward(const Node *nodes, int64_t count, int64_t examples, const Buffers *at) {
     for (int64_t l = 0; l < count; l++) {
         int64_t windows = examples * windows_of(nodes + l);
-        if (nodes[l].kind == CONVOLUTION) convolve(nodes, l, windows, at + l);
+        if (tiled(nodes, l)) tiles_forward(nodes, l, examples, at + l);
+        else if (nodes[l].kind == CONVOLUTION) convolve(nodes, l, windows, at + l);
         else if (nodes[l].kind == NORM) normalize(nodes + l, examples, at + l);
         else pool(nodes, l, windows, at + l);
     }
@@ -534,7 +745,13 @@ static void forward(const Node *nodes, int64_t count, int64_t examples, const Bu
 static void backward(const Node *nodes, int64_t count, int64_t examples, const Buffers *at) {
     for (int64_t l = count - 1; l >= 0; l--) {
         if (nodes[l].kind == CONVOLUTION) {
-            weight_gradient(nodes, l, examples * windows_of(nodes + l), at + l);
+            int64_t windows = examples * windows_of(nodes + l);
+            if (nodes[l].bias >= 0) bias_gradient(nodes + l, windows, at + l);
+            if (tiled(nodes, l)) {
+                tiles_backward(nodes, l, examples, at + l);
+                continue;
+            }
+            weight_gradient(nodes, l, windows, at + l);
             if (l) input_gradient(nodes, l, examples, at + l); /* nobody asks for that of the inputs */
         } else if (nodes[l].kind == NORM) {
             normalize_back(nodes + l, examples, at + l);
@@ -549,6 +766,37 @@ static void take(float *to, const float *a, const float *b, int64_t place, int64
     for (int64_t i = 0; i < number; i++) to[i] = place < 0 ? missing : a[place + i] + (b ? b[place + i] : 0.0f);
 }
 
+/* G g G' of the weights of ``some`` <= LANES pairs of channels, one lane each, ``apart`` numbers from one to the next. */
+INLINE void weight_tiles(vec t[PARTS], const Node *node, const float *a, const float *b, int64_t some, int64_t apart) {
+    UNROLL for (int i = 0; i < 3; i++) UNROLL for (int j = 0; j < 3; j++) {
+        int64_t place = (3 * i + j) * node->place_step;
+        float g[LANES] __attribute__((aligned(64))) = {0};
+        for (int64_t v = 0; v < some; v++) g[v] = a[place + v * apart] + (b ? b[place + v * apart] : 0.0f);
+        t[4 * i + j] = load(g);
+    }
+    BOTH_WAYS(weights_apart, t, 3, 4);
+}
+
+static void pack_tiles(const Node *nodes, int64_t l, const float *a, const float *b, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t in = pixel(nodes, l), out = ROUND(node->out), each = node->in * 9;
+    vec t[PARTS];
+    EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES)
+        for (int64_t c = 0; c < node->in; c++) {
+            int64_t place = o * each + c * node->channel_step;
+            weight_tiles(t, node, a + place, b ? b + place : NULL, MIN(LANES, node->out - o), each);
+            for (int64_t k = 0; k < PARTS; k++)
+                store(at->weights + (k * out + first) * in + c * width * LANES + o - first, t[k]);
+        }
+    EACH_PANEL(in, first, width) for (int64_t c = first; c < first + width * LANES; c += LANES)
+        for (int64_t o = 0; o < node->out; o++) {
+            int64_t place = o * each + c * node->channel_step;
+            weight_tiles(t, node, a + place, b ? b + place : NULL, MIN(LANES, node->in - c), node->channel_step);
+            for (int64_t k = 0; k < PARTS; k++)
+                store(at->transposed + (k * in + first) * node->out + o * width * LANES + c - first, t[k]);
+        }
+}
+
 /* Lays out the parameters start + moved for the products. What fills vectors up stays zero. */
 static void pack(const Node *nodes, int64_t l, const float *start, const float *moved, const Buffers *at) {
     const Node *node = nodes + l;
@@ -559,6 +807,10 @@ static void pack(const Node *nodes, int64_t l, const float *start, const float *
         return;
     }
     const float *a = start + node->weight, *b = moved ? moved + node->weight : NULL;
+    if (tiled(nodes, l)) {
+        pack_tiles(nodes, l, a, b, at);
+        return;
+    }
 #define PARAMETER(place) (b ? a[place] + b[place] : a[place])
     EACH_PANEL(ROUND(node->out), first, width) for (int64_t o = 0; o < width * LANES; o += LANES) {
         int64_t some = MIN(LANES, node->out - first - o);
@@ -596,7 +848,16 @@ static void unpack(const Node *nodes, int64_t l, const Buffers *at, float *into,
         for (int64_t o = 0; o < node->out; o++) update(into + o, at->g_weights[o], scale, step);
         return;
     }
-    for (int64_t first = 0; first < node->out; first += LANES)
+    for (int64_t first = 0; first < node->out && tiled(nodes, l); first += LANES)
+        for (int64_t c = 0; c < node->in; c++) {
+            vec t[PARTS];
+            for (int64_t k = 0; k < PARTS; k++) t[k] = load(at->g_weights + (k * in + c) * out + first);
+            BOTH_WAYS(weights_together, t, 4, 3);
+            for (int64_t k = 0; k < area; k++) for (int64_t o = 0; o < MIN(LANES, node->out - first); o++)
+                update(into + (first + o) * node->in * area + c * node->channel_step + k * node->place_step,
+                       t[k / 3 * 4 + k % 3][o], scale, step);
+        }
+    for (int64_t first = 0; first < node->out && !tiled(nodes, l); first += LANES)
         for (int64_t c = 0; c < node->in; c++) for (int64_t k = 0; k < area; k++) {
             const float *g = at->g_weights + (k * in + c) * out;
             for (int64_t o = first; o < MIN(first + LANES, node->out); o++)
@@ -606,10 +867,10 @@ static void unpack(const Node *nodes, int64_t l, const Buffers *at, float *into,
 
 /* Zeros what backward sums up. */
 static void clear(const Node *nodes, int64_t l, const Buffers *at) {
-    int64_t area = nodes[l].kernel_height * nodes[l].kernel_width, out = ROUND(nodes[l].out);
+    int64_t out = ROUND(nodes[l].out);
     if (nodes[l].kind > NORM) return;
     memset(at->g_bias, 0, out * sizeof(float));
-    memset(at->g_weights, 0, (nodes[l].kind == NORM ? 1 : area * pixel(nodes, l)) * out * sizeof(float));
+    memset(at->g_weights, 0, (nodes[l].kind == NORM ? 1 : depth_of(nodes, l)) * out * sizeof(float));
 }
 
 #define PLACE(pointer, number)                                                   \
@@ -621,12 +882,14 @@ static void clear(const Node *nodes, int64_t l, const Buffers *at) {
 
 /* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. */
 static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *memory, Buffers *at) {
-    int64_t used = 0;
+    int64_t used = 0, widest = 0;
+    float *tiles_in = NULL, *tiles_out = NULL;
     for (int64_t l = 0; l < count; l++) {
         const Node *node = nodes + l;
         Buffers *b = at + l;
-        int64_t out = ROUND(node->out), depth = node->kernel_height * node->kernel_width * pixel(nodes, l);
+        int64_t out = ROUND(node->out), depth = depth_of(nodes, l);
         *b = (Buffers){0};
+        if (tiled(nodes, l)) widest = MAX(widest, MAX(pixel(nodes, l), out));
         PLACE(b->h, block * image(nodes, l));
         if (l) PLACE(b->gh, block * image(nodes, l));
         PLACE(b->from, block * windows_of(node));
@@ -646,6 +909,12 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
     }
     PLACE(at[count].h, block * ROUND(nodes[count - 1].out)); /* the outputs, then their softmax */
     PLACE(at[count].gh, block * ROUND(nodes[count - 1].out));
+    PLACE(tiles_in, PARTS * TILES * widest);
+    PLACE(tiles_out, PARTS * TILES * widest);
+    for (int64_t l = 0; memory && l < count; l++) {
+        at[l].tiles_in = tiles_in;
+        at[l].tiles_out = tiles_out;
+    }
     return used;
 }
 #undef PLACE
@@ -665,8 +934,8 @@ void images_prepare(const Node *nodes, int64_t count, int64_t block, char *scrat
             const Node *node = nodes + l;
             int64_t next = l + 1 < count ? pixel(nodes, l + 1) : ROUND(node->out), m = 0;
             int64_t pad_height = l + 1 < count ? node[1].pad_height : 0, pad_width = l + 1 < count ? node[1].pad_width : 0;
-            int64_t next_line = (node->width_out + 2 * pad_width) * next;
-            int64_t next_image = (node->height_out + 2 * pad_height) * next_line;
+            int64_t next_line = l + 1 < count ? line(nodes, l + 1) : next; /* the outputs are one vector */
+            int64_t next_image = l + 1 < count ? image(nodes, l + 1) : next;
             for (int64_t n = 0; n < block; n++)
                 for (int64_t i = 0; i < node->height_out; i++) for (int64_t j = 0; j < node->width_out; j++, m++) {
                     at[l].from[m] = n * image(nodes, l) + i * node->stride_height * line(nodes, l) +
