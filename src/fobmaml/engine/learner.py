@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import one_of, refuse
-from fobmaml.engine import fused, library
+from fobmaml.engine import fused, images, library
 from fobmaml.engine.autograd import Autograd
 from fobmaml.engine.base import WHOLE, Engine
 from fobmaml.engine.chain import Chain
@@ -17,6 +17,7 @@ from fobmaml.engine.loop import Loop
 from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss, close
 from fobmaml.engine.modules import private_copy
 from fobmaml.engine.network import Network
+from fobmaml.engine.nodes import Node
 from fobmaml.engine.selection import Adapt, adapted_names
 from fobmaml.engine.stacked import Stacked
 from fobmaml.engine.trial import Trial
@@ -40,6 +41,8 @@ class Learner(Network):
     - ``stacked``: sequences of 1-d convolutions padded by 1, activations and linear layers, by hand, whatever class or
       function the module has them from (``engine.trace``);
     - ``fused``: the same for a cross-entropy by a compiled kernel, in float32 on a CPU;
+    - ``images``: first derivatives of a cross-entropy of chains of convolutions, norms, activations and pools, by a
+      compiled kernel, in float32 on a CPU; by ``auto`` alone;
     - ``autograd``: any module that ``torch.func.vmap`` batches, all rows at once;
     - ``loop``: any module, row by row;
     - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
@@ -118,6 +121,8 @@ class Learner(Network):
             if self.fuses(chain) and isinstance(loss, CrossEntropy):
                 return f"fused-{library.instructions()}", fused.Fused(self, x, loss, chain)
             return "stacked", Stacked(self, x, loss, chain)
+        if not second_order and isinstance(loss, CrossEntropy) and (nodes := self._of_images(x)):
+            return f"images-{library.instructions()}", images.FusedImages(nodes, self, x, loss)
         batched = self._trial.batched(x, second_order)
         parts = [part.examples for part in loss.parts]
         if loss.padded and not self._trial.joint(x, [slice(1), slice(1, None)]):
@@ -136,6 +141,13 @@ class Learner(Network):
             )
         return fits
 
+    def _of_images(self, x: Tensor) -> Sequence[Node] | None:
+        """The network as the kernel for images takes it, or None."""
+        if self.engine != "auto" or self.dtype != torch.float32 or self.device.type != "cpu" or not len(x):
+            return None
+        nodes = self._trial.nodes(x)
+        return nodes if nodes and images.knows(nodes, self.shapes, x.shape[2:]) else None
+
     @property
     def untraced(self) -> str:
         """The layer because of which no engine by hand takes the network, as far as one was asked for; or ''."""
@@ -151,6 +163,8 @@ class Learner(Network):
             rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
             a_thread = fused.KEPT_ROWS_A_THREAD if second_order else fused.ROWS_A_THREAD
             return max(rows, a_thread * torch.get_num_threads()) if self.fuses(chain) else rows
+        if not second_order and self._of_images(x):
+            return fused.ROWS_A_THREAD * torch.get_num_threads()
         if not self._trial.batched(x, second_order):
             return 1
         return math.ceil(FLOPS_AT_ONCE / max(self._trial.flops_an_example * examples, 1))

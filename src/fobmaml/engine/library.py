@@ -1,6 +1,6 @@
-"""The compiled kernel ``fused.c``: finding it, and what its functions take.
+"""The compiled kernels ``fused.c`` and ``images.c``: finding them, and what their functions take.
 
-It was compiled when the package was installed, once for AVX2 and once for AVX-512.
+They were compiled when the package was installed, once for AVX2 and once for AVX-512.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ from fobmaml.engine.activations import SiLU
 from fobmaml.engine.layers import Convolution, Dense
 
 MOST_LAYERS = 512  # a thread describes them on its stack
+LANES = 16  # of the widest vectors
 
 
 class Layer(ctypes.Structure):
@@ -36,6 +37,22 @@ class Layer(ctypes.Structure):
             "weight",
             "bias",
         )
+    )
+
+
+class Image(ctypes.Structure):
+    """A Node as in images.c."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("kind", "inputs", "height", "width", "outputs", "height_out", "width_out"),
+                *("kernel_height", "kernel_width", "stride_height", "stride_width", "pad_height", "pad_width"),
+                *("weight", "bias", "channel_step", "place_step", "groups", "activation"),
+            )
+        ),
+        ("eps", ctypes.c_double),
     )
 
 
@@ -90,6 +107,20 @@ def load(path: str) -> ctypes.CDLL:
         ctypes.c_int,
     ]
     library.fused_gradient.restype = library.fused_product.restype = None
+    nodes = ctypes.POINTER(Image)
+    library.images_scratch.argtypes, library.images_scratch.restype = [nodes, whole, whole], whole
+    library.images_prepare.argtypes, library.images_prepare.restype = [nodes, whole, whole, memory, ctypes.c_int], None
+    library.images_gradient.argtypes = [
+        nodes,
+        *[whole] * 6,
+        memory,
+        whole,
+        *[memory] * 5,
+        whole,
+        *[memory] * 4,
+        ctypes.c_int,
+    ]
+    library.images_gradient.restype = None
     return library
 
 
