@@ -167,6 +167,10 @@ def test_a_solver_that_draws_batches_draws_the_same():
         fobmaml.adapt(model, GradientDescent(steps=5, batch=3), F.cross_entropy, x, y).weight for _ in range(2)
     )
     assert torch.equal(first, second)
+    several = fobmaml.adapt_tasks(
+        model, GradientDescent(steps=5, batch=3), F.cross_entropy, x.expand(4, -1, -1), y.expand(4, -1)
+    )
+    assert all(torch.allclose(network.weight, first, atol=1e-6) for network in several)
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     fobmaml.adapt(model, GradientDescent(steps=5, batch=3), F.cross_entropy, x, y)
@@ -322,6 +326,8 @@ def test_settings_that_cannot_be_taken_are_named(trained, tmp_path, group, setti
 def test_a_folder_without_a_whole_checkpoint_is_refused(trained, tmp_path):
     with pytest.raises(fobmaml.saved.CheckpointError, match="takes a checkpoint file, and there is none"):
         fobmaml.load_run(tmp_path)
+    with pytest.raises(ValueError, match="device=gpu: takes a device of torch's"):
+        fobmaml.load_run(tmp_path, device="gpu")
     trained()
     _with_settings(tmp_path, "dataset", {"_target_": "fobmaml.tasks.MNIST1D", "ways": 4})
     with pytest.raises(

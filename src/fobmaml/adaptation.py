@@ -1,6 +1,7 @@
 """A network adapted to tasks by their support sets: what a trained initialisation is for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,6 @@ from fobmaml.estimators import chunk_size
 from fobmaml.precision import full_precision
 from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks import TaskBatch
-
-KEYS_SEED = 0
-"""Of what solvers draw that take batches: the same support set is adapted to in the same way each time."""
 
 
 class AdaptedTasks:
@@ -110,7 +108,8 @@ def adapted(
     with torch.inference_mode(False), full_precision(learner.device):
         x, y = placed(learner, "x", x), placed(learner, "y", y)
         tasks = learner.check(TaskBatch(x, y, x, y))  # nothing looks at the query set
-        tasks = tasks.keyed(torch.Generator().manual_seed(KEYS_SEED))
+        # A solver that takes batches draws the same for every task, so that none depends on those beside it.
+        tasks = replace(tasks, keys=torch.zeros(len(tasks), dtype=torch.long, device=learner.device))
         chunk = chunk_size(learner, tasks) if isinstance(task_chunk, str) else task_chunk or len(tasks)
         return AdaptedTasks(learner, torch.cat([solve(part).phi.detach() for part in tasks.split(chunk)]), chunk)
 

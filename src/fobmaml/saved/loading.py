@@ -119,14 +119,19 @@ def load_run(
     call anything that Python finds here, so take it for files that you trust as you do code.
 
     ``data``: a task source in place of the run's own, where its files are not at hand; the network takes its
-    ``input_shape`` and ``outputs``, and its ``loss_fn`` adapts. Needs torch and numpy, and what the data set needs.
+    ``input_shape`` and ``outputs``, and its ``loss_fn`` adapts. ``device``: where the network is to be. Needs torch and
+    numpy, and what the data set needs.
     Raises CheckpointError for a folder without a whole checkpoint, ValueError for settings that cannot be taken.
     """
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise refuse("device", device, f"a device of torch's ({str(error).splitlines()[0]})") from None
     path = Path(folder)
     path = path / "checkpoint.pt" if path.is_dir() else path
     state = read_checkpoint(path)
     try:
-        return _built(path, state, trust, data, torch.device(device))
+        return _built(path, state, trust, data, where)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
