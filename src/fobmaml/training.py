@@ -70,6 +70,7 @@ class MetaTraining:
         self.stages = Stages(estimator, stages)
         self.step, self.train_seconds, self.negative_curvature_tasks, self.work = 0, 0.0, 0.0, Work()
         self._in_turn = False
+        self.at_once: int | None = None  # tasks solved together in the latest meta-step
         self.learner = Learner(model, source.loss_fn, settings.engine)
         self.outer = Outer(self.learner, estimator)
         self.adapting = estimator.adapting(adaptation or Adaptation())  # behind outer, to share its variables
@@ -180,7 +181,8 @@ class MetaTraining:
         s = self.settings
         self.stages.enter(fraction)
         tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
-        result = self._estimate(theta, tasks, self.chunk(tasks, self.estimator), logged)
+        self.at_once = self.chunk(tasks, self.estimator)
+        result = self._estimate(theta, tasks, self.at_once, logged)
         values = torch.cat([result.gradient, *(each.flatten() for each in result.variables.values())])
         if result.query_loss is not None and result.residual is not None:
             nu = values.new_tensor([result.nu or 0.0])

@@ -14,6 +14,7 @@ from torch import Tensor
 from fobmaml.arguments import refuse
 from fobmaml.engine import library
 from fobmaml.engine.base import Engine, Steps
+from fobmaml.engine.chain import Chain
 from fobmaml.engine.layers import Convolution, Dense, check_chain
 from fobmaml.engine.losses import CrossEntropy, Part, rows_taken
 from fobmaml.engine.memory import ALIGNMENT, aligned, check, check_in_order, check_written, factors, in_order
@@ -80,6 +81,7 @@ class FusedGradient(RowGradient):
                     length,
                     after,
                     dense,
+                    getattr(layer, "turned", False),
                     starts[layer.weight],
                     starts[layer.bias],
                 )
@@ -148,12 +150,11 @@ class Hessian:
 class Fused(Stacked):
     """The passes of a gradient or Hessian product in one call of the kernel; outputs are computed as in ``Stacked``."""
 
-    def __init__(self, network: Network, x: Tensor, loss: CrossEntropy):
-        super().__init__(network, x, loss)
+    def __init__(self, network: Network, x: Tensor, loss: CrossEntropy, chain: Chain):
+        super().__init__(network, x, loss, chain)
         self.cross_entropy = loss
-        layers = network.model.stacked_layers()
-        loss.prepare(x.new_empty(*x.shape[:2], network.shapes[layers[-1].weight][0]))
-        self.kernel = FusedGradient(layers, network.shapes, network.model.stacked_inputs(x), loss.one_hot, loss.weights)
+        loss.prepare(x.new_empty(*x.shape[:2], chain.shapes[chain.layers[-1].weight][0]))
+        self.kernel = FusedGradient(chain.layers, chain.shapes, chain.signals(x), loss.one_hot, loss.weights)
 
     def gradient(self, phi: Tensor) -> Tensor:
         into = torch.empty(phi.shape, dtype=phi.dtype)
@@ -177,7 +178,8 @@ class Fused(Stacked):
         return self.kernel.descend(theta, steps, self.cross_entropy)
 
     def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "Fused":
-        return Fused(self.network, rows_taken(self.x, examples), self.cross_entropy.of_examples(examples, parts))
+        loss = self.cross_entropy.of_examples(examples, parts)
+        return Fused(self.network, rows_taken(self.x, examples), loss, self.chain)
 
     def _add_gradient(self, phi: Tensor, into: Tensor, scale: float, step: float) -> None:
         self.kernel.add(phi, None, into, scale, step)

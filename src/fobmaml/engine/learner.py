@@ -11,6 +11,7 @@ from fobmaml.arguments import one_of, refuse
 from fobmaml.engine import fused, images, library
 from fobmaml.engine.autograd import Autograd
 from fobmaml.engine.base import WHOLE, Engine
+from fobmaml.engine.chain import Chain
 from fobmaml.engine.loop import Loop
 from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss
 from fobmaml.engine.modules import private_copy
@@ -35,7 +36,8 @@ class Learner(Network):
     ``model``: see ``Network``. ``loss_fn(outputs [N, ...], targets [N, ...])``: the mean loss.
     ``engine``, what computes gradients; ``used`` says which have:
 
-    - ``stacked``: networks that list their layers (``stacked_layers``, ``stacked_inputs``, see ``CNN1d``), by hand;
+    - ``stacked``: sequences of 1-d convolutions padded by 1, activations and linear layers, by hand, whatever class or
+      function the module has them from (``engine.trace``);
     - ``fused``: the same for a cross-entropy by a compiled kernel, in float32 on a CPU;
     - ``images``: first derivatives of a cross-entropy of chains of convolutions, norms, activations and pools, by a
       compiled kernel, in float32 on a CPU; by ``auto`` alone;
@@ -52,20 +54,6 @@ class Learner(Network):
         one_of("engine", engine, ENGINES)
         super().__init__(model)
         self.loss_fn, self.engine, self.loss = loss_fn, engine, Loss(loss_fn)
-        self.lists_layers = self.lists_layers and engine not in ("autograd", "loop")
-        if engine in ("stacked", "fused") and not self.lists_layers:
-            raise refuse(
-                "engine", engine, "a network that lists its layers (CNN1d, MLP) and has no hooks; auto takes any"
-            )
-        self.fused = (
-            engine in ("auto", "fused")
-            and self.lists_layers
-            and library.fits(self.model.stacked_layers(), self.dtype, self.device)
-        )
-        if engine == "fused" and not self.fused:
-            raise refuse(
-                "engine", engine, "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any"
-            )
         self._trial = Trial(self, engine)
         self._used: dict[str, None] = {}
         self.work = Counter()
@@ -87,6 +75,8 @@ class Learner(Network):
         """
         loss = RowLoss(self.loss, x, [Part(slice(None), 1.0)])  # outputs ask for nothing of it
         with torch.no_grad():
+            if nodes := self._of_images(x):
+                return images.outputs(nodes, self, phi, x)
             return self._chosen(x, loss, second_order=False)[1].outputs(phi)
 
     def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None) -> RowLoss:
@@ -104,10 +94,10 @@ class Learner(Network):
         return Counted(engine, self.work)
 
     def _chosen(self, x: Tensor, loss: RowLoss, second_order: bool) -> tuple[str, Engine]:
-        if self.lists_layers and self._trial.listed(x):
-            if self.fused and isinstance(loss, CrossEntropy):
-                return f"fused-{library.instructions()}", fused.Fused(self, x, loss)
-            return "stacked", Stacked(self, x, loss)
+        if chain := self._trial.chain(x):
+            if self.fuses(chain) and isinstance(loss, CrossEntropy):
+                return f"fused-{library.instructions()}", fused.Fused(self, x, loss, chain)
+            return "stacked", Stacked(self, x, loss, chain)
         if not second_order and isinstance(loss, CrossEntropy) and (nodes := self._of_images(x)):
             return f"images-{library.instructions()}", images.FusedImages(nodes, self, x, loss)
         batched = self._trial.batched(x, second_order)
@@ -116,11 +106,27 @@ class Learner(Network):
         return ("autograd", Autograd(self, x, loss, apart)) if batched else ("loop", Loop(self, x, loss, apart))
 
     def _of_images(self, x: Tensor) -> Sequence[Node] | None:
-        """The network as the kernel for images takes it, or None."""
-        if self.engine != "auto" or self.dtype != torch.float32 or self.device.type != "cpu" or not len(x):
+        """The network as the kernel for images takes it, or None; what other engines by hand take is theirs."""
+        if self.engine != "auto" or x.dtype != torch.float32 or x.device.type != "cpu" or self._trial.chain(x):
             return None
         nodes = self._trial.nodes(x)
-        return nodes if nodes and images.knows(nodes, self.shapes, x.shape[2:]) else None
+        return nodes if nodes and images.knows(nodes, self, x.shape[2:]) else None
+
+    def fuses(self, chain: Chain) -> bool:
+        """Whether the compiled kernel takes the network."""
+        if self.engine not in ("auto", "fused"):
+            return False
+        fits = chain.as_stored and library.fits(chain.layers, self.dtype, self.device)
+        if self.engine == "fused" and not fits:
+            raise refuse(
+                "engine", self.engine, "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any"
+            )
+        return fits
+
+    @property
+    def untraced(self) -> str:
+        """The layer because of which no engine by hand takes the network, as far as one was asked for; or ''."""
+        return self._trial.untraced
 
     def rows_at_once(self, x: Tensor, examples: int, second_order: bool) -> int:
         """As many rows as keep a CPU busy, for gradients of so many ``examples`` like those of ``x`` [R, N, ...].
@@ -128,10 +134,10 @@ class Learner(Network):
         More take more memory, and no less time.
         """
         x = x[[0, -1]].to(self.dtype if x.is_floating_point() else x.dtype)
-        if self.lists_layers and self._trial.listed(x):
+        if chain := self._trial.chain(x):
             rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
             a_thread = fused.KEPT_ROWS_A_THREAD if second_order else fused.ROWS_A_THREAD
-            return max(rows, a_thread * torch.get_num_threads()) if self.fused else rows
+            return max(rows, a_thread * torch.get_num_threads()) if self.fuses(chain) else rows
         if not second_order and self._of_images(x):
             return fused.ROWS_A_THREAD * torch.get_num_threads()
         if not self._trial.batched(x, second_order):

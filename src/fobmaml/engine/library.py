@@ -25,7 +25,18 @@ class Layer(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
-        for name in ("kernel_size", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias")
+        for name in (
+            "kernel_size",
+            "stride",
+            "inputs",
+            "outputs",
+            "length_in",
+            "length_out",
+            "dense",
+            "turned",
+            "weight",
+            "bias",
+        )
     )
 
 
@@ -109,7 +120,8 @@ def load(path: str) -> ctypes.CDLL:
         *[memory] * 4,
         ctypes.c_int,
     ]
-    library.images_gradient.restype = None
+    library.images_outputs.argtypes = [nodes, *[whole] * 4, memory, whole, *[memory] * 3, ctypes.c_int]
+    library.images_gradient.restype = library.images_outputs.restype = None
     return library
 
 

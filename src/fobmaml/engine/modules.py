@@ -115,6 +115,28 @@ class PureModule:
                 return name
         return ""
 
+    @contextmanager
+    def noting(self, enter: Callable[[str], Callable[[], None]]) -> Iterator[None]:
+        """Inside, ``enter`` is called with the name of each layer, as text, whose forward begins; what it returns when
+        that ends."""
+        open_layers: list[Callable[[], None]] = []
+        names = {module: f"{type(module).__name__} '{name}'" for name, module in self.copy.named_modules()}
+        handles = [
+            h
+            for module, name in names.items()
+            for h in (
+                module.register_forward_pre_hook(lambda *_, name=name: open_layers.append(enter(name))),
+                module.register_forward_hook(lambda *_: open_layers.pop()()),
+            )
+        ]
+        try:
+            yield
+        finally:
+            for leave in reversed(open_layers):
+                leave()
+            for handle in handles:
+                handle.remove()
+
     def failing(self, call: Callable[[], object]) -> str:
         """The innermost layer in whose ``forward`` ``call()`` raises, as text; '' if none."""
         inside: list[str] = []

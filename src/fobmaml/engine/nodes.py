@@ -4,7 +4,13 @@ Parameters are named as the module names them and have the module's own layout. 
 two-dimensional one of height 1; its weight may be [out, in, kernel width].
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fobmaml.engine.activations import activation_function
 
 
 @dataclass(frozen=True)
@@ -68,3 +74,40 @@ class Flatten:
 
 
 Node = Conv | Linear | GroupNorm | Activate | Pool | Reshape | Flatten
+Module = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+def as_module(nodes: Sequence[Node]) -> Module:
+    """(parameters, examples [N, ...]) -> [N, ...]: what the nodes say, by torch's own operators."""
+
+    def call(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        for node in nodes:
+            x = _applied(node, parameters, x)
+        return x
+
+    return call
+
+
+def _applied(node: Node, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    match node:
+        case Conv(weight, bias, stride, padding, dilation, groups):
+            w, b = parameters[weight], None if bias is None else parameters[bias]
+            if w.dim() == 4:
+                return F.conv2d(x, w, b, stride, padding, dilation, groups)
+            return F.conv1d(x, w, b, stride[1], padding[1], dilation[1], groups)
+        case Linear(weight, bias):
+            return F.linear(x, parameters[weight], None if bias is None else parameters[bias])
+        case GroupNorm(groups, weight, bias, eps):
+            scale, shift = (None if name is None else parameters[name] for name in (weight, bias))
+            return F.group_norm(x, groups, scale, shift, eps)
+        case Activate(activation):
+            return activation_function(activation)(x)
+        case Pool(kind, kernel, stride, padding):
+            of_height_1 = x.unsqueeze(2) if x.dim() == 3 else x
+            pool = F.max_pool2d if kind == "max" else F.avg_pool2d
+            pooled = pool(of_height_1, kernel, stride, padding)
+            return pooled.squeeze(2) if x.dim() == 3 else pooled
+        case Reshape(shape):
+            return x.reshape(-1, *shape)
+        case Flatten():
+            return x.flatten(1)

@@ -114,6 +114,8 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
             record.event(event)
             if training.step % s.checkpoint_every == 0 or training.ended:
                 record.checkpoint()
+            if training.step == first:
+                say_what_computes(training)
             if start.state and training.step == first:
                 say_if_another_engine(start.state.get("engine", ""), training.learner.used)
             bar.set_postfix(progress(training), refresh=False)
@@ -129,6 +131,17 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
     if stop.requested:
         record.checkpoint()
         raise Interrupted(f"stopped by {stop.requested} at step {training.step}")
+
+
+def say_what_computes(training: MetaTraining) -> None:
+    learner = training.learner
+    log.info(
+        "gradients are computed by engine %s, %s of %d tasks at once%s",
+        learner.used,
+        training.at_once,
+        training.settings.meta_batch,
+        f"; none by hand, for the model has {learner.untraced}" if learner.untraced else "",
+    )
 
 
 def say_if_another_engine(before: str, now: str) -> None:
