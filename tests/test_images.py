@@ -16,7 +16,6 @@ from fobmaml.engine import images, library
 from fobmaml.engine.images import FusedImages, ImageGradient
 from fobmaml.engine.losses import Loss, Part
 from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape
-from fobmaml.engine.trial import Trial
 from fobmaml.estimators import MAML, Symmetric, Tangent
 from fobmaml.solvers import GradientDescent
 
@@ -293,11 +292,6 @@ def _tasks(support: int = 5, query: int = 10) -> TaskBatch:
     return TaskBatch(x[:, :support], y[:, :support], x[:, support:], y[:, support:]).keyed(g)
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    monkeypatch.setattr(Trial, "nodes", lambda trial, x: nodes_of(trial.network.model))
-
-
 SOLVERS = [
     GradientDescent(steps=12, lr=0.05),
     GradientDescent(steps=3, lr=0.2, momentum=0.5),
@@ -306,7 +300,7 @@ SOLVERS = [
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_meta_gradient_is_that_of_a_loop(instructions, traced, solver):
+def test_the_meta_gradient_is_that_of_a_loop(instructions, solver):
     model, tasks, found = _conv4(), _tasks(), {}
     for dtype, engine in ((torch.float32, "auto"), (torch.float64, "loop")):
         learner = Learner(model.to(dtype), F.cross_entropy, engine)
@@ -318,7 +312,7 @@ def test_the_meta_gradient_is_that_of_a_loop(instructions, traced, solver):
 
 
 @pytest.mark.parametrize("estimator", [MAML, Tangent])
-def test_what_takes_second_derivatives_takes_autograd(instructions, traced, estimator):
+def test_what_takes_second_derivatives_takes_autograd(instructions, estimator):
     learner = Learner(_conv4(), F.cross_entropy)
     solver = GradientDescent(steps=2, lr=0.2)
     chosen = estimator(solver) if estimator is MAML else estimator(solver, lam=0.5)
@@ -328,7 +322,7 @@ def test_what_takes_second_derivatives_takes_autograd(instructions, traced, esti
     assert (found - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-def test_the_kernel_is_for_what_it_knows(instructions, traced):
+def test_the_kernel_is_for_what_it_knows(instructions):
     def used(model: nn.Module, loss=F.cross_entropy, engine: str = "auto", second_order: bool = False) -> str:
         learner = Learner(model, loss, engine)
         dtype = next(model.parameters()).dtype
@@ -343,6 +337,21 @@ def test_the_kernel_is_for_what_it_knows(instructions, traced):
     assert used(_conv4().double()) == "autograd"
     assert used(_conv4(), loss=lambda outputs, y: F.cross_entropy(outputs, y) * 2) == "autograd"
     assert used(_dilated()) == "autograd"
+
+
+@pytest.mark.parametrize("last", [nn.AdaptiveAvgPool1d(1), nn.Identity()])
+def test_signals_whose_weights_are_turned_in_a_row(instructions, last):
+    length = 1 if isinstance(last, nn.AdaptiveAvgPool1d) else 17
+    model = nn.Sequential(
+        nn.Conv1d(2, 20, 5, 2, 1), nn.GroupNorm(4, 20), nn.SiLU(), nn.Conv1d(20, 9, 3), nn.SiLU(), last
+    )
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(9 * length, 4))
+    learner, exact = Learner(model, F.cross_entropy), Learner(model, F.cross_entropy, "loop").in_double()
+    x, y = torch.randn(2, 30, 2, 40), torch.randint(4, (2, 30))
+    found = learner.engine_for(x, learner.row_loss(y)).gradient(learner.theta().expand(2, -1))
+    wanted = exact.engine_for(x.double(), exact.row_loss(y)).gradient(exact.theta().expand(2, -1))
+    assert learner.used.startswith("images-")
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def _dilated() -> nn.Sequential:
@@ -400,11 +409,14 @@ WRONG_NODES = {
 }
 
 
+def _small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(24, 4))
+
+
 def _given(**changes) -> dict:
-    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(24, 4))
     return {
         "nodes": RIGHT,
-        "shapes": _shapes(model),
+        "shapes": _shapes(_small()),
         "x": torch.randn(2, 3, 1, 3, 5),
         "targets": torch.eye(4)[:3].expand(2, 3, 4),
         "weights": torch.ones(2, 3),
@@ -413,8 +425,9 @@ def _given(**changes) -> dict:
 
 @pytest.mark.parametrize("case", WRONG_NODES)
 def test_networks_that_the_kernel_does_not_know(instructions, case):
-    assert images.knows(RIGHT, _given()["shapes"], (1, 3, 5))
-    assert not images.knows(WRONG_NODES[case], _given()["shapes"], (1, 3, 5))
+    network = Learner(_small(), F.cross_entropy)
+    assert images.knows(RIGHT, network, (1, 3, 5))
+    assert not images.knows(WRONG_NODES[case], network, (1, 3, 5))
     with pytest.raises(ValueError, match=r"^(model|inputs|stride|padding|kernel|groups|eps)=.*: takes "):
         ImageGradient(**_given(nodes=WRONG_NODES[case]))
 

@@ -681,25 +681,39 @@ static void pool(const Node *nodes, int64_t l, int64_t windows, const Buffers *a
 }
 
 /* To the first of equal maxima, as in torch; or to all alike. */
+INLINE void pool_panel(const int maximum, const int apart, const Node *node, int64_t in, int64_t step, const float *h,
+                       float *gh, vec g, vec found) {
+    ivec open = (ivec){0} - 1;
+    for (int64_t y = 0; y < node->kernel_height; y++) for (int64_t x = 0; x < node->kernel_width; x++) {
+        int64_t place = y * step + x * in;
+        vec part = g;
+        if (maximum) {
+            ivec here = open & (load(h + place) == found);
+            open &= ~here;
+            part = (vec)(here & (ivec)g);
+        }
+        store(gh + place, apart ? part : load(gh + place) + part);
+    }
+}
+
 static void pool_back(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
     const Node *node = nodes + l;
     int64_t in = ROUND(node->in), step = line(nodes, l), windows = examples * windows_of(node);
+    int apart = node->kernel_height <= node->stride_height && node->kernel_width <= node->stride_width;
+    int whole = apart && node->height_out * node->kernel_height * node->width_out * node->kernel_width * in ==
+                             image(nodes, l);
     float share = 1.0f / (float)(node->kernel_height * node->kernel_width);
-    memset(at->gh, 0, examples * image(nodes, l) * sizeof(float));
+    if (!whole) memset(at->gh, 0, examples * image(nodes, l) * sizeof(float));
     for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < in; c += LANES) {
         const float *h = at->h + at->from[m] + c;
         float *gh = at->gh + at->from[m] + c;
         vec g = load(at[1].gh + at->to[m] + c), found = load(at[1].h + at->to[m] + c);
-        ivec open = (ivec){0} - 1;
-        for (int64_t y = 0; y < node->kernel_height; y++) for (int64_t x = 0; x < node->kernel_width; x++) {
-            int64_t place = y * step + x * in;
-            if (node->kind == MAXIMUM) {
-                ivec here = open & (load(h + place) == found);
-                open &= ~here;
-                store(gh + place, load(gh + place) + (vec)(here & (ivec)g));
-            } else {
-                store(gh + place, load(gh + place) + share * g);
-            }
+        if (node->kind == AVERAGE) {
+            if (apart) pool_panel(0, 1, node, in, step, h, gh, share * g, found);
+            else pool_panel(0, 0, node, in, step, h, gh, share * g, found);
+        } else {
+            if (apart) pool_panel(1, 1, node, in, step, h, gh, g, found);
+            else pool_panel(1, 0, node, in, step, h, gh, g, found);
         }
     }
 }
@@ -873,6 +887,11 @@ static void clear(const Node *nodes, int64_t l, const Buffers *at) {
     memset(at->g_weights, 0, (nodes[l].kind == NORM ? 1 : depth_of(nodes, l)) * out * sizeof(float));
 }
 
+/* Whether a norm's derivative can take the place of what it is computed from. */
+INLINE int in_place(const Node *nodes, int64_t count, int64_t l) {
+    return nodes[l].kind == NORM && l && l + 1 < count && image(nodes, l) == image(nodes, l + 1);
+}
+
 #define PLACE(pointer, number)                                                   \
     do {                                                                         \
         if (memory) (pointer) = (void *)(memory + used);                         \
@@ -891,7 +910,7 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
         *b = (Buffers){0};
         if (tiled(nodes, l)) widest = MAX(widest, MAX(pixel(nodes, l), out));
         PLACE(b->h, block * image(nodes, l));
-        if (l) PLACE(b->gh, block * image(nodes, l));
+        if (l && !in_place(nodes, count, l)) PLACE(b->gh, block * image(nodes, l));
         PLACE(b->from, block * windows_of(node));
         PLACE(b->to, block * windows_of(node));
         if (node->kind > NORM) continue;
@@ -911,9 +930,10 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
     PLACE(at[count].gh, block * ROUND(nodes[count - 1].out));
     PLACE(tiles_in, PARTS * TILES * widest);
     PLACE(tiles_out, PARTS * TILES * widest);
-    for (int64_t l = 0; memory && l < count; l++) {
+    for (int64_t l = count - 1; memory && l >= 0; l--) {
         at[l].tiles_in = tiles_in;
         at[l].tiles_out = tiles_out;
+        if (in_place(nodes, count, l)) at[l].gh = at[l + 1].gh;
     }
     return used;
 }
@@ -988,6 +1008,30 @@ void images_gradient(const Node *nodes, int64_t count, int64_t rows, int64_t exa
             }
             for (int64_t l = 0; l < count; l++)
                 if (nodes[l].kind <= NORM) unpack(nodes, l, at + l, into + r * parameters, scale[t], step[t]);
+        }
+    }
+}
+
+/* outputs [rows][examples][classes] at the parameters start[r]; all else is as there. */
+void images_outputs(const Node *nodes, int64_t count, int64_t rows, int64_t examples, int64_t block, const float *start,
+                    int64_t stride, const float *x, float *outputs, char *scratch, int threads) {
+    int64_t bytes = images_scratch(nodes, count, block), inputs = nodes->in * nodes->height * nodes->width;
+    int64_t classes = nodes[count - 1].out;
+#pragma omp parallel num_threads(threads)
+    {
+        Buffers at[count + 1];
+        arrange(nodes, count, block, scratch + omp_get_thread_num() * bytes, at);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t r = 0; r < rows; r++) {
+            for (int64_t l = 0; l < count; l++)
+                if (nodes[l].kind <= NORM) pack(nodes, l, start + r * stride, NULL, at + l);
+            for (int64_t n = 0; n < examples; n += block) {
+                int64_t some = MIN(block, examples - n), first = r * examples + n;
+                enter(nodes, some, x + first * inputs, NULL, at);
+                forward(nodes, count, some, at);
+                for (int64_t i = 0; i < some; i++)
+                    memcpy(outputs + (first + i) * classes, at[count].h + i * ROUND(classes), classes * sizeof(float));
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ own layout.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,7 +20,7 @@ from fobmaml.engine.losses import CrossEntropy, Part, rows_taken
 from fobmaml.engine.memory import check, in_order
 from fobmaml.engine.network import Network
 from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape
-from fobmaml.engine.rows import MOST_NUMBERS, RowGradient
+from fobmaml.engine.rows import MOST_NUMBERS, RowGradient, lines
 
 CONVOLUTION, NORM, MAXIMUM, AVERAGE = range(4)  # as in images.c
 ACTIVATIONS = ("identity", "silu", "relu", "tanh", "gelu")
@@ -54,15 +54,22 @@ class Signal:
 class Described:
     """``nodes`` as the kernel takes them, ``layers``, for examples of ``shape``, and ``classes``: how many outputs.
 
-    ``shapes``: of the parameters by name, in the order of a row. Raises ValueError for what the kernel does not know:
-    a network that does not begin with a convolution or linear layer or does not end in one vector, dilated and grouped
-    convolutions, other activations than ``ACTIVATIONS``, parameters that are not taken exactly once.
+    ``shapes``: of the parameters by name, in the order of a row; ``turned``: see ``Network``. Raises ValueError for
+    what the kernel does not know: a network that does not begin with a convolution or linear layer or does not end in
+    one vector, dilated and grouped convolutions, other activations than ``ACTIVATIONS``, parameters that are not taken
+    exactly once.
     """
 
-    def __init__(self, nodes: Sequence[Node], shapes: Mapping[str, torch.Size], shape: Sequence[int]):
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        shapes: Mapping[str, torch.Size],
+        shape: Sequence[int],
+        turned: Collection[str] = (),
+    ):
         *begins, self.parameters = accumulate((math.prod(each) for each in shapes.values()), initial=0)
         self.starts = dict(zip(shapes, begins, strict=True))
-        self.shapes, self.unused = shapes, set(shapes)
+        self.shapes, self.unused, self.turned = shapes, set(shapes), turned
         if not 1 <= len(shape) <= 3:
             raise refuse("inputs", tuple(shape), "examples [values], [channels, length] or [channels, height, width]")
         self.signal, self.entries = Signal.of(shape), list[library.Image]()
@@ -156,10 +163,11 @@ class Described:
             if after[-1] < 1:
                 raise refuse("inputs", f"{signal}", f"what a window of {tuple(kernel)} fits into")
         places = self._place(weight, self._shape(weight) if weight else ()), self._place(bias, (out,))
+        steps = (1, signal.channels) if weight in self.turned else (math.prod(kernel), 1)
         self._enter(
             kind,
             Signal(out, after[0], after[1], signal.flat),
-            (*kernel, *stride, *padding, *places, math.prod(kernel), 1, 0, 0, 0.0),
+            (*kernel, *stride, *padding, *places, *steps, 0, 0, 0.0),
         )
 
     def _pointwise(self, weight: int, bias: int, groups: int, eps: float) -> None:
@@ -188,19 +196,26 @@ class Described:
         return most
 
 
-def knows(nodes: Sequence[Node], shapes: Mapping[str, torch.Size], shape: Sequence[int]) -> bool:
+def knows(nodes: Sequence[Node], network: Network, shape: Sequence[int]) -> bool:
     """Whether the kernel is there and takes such a network for examples of ``shape``."""
     try:
-        return library.kernel() is not None and bool(Described(nodes, shapes, shape).classes)
+        return library.kernel() is not None and bool(Described(nodes, network.shapes, shape, network.turned).classes)
     except ValueError:
         return False
+
+
+def outputs(nodes: Sequence[Node], network: Network, phi: Tensor, x: Tensor) -> Tensor:
+    """The network, as ``nodes``, with parameters phi[r] on x[r]: [R, P], [R, N, ...] -> [R, N, classes]."""
+    classes = Described(nodes, network.shapes, x.shape[2:], network.turned).classes
+    nothing = x.new_zeros(*x.shape[:2], classes)
+    return ImageGradient(nodes, network.shapes, x, nothing, nothing[..., :1], network.turned).outputs(phi)
 
 
 class ImageGradient(RowGradient):
     """See ``RowGradient``, for a chain of ``nodes``.
 
-    ``shapes``: of the parameters by name, in the order of a row. ``x`` [R, N, channels, height, width],
-    [R, N, channels, length] or [R, N, values], ``targets`` [R, N, classes], each summing to one, ``weights`` [R, N] or
+    ``shapes``, ``turned``: see ``Described``. ``x`` [R, N, channels, height, width], [R, N, channels, length] or
+    [R, N, values], ``targets`` [R, N, classes], each summing to one, ``weights`` [R, N] or
     [R, N, 1]. Memory, a thread: the parameters three times and the signals of the examples taken at once, twice.
 
     Raises ValueError naming the argument (``x`` is called inputs), and as ``Described``.
@@ -213,6 +228,7 @@ class ImageGradient(RowGradient):
         x: Tensor,
         targets: Tensor,
         weights: Tensor,
+        turned: Collection[str] = (),
     ):
         check("inputs", x)
         found = library.kernel()
@@ -220,7 +236,7 @@ class ImageGradient(RowGradient):
             raise refuse("engine", "images", f"a compiled kernel: {library.missing()}")
         if x.dim() < 3:
             raise refuse("inputs", tuple(x.shape), "[rows, examples, ...]")
-        described, rows_and_examples = Described(nodes, shapes, x.shape[2:]), x.shape[:2]
+        described, rows_and_examples = Described(nodes, shapes, x.shape[2:], turned), x.shape[:2]
         if MOST * described.largest() > MOST_NUMBERS:
             raise refuse("inputs", tuple(x.shape), "signals that fit into memory")
         check("targets", targets, (*rows_and_examples, described.classes))
@@ -228,18 +244,43 @@ class ImageGradient(RowGradient):
         data = {"inputs": in_order(x), "targets": in_order(targets), "weights": in_order(weights)}
         super().__init__(found, "images", described.layers, data, described.parameters, described.at_once())
 
+    def outputs(self, start: Tensor) -> Tensor:
+        """The network's, [R, N, classes], with the parameters ``start`` [1, P] or [R, P]."""
+        check("start", start, (1, self.parameters), (self.rows, self.parameters))
+        check("inputs", x := self.data["inputs"])  # its memory may have been taken away since
+        found = torch.empty(self.data["targets"].shape)
+        if found.numel():
+            start = lines(start)
+            self.kernel.images_outputs(
+                self.layers,
+                len(self.layers),
+                self.rows,
+                self.examples,
+                self.block_of(self.examples),
+                start.data_ptr(),
+                start.stride(0) if len(start) > 1 else 0,
+                x.data_ptr(),
+                found.data_ptr(),
+                self.scratch(self.examples),
+                self.threads,
+            )
+        return found
+
 
 class FusedImages(Loop):
-    """Gradients and descent in calls of the kernel, which takes the network as ``nodes``; outputs, Hessian products and
-    descent with momentum are ``Loop``'s, the latter with these gradients. Memory of the descent: the displacements, and
-    a few examples' signals a thread."""
+    """Outputs, gradients and descent in calls of the kernel, which takes the network as ``nodes``; Hessian products are
+    ``Loop``'s, and descent with momentum calls for one gradient after another. Memory of the descent: the
+    displacements, and a few examples' signals a thread."""
 
     def __init__(self, nodes: Sequence[Node], network: Network, x: Tensor, loss: CrossEntropy):
         super().__init__(network, x, loss, WHOLE)
         self.nodes, self.cross_entropy = nodes, loss
         classes = Described(nodes, network.shapes, x.shape[2:]).classes
         loss.prepare(x.new_empty(*x.shape[:2], classes))
-        self.kernel = ImageGradient(nodes, network.shapes, x, loss.one_hot, loss.weights)
+        self.kernel = ImageGradient(nodes, network.shapes, x, loss.one_hot, loss.weights, network.turned)
+
+    def outputs(self, phi: Tensor) -> Tensor:
+        return self.kernel.outputs(phi.detach())
 
     def gradient(self, phi: Tensor) -> Tensor:
         into = torch.empty(phi.shape, dtype=phi.dtype)

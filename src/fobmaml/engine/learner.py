@@ -99,6 +99,8 @@ class Learner(Network):
         """
         loss = RowLoss(self.loss, x, [Part(slice(None), 1.0)])  # outputs ask for nothing of it
         with torch.no_grad():
+            if nodes := self._of_images(x):
+                return images.outputs(nodes, self, phi, x)
             return self._chosen(x, loss, second_order=False)[1].outputs(phi)
 
     def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None, mask: Tensor | None = None) -> RowLoss:
@@ -130,6 +132,13 @@ class Learner(Network):
         apart = parts if len(parts) > 1 and not self._trial.joint(x, parts) else WHOLE
         return ("autograd", Autograd(self, x, loss, apart)) if batched else ("loop", Loop(self, x, loss, apart))
 
+    def _of_images(self, x: Tensor) -> Sequence[Node] | None:
+        """The network as the kernel for images takes it, or None; what other engines by hand take is theirs."""
+        if self.engine != "auto" or x.dtype != torch.float32 or x.device.type != "cpu" or self._trial.chain(x):
+            return None
+        nodes = self._trial.nodes(x)
+        return nodes if nodes and images.knows(nodes, self, x.shape[2:]) else None
+
     def fuses(self, chain: Chain) -> bool:
         """Whether the compiled kernel takes the network."""
         if self.engine not in ("auto", "fused"):
@@ -140,13 +149,6 @@ class Learner(Network):
                 "engine", self.engine, "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any"
             )
         return fits
-
-    def _of_images(self, x: Tensor) -> Sequence[Node] | None:
-        """The network as the kernel for images takes it, or None."""
-        if self.engine != "auto" or self.dtype != torch.float32 or self.device.type != "cpu" or not len(x):
-            return None
-        nodes = self._trial.nodes(x)
-        return nodes if nodes and images.knows(nodes, self.shapes, x.shape[2:]) else None
 
     @property
     def untraced(self) -> str:

@@ -120,7 +120,8 @@ def load(path: str) -> ctypes.CDLL:
         *[memory] * 4,
         ctypes.c_int,
     ]
-    library.images_gradient.restype = None
+    library.images_outputs.argtypes = [nodes, *[whole] * 4, memory, whole, *[memory] * 3, ctypes.c_int]
+    library.images_gradient.restype = library.images_outputs.restype = None
     return library
 
 

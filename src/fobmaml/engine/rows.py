@@ -19,6 +19,11 @@ MOST_TIMES = 2**20  # in a call: a step has numbers of its own
 MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not overflow
 
 
+def lines(rows: Tensor) -> Tensor:
+    """``rows`` [R, P], which may be expanded, with each row's numbers one after another."""
+    return in_order(rows) if rows.stride(1) != 1 or rows.is_neg() or rows.data_ptr() % 4 else rows
+
+
 class RowGradient:
     """Of the cross-entropies Σₙ weights[r, n] · L(network(φᵣ, x[r, n]), targets[r, n]), for all rows r.
 
@@ -89,8 +94,7 @@ class RowGradient:
             for factor in scales.tolist():
                 into.mul_(factor) if factor else into.zero_()
             return
-        if start.stride(1) != 1 or start.is_neg() or start.data_ptr() % 4:
-            start = in_order(start)
+        start = lines(start)
         scratch = self.scratch(chosen)
         gradient = getattr(self.kernel, f"{self.name}_gradient")
         gradient(
@@ -129,9 +133,13 @@ class RowGradient:
                 raise refuse("order", least if least < 0 else most, f"indices of {self.examples} examples, from 0 on")
         return in_order(order), in_order(cast(Tensor, weights))
 
+    def block_of(self, chosen: int) -> int:
+        """How many of so many examples are taken together: blocks are of equal size, but the last."""
+        return math.ceil(chosen / math.ceil(chosen / self.at_once))
+
     def scratch(self, chosen: int, parts: int = 1) -> int:
         """The address of ``parts`` times the memory for blocks of equal size, as many as so many examples take."""
-        block = math.ceil(chosen / math.ceil(chosen / self.at_once))
+        block = self.block_of(chosen)
         if block != self.block or parts > self.parts:
             described = self.layers, len(self.layers), block
             bytes_a_part = self.threads * getattr(self.kernel, f"{self.name}_scratch")(*described)
