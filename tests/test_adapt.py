@@ -56,6 +56,11 @@ CASES = {
         ["b.*"],
         {"b.weight", "b.bias"},
     ),
+    "examples that see each other": (
+        lambda: Of(lambda m, x: m.b(m.a(x) - m.a(x).tanh().mean(0)), a=nn.Linear(4, 3), b=nn.Linear(3, 3)),
+        "head",
+        {"b.weight", "b.bias"},
+    ),
     "a head of layers": (
         lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))),
         ["2.*"],

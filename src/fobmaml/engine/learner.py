@@ -12,9 +12,9 @@ from fobmaml.engine import fused, images, library
 from fobmaml.engine.autograd import Autograd
 from fobmaml.engine.base import WHOLE, Engine
 from fobmaml.engine.chain import Chain
-from fobmaml.engine.head import features, module_of
+from fobmaml.engine.head import Body, module_of
 from fobmaml.engine.loop import Loop
-from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss, close
+from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss
 from fobmaml.engine.modules import private_copy
 from fobmaml.engine.network import Network
 from fobmaml.engine.nodes import Node
@@ -77,8 +77,9 @@ class Learner(Network):
         if len(self.adapted) < len(self.shapes):
             parts = [torch.full((shape.numel(),), float(name in self.adapted)) for name, shape in self.shapes.items()]
             self.moves = torch.cat(parts).to(self.device, self.dtype)
+        name = "" if self.moves is None else module_of(model, self.adapted)
+        self._body = Body(self, name) if name else None
         self._head: Learner | None = None
-        self._head_name = "" if self.moves is None else module_of(model, self.adapted)
 
     @property
     def used(self) -> str:
@@ -187,48 +188,24 @@ class Learner(Network):
         ``query`` the query set is the support set again. Cost: a forward pass of the examples; what the module by
         itself takes then is no part of ``work``.
         """
-        if self._head_name and self._head is None and self.moves is not None:
-            self._head = self._last_module(theta, self.moves, tasks.support_x[0])
-        if self._head is None:
+        if self._body is None or self.moves is None:
             return None
-
-        def seen(x: Tensor) -> Tensor:
-            self.work.forward(*x.shape[:2])
-            return torch.stack([self._features(theta, examples)[0] for examples in x])
-
-        support = seen(tasks.support_x)
-        if query:
-            return self._head, replace(tasks, support_x=support, query_x=seen(tasks.query_x))
-        mask = tasks.support_mask
-        return self._head, TaskBatch(support, tasks.support_y, support, tasks.support_y, tasks.keys, mask, mask)
-
-    def _features(self, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        found = features(self, self._head_name, phi, x)
-        if found is None:
-            raise refuse("model", f"'{self._head_name}' called differently", "a module that is called the same way")
-        return found
-
-    def _last_module(self, theta: Tensor, moves: Tensor, x: Tensor) -> "Learner | None":
-        """The module of ``_head_name`` if the network is that of its features, else None and there is no such name."""
-        name, self._head_name = self._head_name, ""
-        generator = torch.Generator().manual_seed(0)
-        noise = 0.1 * torch.randn(2, len(theta), generator=generator, dtype=torch.float64).to(theta)
-        with torch.no_grad():
-            phi = torch.stack([theta + noise[0], theta + noise[0] + noise[1] * moves])
-            try:
-                found = [features(self, name, row, x) for row in phi]
-            except Exception:  # an engine says it better
-                return None
-            if found[0] is None or found[1] is None or not torch.equal(found[0][0], found[1][0]):
-                return None
+        if self._head is None:
             engine = self.engine if self.engine in ("autograd", "loop") else "auto"
             own = None if self.support_loss is None else self.support_loss.loss_fn
-            head = Learner(self.model.get_submodule(name), self.loss_fn, engine, support_loss=own)
-            inputs = torch.stack([found[0][0], found[1][0]])
-            if not close(head.outputs(phi[:, moves != 0], inputs), torch.stack([found[0][1], found[1][1]])):
+            head = Learner(self.model.get_submodule(self._body.name), self.loss_fn, engine, support_loss=own)
+            if not self._body.fits(head.outputs, self.moves, theta, tasks.support_x[0]):
+                self._body = None
                 return None
-        self._head_name = name
-        return head
+            self._head = head
+        support = self._body(theta, tasks.support_x)
+        self.work.forward(*support.shape[:2])
+        if not query:
+            mask = tasks.support_mask
+            return self._head, TaskBatch(support, tasks.support_y, support, tasks.support_y, tasks.keys, mask, mask)
+        asked = self._body(theta, tasks.query_x)
+        self.work.forward(*asked.shape[:2])
+        return self._head, replace(tasks, support_x=support, query_x=asked)
 
     def check(self, tasks: TaskBatch) -> TaskBatch:
         """``tasks``, once they are known to fit the model. Raises ValueError naming what does not."""
