@@ -3,6 +3,7 @@
 from itertools import product
 
 import figure_memory_deep
+import figure_memory_transformer
 import pytest
 import summary
 
@@ -41,6 +42,7 @@ def test_panels(tmp_path, monkeypatch):
     for name in ("memory_deep", "memory_transformer"):
         _table(tmp_path, name, 1.0)
     figure_memory_deep.draw(tmp_path)
+    figure_memory_transformer.draw(tmp_path)
     assert {name: len(figure.axes) for name, figure in drawn.items()} == {"memory_deep": 4, "memory_transformer": 8}
     for figure in drawn.values():
         assert len({ax.get_ylim() for ax in figure.axes}) == 1  # on one scale
