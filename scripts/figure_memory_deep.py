@@ -1,5 +1,5 @@
-"""Draws memory_deep and memory_transformer, .png and .pdf: peak memory of one task's meta-gradient by depth, width,
-length and inner steps together, every panel on one scale."""
+"""Draws memory_deep.png and .pdf: peak memory of one task's meta-gradient by depth, width and inner steps together,
+every panel on one scale."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +11,12 @@ from fobmaml.run.plotting import new_figure
 
 
 def draw(folder: Path) -> None:
-    deep, transformer = load(folder, "memory_deep"), load(folder, "memory_transformer")
-    _draw(folder, "memory_deep", deep, ("depth",), "width", "channels", "{:g} convolutions")
-    sizes = ("depth", "width")
-    _draw(folder, "memory_transformer", transformer, sizes, "dataset.dimension", "length", "{:g} blocks of {:g}")
+    draw_panels(folder, "memory_deep", ("depth",), "width", "channels", "{:g} convolutions")
 
 
-def _draw(folder: Path, name: str, rows: Sequence[Row], sizes: tuple[str, ...], x: str, label: str, title: str) -> None:
+def draw_panels(folder: Path, name: str, sizes: tuple[str, ...], x: str, label: str, title: str) -> None:
     """A panel for each of ``sizes`` and each number of inner steps, one below and beside the other."""
+    rows = load(folder, name)
     by_size, steps = groups(rows, *sizes), sorted({row["solver.steps"] for row in rows})
     count = len(by_size)
     figure, _ = new_figure(columns=0, width_in=7.0, height_in=1.5 * count + 0.6)

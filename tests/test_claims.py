@@ -208,7 +208,13 @@ CASES = {
         (DOES_NOT, _memory(1.5, 1.2)),
         (NOT_DECIDED, _memory(1.01, 9.0, most=20)),
     ],
-    "Memory of deep, wide and attentive networks": [
+    "Memory of deep and wide networks": [
+        (HOLDS, _deep(1.01, 3.0)),
+        (IN_PART, _deep(1.01, 0.9)),
+        (DOES_NOT, _deep(1.2, 0.9)),
+        (NOT_DECIDED, _deep(1.01, 3.0, steps=(10, 20))),
+    ],
+    "Memory of Transformers": [
         (HOLDS, _deep(1.01, 3.0)),
         (IN_PART, _deep(1.01, 0.9)),
         (DOES_NOT, _deep(1.2, 0.9)),
