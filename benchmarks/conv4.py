@@ -13,6 +13,7 @@ import itertools
 import statistics
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def random_tasks() -> TaskBatch:
 
 
 class Ours:
+    """Our symmetric meta-gradient, without a training run's diagnosis."""
+
     def __init__(self, model: nn.Module, tasks: TaskBatch, steps: int = STEPS):
         self.learner, self.tasks = Learner(model, F.cross_entropy), tasks
         self.estimator = Symmetric(GradientDescent(steps, LR), LAM, NU)
@@ -107,7 +110,7 @@ def measured(threads: int, repeats: int) -> list[Row]:
     gradients = 2 * STEPS * TASKS * WAYS * (SHOTS + QUERIES)
     rows = []
     for name, theirs in rounds.items():
-        row = {"method": name, "threads": threads} | spread([each.seconds for each in theirs])
+        row: Row = {"method": name, "threads": threads} | spread([each.seconds for each in theirs])
         rate = statistics.median(each.rate for each in theirs)
         if name.endswith("symmetric"):
             gflops = gradients * flops_of_an_example(model) / row["seconds_median"] / 1e9
@@ -124,6 +127,13 @@ def measured(threads: int, repeats: int) -> list[Row]:
     for steps in (STEPS, LONG):
         ours[f"peak_bytes_{steps}_steps"] = peak_bytes(Ours(model, tasks, steps), torch.device("cpu"))
     return rows
+
+
+def version_of(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def main() -> None:
@@ -146,6 +156,7 @@ def main() -> None:
             "inner_steps": STEPS,
             "width": WIDTH,
             "repeats": arguments.repeats,
+            "peers": {"higher": version_of("higher")},
             "provenance": provenance(),
         },
     )
