@@ -132,8 +132,9 @@ class Described:
         return 1 <= len(node.shape) <= 3 and math.prod(node.shape) == self.signal.numbers
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.shapes:
-            raise refuse("model", name, f"one of {', '.join(self.shapes)}")
+        """Of a weight."""
+        if name not in self.shapes or len(self.shapes[name]) < 2:
+            raise refuse("model", name, f"a weight among {', '.join(self.shapes)}")
         return tuple(self.shapes[name])
 
     def _linear(self, node: Linear) -> None:
