@@ -384,6 +384,8 @@ WRONG_NODES = {
     "a parameter twice": [CONV, Flatten(), LINEAR, Activate("relu"), LINEAR],
     "a parameter left out": [CONV, Flatten(), Linear("2.weight", None)],
     "an unknown parameter": [CONV, Flatten(), Linear("3.weight", "2.bias")],
+    "a bias for a weight": [Conv("2.bias", "0.bias", (1, 1), (0, 0), (1, 1), 1), Flatten(), LINEAR],
+    "a bias for a matrix": [CONV, Flatten(), Linear("0.bias", "2.bias")],
     "a bias of another size": [CONV, Flatten(), Linear("2.weight", "0.bias")],
     "a weight of another size": [Conv("2.weight", "0.bias", (1, 1), (0, 0), (1, 1), 1), Flatten(), LINEAR],
     "dilation": [Conv("0.weight", "0.bias", (1, 1), (1, 1), (2, 2), 1), Flatten(), LINEAR],

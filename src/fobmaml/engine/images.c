@@ -56,6 +56,7 @@ enum { THREE = WIDTH < 3 ? WIDTH : 3 };
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float aliased __attribute__((vector_size(4 * LANES), may_alias));
+typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* What enters has ``in`` channels of height x width, what leaves ``out`` of height_out x width_out. A window takes
 kernel_height x kernel_width places and moves by strides; the padding is on both sides.
@@ -84,12 +85,47 @@ typedef struct {
     float *g_bias;
     float *mean, *inverse, *factor; /* of a norm: [examples][in] each; 1 / deviation, and gain times that */
     float *sum, *product; /* [in] each */
+    float *columns;       /* room for weights in another order, [in * kernel_height * kernel_width][LANES] */
     float *tiles_in, *tiles_out; /* what enters and leaves tiles, transformed: [PARTS][TILES][in or out] */
 } Buffers;
 
 INLINE vec load(const float *p) { return *(const aliased *)p; }
 
 INLINE void store(float *p, vec v) { *(aliased *)p = v; }
+
+/* The first n lanes, and zeros, from any address. */
+INLINE vec load_first(const float *p, int64_t n) {
+    if (n >= LANES) return *(const unaligned *)p;
+    vec v = {0};
+    for (int64_t i = 0; i < n; i++) v[i] = p[i];
+    return v;
+}
+
+INLINE void store_first(float *p, vec v, int64_t n) {
+    if (n >= LANES) *(unaligned *)p = v;
+    else for (int64_t i = 0; i < n; i++) p[i] = v[i];
+}
+
+/* v[i][j] becomes v[j][i]: by GCC's shuffles, blocks of h x h change places, for h = LANES / 2, ..., 2, 1. */
+INLINE void transpose(vec v[LANES]) {
+#ifdef __clang__
+    vec t[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) UNROLL for (int j = 0; j < LANES; j++) t[j][i] = v[i][j];
+    UNROLL for (int i = 0; i < LANES; i++) v[i] = t[i];
+#else
+    UNROLL for (int h = LANES / 2; h; h /= 2) UNROLL for (int i = 0; i < LANES; i++) {
+        if (i & h) continue;
+        ivec upper, lower;
+        UNROLL for (int j = 0; j < LANES; j++) {
+            upper[j] = j & h ? LANES + j - h : j;
+            lower[j] = j & h ? LANES + j : j + h;
+        }
+        vec above = v[i];
+        v[i] = __builtin_shuffle(above, v[i + h], upper);
+        v[i + h] = __builtin_shuffle(above, v[i + h], lower);
+    }
+#endif
+}
 
 INLINE vec spread(float x) { return (vec){0} + x; }
 
@@ -775,108 +811,121 @@ static void backward(const Node *nodes, int64_t count, int64_t examples, const B
     }
 }
 
+/* For LANES outputs from ``o`` on, columns[u] = the u-th weight of each. */
+static void columns_of(const Node *node, const float *a, const float *b, int64_t o, float *columns) {
+    int64_t each = node->in * node->kernel_height * node->kernel_width, rows = MIN(LANES, node->out - o);
+    for (int64_t u = 0; u < each; u += LANES) {
+        vec v[LANES];
+        UNROLL for (int i = 0; i < LANES; i++) {
+            int64_t place = (o + i) * each + u;
+            v[i] = i < rows ? load_first(a + place, each - u) : spread(0.0f);
+            if (b && i < rows) v[i] += load_first(b + place, each - u);
+        }
+        transpose(v);
+        UNROLL for (int i = 0; i < LANES; i++) store(columns + (u + i) * LANES, v[i]);
+    }
+}
+
+/* The other way round: into = scale * into + step * columns. */
+static void update_columns(const Node *node, float *into, float scale, float step, int64_t o, const float *columns) {
+    int64_t each = node->in * node->kernel_height * node->kernel_width, rows = MIN(LANES, node->out - o);
+    for (int64_t u = 0; u < each; u += LANES) {
+        vec v[LANES];
+        UNROLL for (int i = 0; i < LANES; i++) v[i] = load(columns + (u + i) * LANES);
+        transpose(v);
+        UNROLL for (int i = 0; i < LANES; i++) {
+            float *p = into + (o + i) * each + u;
+            if (i == rows) break;
+            vec old = scale == 0.0f ? spread(0.0f) : scale * load_first(p, each - u);
+            store_first(p, old + step * v[i], each - u);
+        }
+    }
+}
+
+/* From panels [deep][up to WIDTH vectors of columns], ``rows`` of them, a multiple of LANES, from the ``skip``-th on: such
+panels of the other way round, [some][up to WIDTH vectors of rows], of the first ``some`` columns. */
+static void turn(const float *from, int64_t deep, int64_t skip, int64_t rows, int64_t columns, int64_t some, float *to) {
+    EACH_PANEL(columns, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
+        const float *panel = from + first * deep + skip * width * LANES + o - first;
+        EACH_PANEL(rows, top, height) for (int64_t c = top; c < top + height * LANES; c += LANES) {
+            vec v[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) v[i] = load(panel + (c + i) * width * LANES);
+            transpose(v);
+            for (int64_t i = 0; i < MIN(LANES, some - o); i++)
+                store(to + top * some + (o + i) * height * LANES + c - top, v[i]);
+        }
+    }
+}
+
 /* to = a + b, or what is ``missing``; b may be NULL. */
 static void take(float *to, const float *a, const float *b, int64_t place, int64_t number, float missing) {
     for (int64_t i = 0; i < number; i++) to[i] = place < 0 ? missing : a[place + i] + (b ? b[place + i] : 0.0f);
 }
 
-/* G g G' of the weights of ``some`` <= LANES pairs of channels, one lane each, ``apart`` numbers from one to the next. */
-INLINE void weight_tiles(vec t[PARTS], const Node *node, const float *a, const float *b, int64_t some, int64_t apart) {
-    UNROLL for (int i = 0; i < 3; i++) UNROLL for (int j = 0; j < 3; j++) {
-        int64_t place = (3 * i + j) * node->place_step;
-        float g[LANES] __attribute__((aligned(64))) = {0};
-        for (int64_t v = 0; v < some; v++) g[v] = a[place + v * apart] + (b ? b[place + v * apart] : 0.0f);
-        t[4 * i + j] = load(g);
-    }
-    BOTH_WAYS(weights_apart, t, 3, 4);
-}
-
-static void pack_tiles(const Node *nodes, int64_t l, const float *a, const float *b, const Buffers *at) {
-    const Node *node = nodes + l;
-    int64_t in = pixel(nodes, l), out = ROUND(node->out), each = node->in * 9;
-    vec t[PARTS];
-    EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES)
-        for (int64_t c = 0; c < node->in; c++) {
-            int64_t place = o * each + c * node->channel_step;
-            weight_tiles(t, node, a + place, b ? b + place : NULL, MIN(LANES, node->out - o), each);
-            for (int64_t k = 0; k < PARTS; k++)
-                store(at->weights + (k * out + first) * in + c * width * LANES + o - first, t[k]);
-        }
-    EACH_PANEL(in, first, width) for (int64_t c = first; c < first + width * LANES; c += LANES)
-        for (int64_t o = 0; o < node->out; o++) {
-            int64_t place = o * each + c * node->channel_step;
-            weight_tiles(t, node, a + place, b ? b + place : NULL, MIN(LANES, node->in - c), node->channel_step);
-            for (int64_t k = 0; k < PARTS; k++)
-                store(at->transposed + (k * in + first) * node->out + o * width * LANES + c - first, t[k]);
-        }
-}
-
 /* Lays out the parameters start + moved for the products. What fills vectors up stays zero. */
 static void pack(const Node *nodes, int64_t l, const float *start, const float *moved, const Buffers *at) {
     const Node *node = nodes + l;
-    int64_t in = pixel(nodes, l), area = node->kernel_height * node->kernel_width, each = node->in * area;
+    int64_t in = pixel(nodes, l), out = ROUND(node->out), area = node->kernel_height * node->kernel_width;
     take(at->bias, start, moved, node->bias, node->out, 0.0f);
     if (node->kind == NORM) {
         take(at->weights, start, moved, node->weight, node->out, 1.0f);
         return;
     }
-    const float *a = start + node->weight, *b = moved ? moved + node->weight : NULL;
-    if (tiled(nodes, l)) {
-        pack_tiles(nodes, l, a, b, at);
-        return;
-    }
-#define PARAMETER(place) (b ? a[place] + b[place] : a[place])
-    EACH_PANEL(ROUND(node->out), first, width) for (int64_t o = 0; o < width * LANES; o += LANES) {
-        int64_t some = MIN(LANES, node->out - first - o);
-        for (int64_t c = 0; c < node->in; c++) for (int64_t k = 0; k < area; k++) {
-            float *to = at->weights + first * area * in + (k * in + c) * width * LANES + o;
-            int64_t place = (first + o) * each + c * node->channel_step + k * node->place_step;
-            for (int64_t i = 0; i < some; i++) to[i] = PARAMETER(place + i * each);
+    EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
+        columns_of(node, start + node->weight, moved ? moved + node->weight : NULL, o, at->columns);
+        for (int64_t c = 0; c < node->in; c++) {
+            float *to = at->weights + c * width * LANES + o - first;
+            const float *from = at->columns + c * node->channel_step * LANES;
+            if (tiled(nodes, l)) {
+                vec t[PARTS];
+                UNROLL for (int k = 0; k < 9; k++) t[k / 3 * 4 + k % 3] = load(from + k * node->place_step * LANES);
+                BOTH_WAYS(weights_apart, t, 3, 4);
+                for (int64_t k = 0; k < PARTS; k++) store(to + (k * out + first) * in, t[k]);
+            } else {
+                for (int64_t k = 0; k < area; k++)
+                    store(to + first * area * in + k * in * width * LANES, load(from + k * node->place_step * LANES));
+            }
         }
     }
     if (!l) return;
-    int64_t run = node->kernel_width * in;
-    for (int64_t y = 0; y < node->kernel_height; y++) EACH_PANEL(run, first, width) {
-        for (int64_t o = 0; o < node->out; o++) for (int64_t v = 0; v < width * LANES; v += LANES) {
-            float *to = at->transposed + (y * run + first) * node->out + o * width * LANES + v;
-            int64_t x = (first + v) / in, c = (first + v) % in, some = MIN(LANES, node->in - c);
-            int64_t place = o * each + c * node->channel_step + (y * node->kernel_width + x) * node->place_step;
-            for (int64_t i = 0; i < some; i++) to[i] = PARAMETER(place + i * node->channel_step);
-        }
+    int64_t stacks = tiled(nodes, l) ? PARTS : node->kernel_height, rows = tiled(nodes, l) ? in : node->kernel_width * in;
+    for (int64_t k = 0; k < stacks; k++) {
+        float *to = at->transposed + k * rows * node->out;
+        if (tiled(nodes, l)) turn(at->weights + k * out * in, in, 0, in, out, node->out, to);
+        else turn(at->weights, area * in, k * rows, rows, out, node->out, to);
     }
-#undef PARAMETER
 }
 
 /* into = scale * into + step * g. */
-INLINE void update(float *into, float g, float scale, float step) {
-    *into = (scale == 0.0f ? 0.0f : scale * *into) + step * g;
+static void update(float *into, const float *g, int64_t number, float scale, float step) {
+    for (int64_t i = 0; i < number; i++) into[i] = (scale == 0.0f ? 0.0f : scale * into[i]) + step * g[i];
 }
 
 static void unpack(const Node *nodes, int64_t l, const Buffers *at, float *into, float scale, float step) {
     const Node *node = nodes + l;
     int64_t in = pixel(nodes, l), out = ROUND(node->out), area = node->kernel_height * node->kernel_width;
-    for (int64_t o = 0; o < node->out && node->bias >= 0; o++) update(into + node->bias + o, at->g_bias[o], scale, step);
+    if (node->bias >= 0) update(into + node->bias, at->g_bias, node->out, scale, step);
     if (node->weight < 0) return;
     into += node->weight;
     if (node->kind == NORM) {
-        for (int64_t o = 0; o < node->out; o++) update(into + o, at->g_weights[o], scale, step);
+        update(into, at->g_weights, node->out, scale, step);
         return;
     }
-    for (int64_t first = 0; first < node->out && tiled(nodes, l); first += LANES)
+    for (int64_t o = 0; o < out; o += LANES) {
         for (int64_t c = 0; c < node->in; c++) {
-            vec t[PARTS];
-            for (int64_t k = 0; k < PARTS; k++) t[k] = load(at->g_weights + (k * in + c) * out + first);
-            BOTH_WAYS(weights_together, t, 4, 3);
-            for (int64_t k = 0; k < area; k++) for (int64_t o = 0; o < MIN(LANES, node->out - first); o++)
-                update(into + (first + o) * node->in * area + c * node->channel_step + k * node->place_step,
-                       t[k / 3 * 4 + k % 3][o], scale, step);
+            const float *from = at->g_weights + c * out + o;
+            float *to = at->columns + c * node->channel_step * LANES;
+            if (tiled(nodes, l)) {
+                vec t[PARTS];
+                UNROLL for (int k = 0; k < PARTS; k++) t[k] = load(from + k * in * out);
+                BOTH_WAYS(weights_together, t, 4, 3);
+                UNROLL for (int k = 0; k < 9; k++) store(to + k * node->place_step * LANES, t[k / 3 * 4 + k % 3]);
+            } else {
+                for (int64_t k = 0; k < area; k++) store(to + k * node->place_step * LANES, load(from + k * in * out));
+            }
         }
-    for (int64_t first = 0; first < node->out && !tiled(nodes, l); first += LANES)
-        for (int64_t c = 0; c < node->in; c++) for (int64_t k = 0; k < area; k++) {
-            const float *g = at->g_weights + (k * in + c) * out;
-            for (int64_t o = first; o < MIN(first + LANES, node->out); o++)
-                update(into + o * node->in * area + c * node->channel_step + k * node->place_step, g[o], scale, step);
-        }
+        update_columns(node, into, scale, step, o, at->columns);
+    }
 }
 
 /* Zeros what backward sums up. */
@@ -901,13 +950,14 @@ INLINE int in_place(const Node *nodes, int64_t count, int64_t l) {
 
 /* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. */
 static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *memory, Buffers *at) {
-    int64_t used = 0, widest = 0;
-    float *tiles_in = NULL, *tiles_out = NULL;
+    int64_t used = 0, widest = 0, most = 0;
+    float *tiles_in = NULL, *tiles_out = NULL, *columns = NULL;
     for (int64_t l = 0; l < count; l++) {
         const Node *node = nodes + l;
         Buffers *b = at + l;
         int64_t out = ROUND(node->out), depth = depth_of(nodes, l);
         *b = (Buffers){0};
+        most = MAX(most, node->in * node->kernel_height * node->kernel_width);
         if (tiled(nodes, l)) widest = MAX(widest, MAX(pixel(nodes, l), out));
         PLACE(b->h, block * image(nodes, l));
         if (l && !in_place(nodes, count, l)) PLACE(b->gh, block * image(nodes, l));
@@ -930,9 +980,11 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
     PLACE(at[count].gh, block * ROUND(nodes[count - 1].out));
     PLACE(tiles_in, PARTS * TILES * widest);
     PLACE(tiles_out, PARTS * TILES * widest);
+    PLACE(columns, ROUND(most) * LANES);
     for (int64_t l = count - 1; memory && l >= 0; l--) {
         at[l].tiles_in = tiles_in;
         at[l].tiles_out = tiles_out;
+        at[l].columns = columns;
         if (in_place(nodes, count, l)) at[l].gh = at[l + 1].gh;
     }
     return used;

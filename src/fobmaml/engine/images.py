@@ -27,7 +27,7 @@ ACTIVATIONS = ("identity", "silu", "relu", "tanh", "gelu")
 SIGNALS = 2**18
 """Numbers in the signals of examples that a thread takes together: they stay in a processor's second cache (measured on
 images of 28 × 28 and 64 channels)."""
-FEWEST, MOST = 2, 48
+FEWEST, MOST = 3, 48
 """Examples taken together: with fewer, the weights are read for too little."""
 
 
@@ -132,8 +132,9 @@ class Described:
         return 1 <= len(node.shape) <= 3 and math.prod(node.shape) == self.signal.numbers
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.shapes:
-            raise refuse("model", name, f"one of {', '.join(self.shapes)}")
+        """Of a weight."""
+        if name not in self.shapes or len(self.shapes[name]) < 2:
+            raise refuse("model", name, f"a weight among {', '.join(self.shapes)}")
         return tuple(self.shapes[name])
 
     def _linear(self, node: Linear) -> None:
