@@ -90,7 +90,7 @@ class FusedGradient:
                     dense,
                     getattr(layer, "turned", False),
                     starts[layer.weight],
-                    starts[layer.bias],
+                    starts[str(layer.bias)],
                 )
             )
             if max(self.parameters, self.at_once * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:
