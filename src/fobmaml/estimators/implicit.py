@@ -85,6 +85,7 @@ class IMAML(Estimator):
         return Estimate((self.lam + self.lam_damping) * solve.x, lambda: solution, solve)
 
     def solve_linear(self, learner: Learner, solution: Solution, tasks: TaskBatch) -> LinearSolve:
+        """The damped linear system of each task at ``solution``, with what its solve met."""
         hessian = solution.problem.hessian(solution.phi)  # of h, so with λI
         more = (1.0 + self.damping) * (self.lam + self.lam_damping) - self.lam
         damped = (lambda v: hessian(v) + more * v) if more else hessian

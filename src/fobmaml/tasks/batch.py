@@ -10,6 +10,7 @@ from torch import Tensor
 from fobmaml.arguments import refuse
 
 Split = Literal["train", "validation", "test"]
+"""What tasks are for; the three share no example."""
 
 
 @dataclass(frozen=True)
