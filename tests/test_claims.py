@@ -55,6 +55,24 @@ def _memory(symmetric, maml, most=200):
     return {"memory_steps": rows, "memory": rows}
 
 
+def _deep(symmetric, maml, steps=(5, 10, 50)):
+    """Growth of symmetric's memory, and MAML's over it."""
+    rows = [
+        {
+            "depth": 3,
+            "width": width,
+            "dataset.dimension": 16,
+            "estimator": name,
+            "solver.steps": count,
+            "memory/peak_bytes": (1.0 if name == "symmetric" else maml) * (symmetric if count == steps[-1] else 1.0),
+        }
+        for name in ("symmetric", "maml", "maml_checkpoint", "imaml", "tangent")
+        for width in (32, 250)
+        for count in steps
+    ]
+    return {"memory_deep": rows, "memory_transformer": rows}
+
+
 def _bench(*ratios, spread=0.01):
     rows = []
     for width, ratio in enumerate(ratios):
@@ -189,6 +207,12 @@ CASES = {
         (IN_PART, _memory(1.01, 1.2)),
         (DOES_NOT, _memory(1.5, 1.2)),
         (NOT_DECIDED, _memory(1.01, 9.0, most=20)),
+    ],
+    "Memory of deep, wide and attentive networks": [
+        (HOLDS, _deep(1.01, 3.0)),
+        (IN_PART, _deep(1.01, 0.9)),
+        (DOES_NOT, _deep(1.2, 0.9)),
+        (NOT_DECIDED, _deep(1.01, 3.0, steps=(10, 20))),
     ],
     "Time": [
         (HOLDS, _bench(1.0, 1.4)),

@@ -168,7 +168,11 @@ def test_the_table_is_printed(run_train, tmp_path):
             "estimator=foo: takes one of central4, exact, fobmaml, fomaml, forward, imaml, maml, maml_checkpoint, "
             "reptile, symmetric, tangent",
         ),
-        (["dataset=foo"], "dataset=foo: takes one of logistic, mnist1d, sinusoid"),
+        (
+            ["dataset=foo"],
+            "dataset=foo: takes one of arrays, digits, image_folder, logistic, mini_imagenet, mnist1d, omniglot, "
+            "shapes1d, sinusoid",
+        ),
         (["width=0"], "width=0: takes a whole number of at least 1"),
         (["width=abc"], "width=abc: takes a whole number of at least 1"),
         (["estimator.nu=0"], "estimator.nu=0: takes a finite number above 0, or auto"),

@@ -59,3 +59,24 @@ class Outer:
         self.learner.model.load_state_dict(state["model"])
         for name, variable in self.variables.items():
             variable.data.copy_(state["variables"][name])
+
+    def begin_from(self, state: Mapping[str, Any]) -> None:
+        """The network of another run's ``state_dict``, and of its variables those that there are here, too.
+
+        Raises ValueError where a shape differs, naming it.
+        """
+        ours, there = self.learner.model.state_dict(), state["model"]
+        known = [name for name in self.variables if name in state["variables"]]
+        pairs = {name: (ours.get(name), there.get(name)) for name in (*ours, *(there.keys() - ours.keys()))}
+        pairs |= {name: (self.variables[name], state["variables"][name]) for name in known}
+        if differing := [name for name, (a, b) in pairs.items() if _shape(a) != _shape(b)]:
+            shapes = [f"{name} is {_shape(pairs[name][0])} (there {_shape(pairs[name][1])})" for name in differing[:3]]
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise ValueError(f"takes a run of the same network, and here {', '.join(shapes)}{more}")
+        self.learner.model.load_state_dict(there)
+        for name in known:
+            self.variables[name].data.copy_(state["variables"][name])
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "not there" if tensor is None else str(list(tensor.shape))

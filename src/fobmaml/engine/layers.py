@@ -30,11 +30,15 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Dense:
-    """A linear layer on the whole signal: ``weight`` and ``bias`` name parameters [out, ...] and [out]."""
+    """A linear layer on the whole signal: ``weight`` and ``bias`` name parameters [out, ...] and [out].
+
+    ``turned``: in a row, a weight [out, places, channels] lies as [out, channels, places].
+    """
 
     weight: str
     bias: str
     activation: Activation | None
+    turned: bool = False
 
 
 def length_after(layer: Convolution | Dense, shapes: Mapping[str, torch.Size], length: int) -> int:

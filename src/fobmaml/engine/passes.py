@@ -96,12 +96,14 @@ class LayerPasses:
                     f"{parts[0].dtype} on {parts[0].device}",
                     f"the dtype and device of {name}, {folded[name].dtype} on {folded[name].device}",
                 )
-        weight = folded[self.layer.weight].flatten(2)
+        bias, weight = folded[self.layer.bias], folded[self.layer.weight]
+        as_taps = weight.dim() == 4 and weight.shape[3] == self.channels
+        taps = weight if as_taps else weight.flatten(2).unflatten(2, (-1, self.channels))
         c = parts[0].mT if self.narrow else parts[0]
         return [
-            (c[:, :, :-1], weight[:, :, : self.split]),
-            (c[:, :, -1], folded[self.layer.bias]),
-            *((wv, weight[:, :, self.split :]) for wv in parts[1:]),
+            (c[:, :, :-1].unflatten(2, (self.copied_taps, self.channels)), taps[:, :, : self.copied_taps]),
+            (c[:, :, -1], bias),
+            *((wv.unflatten(2, (-1, self.channels)), taps[:, :, self.copied_taps :]) for wv in parts[1:]),
         ]
 
     def read(self, x: Tensor) -> None:

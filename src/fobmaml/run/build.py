@@ -15,13 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.estimators import Adaptation, Estimator
-from fobmaml.measure import Measurement
+from fobmaml.measure import Measurement, Metric
 from fobmaml.run.errors import ConfigError
 from fobmaml.run.settings import GROUPS, choices, measurements_in, plain_config
 from fobmaml.run.tracking import check_options
+from fobmaml.saved.parts import evaluation_solver
 from fobmaml.settings import Settings
 from fobmaml.solvers import Solver
 from fobmaml.stages import Stage
+from fobmaml.tasks import FewShot
 from fobmaml.tasks.checks import check_members
 from fobmaml.training import MetaTraining
 
@@ -33,6 +35,7 @@ KINDS = {
     "inner": Solver,
     "estimator": Estimator,
     "optimizer": torch.optim.Optimizer,
+    "metrics": Metric,
 }
 """What the ``_target_`` of a group makes; of a data set it is looked at what it has. All others are measurements."""
 
@@ -42,11 +45,14 @@ def build(cfg: DictConfig) -> MetaTraining:
     with bad_values_named():
         device = choose_device(cfg.device)
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
-        check_options(plain_config(cfg)["wandb"])
+        plain = plain_config(cfg)
+        check_options(plain["wandb"])
         whole_number("seed", cfg.seed, at_least=0, at_most=2**64 - 1)  # what torch takes
-        settings = Settings(**{field.name: cfg[field.name] for field in fields(Settings)})
+        settings = Settings(**{field.name: plain[field.name] for field in fields(Settings)})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     dataset = build_part(cfg, "dataset")
+    if isinstance(dataset, FewShot):
+        dataset = dataset.to(device)  # where its tasks are then gathered
     with bad_values_named():
         check_members(dataset)
     torch.manual_seed(settings.seed)
@@ -54,6 +60,10 @@ def build(cfg: DictConfig) -> MetaTraining:
     estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
     measurements = [build_part(cfg, name) for name in measurements_in(cfg)]
     adaptation, stages = build_adaptation(cfg), build_stages(cfg)
+    metrics = [
+        build_part(OmegaConf.create({f"metrics[{name}]": made}), f"metrics[{name}]")
+        for name, made in plain_config(cfg)["metrics"].items()
+    ]
     with bad_values_named():
         return MetaTraining(
             model,
@@ -64,25 +74,23 @@ def build(cfg: DictConfig) -> MetaTraining:
             measurements,
             adaptation,
             stages,
+            metrics,
         )
 
 
 def build_adaptation(cfg: DictConfig) -> Adaptation | None:
     """Of validation and meta-test tasks: ``eval.solver``, what it does not say from ``solver`` if both make the same,
     and ``eval.lam``. None: as in training. Raises ConfigError."""
-    said, solver, lam = plain_config(cfg)["eval"]["solver"] or {}, plain_config(cfg)["solver"], cfg.eval.lam
-    if not isinstance(said, dict):
+    plain, lam = plain_config(cfg), cfg.eval.lam
+    if not isinstance(said := plain["eval"]["solver"], dict | None):
         raise ConfigError(str(refuse("eval.solver", said, "settings of a solver, or null")))
     with bad_values_named():
         if lam is not None:
             number("eval.lam", lam, at_least=0.0)
-    if not said:
+    solver = evaluation_solver(plain)
+    if solver is None:
         return None if lam is None else Adaptation(lam=lam)
-    if said.get("_target_", solver["_target_"]) == solver["_target_"]:
-        said = solver | said
-    else:  # null, as of batches that training's solver has, is what any other does without
-        said = {key: value for key, value in said.items() if value is not None}
-    return Adaptation(build_part(OmegaConf.create({"eval.solver": said}), "eval.solver"), lam)
+    return Adaptation(build_part(OmegaConf.create({"eval.solver": solver}), "eval.solver"), lam)
 
 
 def build_stages(cfg: DictConfig) -> list[Stage]:

@@ -11,15 +11,12 @@ from omegaconf.errors import OmegaConfBaseException
 from fobmaml.distributed import ProcessLost
 from fobmaml.estimators import NotConverged
 from fobmaml.files import CannotWrite
+from fobmaml.saved.checkpoints import CheckpointError
 from fobmaml.training import Diverged
 
 
 class ConfigError(ValueError):
     """A setting that cannot work; the text is one line that names it."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, cannot be read, or belongs to another configuration."""
 
 
 class FolderInUse(RuntimeError):

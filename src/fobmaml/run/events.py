@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fobmaml.files import failures_named, plain, write_atomically
-from fobmaml.run.errors import CheckpointError
+from fobmaml.saved.checkpoints import CheckpointError
 
 
 class EventLog:

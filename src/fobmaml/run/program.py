@@ -1,4 +1,5 @@
-"""The command line around Hydra: what ``train.job`` does, with every expected end told in one line."""
+"""The command line around Hydra: what ``train.job`` does, with every expected end told in one line; and beside it what
+``commands`` does."""
 
 import logging
 import os
@@ -12,7 +13,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 
 from fobmaml import distributed
-from fobmaml.run import folders, sweeps
+from fobmaml.run import commands, folders, sweeps
 from fobmaml.run.console import make_lasting
 from fobmaml.run.errors import EXPECTED, ConfigError, one_line
 from fobmaml.run.train import job
@@ -22,7 +23,12 @@ def main(configs: Path | None = None) -> None:
     """``configs``: the folder of the settings, by default the package's. The arguments are ``sys.argv``'s."""
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it logs is raised, too
     logging.raiseExceptions = False  # a log that cannot be written does not fill the screen
-    if distributed.rank() == 0:
+    command, given = sys.argv[1:2], sys.argv[2:]
+    if command == ["evaluate"]:
+        sys.argv[1:] = commands.evaluation(given)
+    if command == ["runs"]:
+        commands.runs(given)
+    elif distributed.rank() == 0:
         start(configs or own_configs())
     else:  # only the first process of a run writes and speaks
         logging.disable()
@@ -62,6 +68,8 @@ def start(configs: Path) -> None:
             sys.exit(130)
         finally:
             folders.remove_empty()
+    if listed := sweeps.results():
+        print(f"\n{listed}\n", flush=True)
     if failed := sweeps.failures():
         jobs = "\n".join(f"  {failure['job']}: {failure['reason']}" for failure in failed)
         sys.exit(f"error: {len(failed)} of the jobs failed; the same command runs them again:\n{jobs}")

@@ -10,14 +10,14 @@ from omegaconf import DictConfig
 
 from fobmaml.files import CannotWrite, write_json
 from fobmaml.measure import Event
-from fobmaml.run.checkpoints import save_checkpoint
 from fobmaml.run.events import EventLog, read_events
 from fobmaml.run.plotting import learning_curve
 from fobmaml.run.provenance import provenance
 from fobmaml.run.report import summary_keys
 from fobmaml.run.resume import Start
-from fobmaml.run.settings import choices, plain_config, same_run, sweep_name
+from fobmaml.run.settings import choices, overrides, plain_config, same_run, sweep_name
 from fobmaml.run.tracking import WandbRun, options_of
+from fobmaml.saved.checkpoints import save_checkpoint
 from fobmaml.training import MetaTraining
 
 
@@ -27,11 +27,12 @@ class Record:
     def __init__(self, cfg: DictConfig, training: MetaTraining, folder: Path, start: Start):
         self._training, self._folder = training, folder
         self._config, self._same_run = plain_config(cfg), same_run(cfg)
+        self._told = {"choices": choices(), "overrides": overrides()}
         self._events = EventLog(folder / "metrics.jsonl", start.history)
         own = start.state is not None and start.source is not None and start.source.parent == folder
         self._wandb = WandbRun(
             folder,
-            {**self._config, "choices": choices()},
+            {**self._config, "choices": self._told["choices"]},
             options_of(
                 self._config["wandb"],
                 sweep_name(),
@@ -48,7 +49,9 @@ class Record:
 
     def checkpoint(self) -> None:
         save_checkpoint(
-            self._folder / "checkpoint.pt", {**self._training.state_dict(), "wandb_id": self._wandb.id}, self._same_run
+            self._folder / "checkpoint.pt",
+            {**self._training.state_dict(), "wandb_id": self._wandb.id, **self._told},
+            self._same_run,
         )
 
     @contextmanager
@@ -83,13 +86,14 @@ class Record:
         measured = {
             "step": training.step,
             "engine": learner.used,
+            "task_chunk": training.at_once,
             **dict.fromkeys(summary_keys(training.measurements)),
             **training.latest,
         }
         self.summary = {
             **end,
             **measured,
-            "choices": choices(),
+            **self._told,
             "seconds": round(seconds, 1),
             "provenance": provenance(learner.device, learner.used),
             "config": self._config,

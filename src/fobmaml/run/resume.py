@@ -10,12 +10,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from fobmaml import distributed
 from fobmaml.files import CannotWrite
 from fobmaml.run import folders
-from fobmaml.run.checkpoints import load_checkpoint
-from fobmaml.run.errors import CheckpointError, one_line
+from fobmaml.run.build import build
+from fobmaml.run.errors import one_line
 from fobmaml.run.events import events_until
 from fobmaml.run.settings import same_run
+from fobmaml.saved.checkpoints import CheckpointError, load_checkpoint, read_checkpoint
 from fobmaml.training import MetaTraining
 
 
@@ -62,6 +64,27 @@ def resume(cfg: DictConfig, training: MetaTraining, folder: Path) -> Start:
     return Start(source, state, history, summary if summary and summary["status"] == "completed" else None)
 
 
+def begun(cfg: DictConfig, folder: Path | None = None) -> MetaTraining:
+    """What ``build`` makes, with the parameters of ``init``. In the only process of a run in ``folder`` not where it
+    continues a checkpoint, which has them all; others have from ``init`` what is not trained. Raises ConfigError,
+    CheckpointError."""
+    training = build(cfg)
+    continued = folder is not None and distributed.size() == 1 and checkpoint_to_continue(cfg, folder) is not None
+    if cfg.init is None or continued:
+        return training
+    try:
+        state = read_checkpoint(path_of_checkpoint(cfg.init))
+        training.outer.begin_from(state)
+    except (CheckpointError, ValueError) as error:
+        raise CheckpointError(f"init={cfg.init}: {error}") from None
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"init={cfg.init}: takes a whole checkpoint of this program, and this one's state does not fit "
+            f"({one_line(error) or type(error).__name__})"
+        ) from None
+    return training
+
+
 def read_summary(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
@@ -77,7 +100,12 @@ def checkpoint_to_continue(cfg: DictConfig, folder: Path) -> Path | None:
     own = folder / "checkpoint.pt"
     if own.exists() or cfg.resume is None:
         return own if own.exists() else None
-    path = Path(str(cfg.resume))
+    return path_of_checkpoint(cfg.resume)
+
+
+def path_of_checkpoint(said: object) -> Path:
+    """Of a setting that names it, or its run's folder."""
+    path = Path(str(said))
     if HydraConfig.get().job.chdir:  # it is said from where the command is given
         path = Path(hydra.utils.to_absolute_path(str(path)))
-    return path / own.name if path.is_dir() else path
+    return path / "checkpoint.pt" if path.is_dir() else path

@@ -38,10 +38,20 @@ def same_run(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in plain_config(cfg).items() if key not in NOT_PART_OF_A_RUN}
 
 
+def quoted(text: str) -> str:
+    """As Hydra reads it, whatever characters are in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def choices() -> dict[str, str]:
     """The word chosen for each group: estimator=..., dataset=..., ..."""
     chosen = HydraConfig.get().runtime.choices
     return {group: chosen[group] for group in GROUPS}
+
+
+def overrides() -> list[str]:
+    """What the command said."""
+    return list(HydraConfig.get().overrides.task)
 
 
 def measurements_in(cfg: DictConfig) -> list[str]:
@@ -70,7 +80,7 @@ def read_numbers(node: DictConfig | ListConfig) -> None:
     What the class of a group (``_target_``) takes as text, and wandb's settings, stay as they are.
     """
     for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
-        if key in ("_target_", "resume", "wandb") or OmegaConf.is_missing(node, key):
+        if key in ("_target_", "init", "resume", "wandb") or OmegaConf.is_missing(node, key):
             continue
         value = node[key]
         if isinstance(value, DictConfig | ListConfig):

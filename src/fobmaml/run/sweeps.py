@@ -19,8 +19,12 @@ from omegaconf import DictConfig, open_dict, read_write
 from fobmaml.files import CannotWrite, write_atomically
 from fobmaml.run import folders
 from fobmaml.run.errors import one_line
+from fobmaml.run.settings import quoted
+from fobmaml.saved.results import read_run, table
 
 LIST = "failed.jsonl"
+JOBS = "jobs.jsonl"
+"""The jobs that have ended, and where."""
 CONFIG = "multirun.yaml"
 """Hydra's copy of a sweep's settings; it tells whose folder it is."""
 
@@ -60,22 +64,30 @@ class Failures(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with folders.ending_the_program():
             folder = Path(config.hydra.sweep.dir).absolute()
-            folders.refuse_foreign(folder, "hydra.sweep.dir", CONFIG, (LIST, "optimization_results.yaml"))
+            folders.refuse_foreign(folder, "hydra.sweep.dir", CONFIG, (LIST, JOBS, "optimization_results.yaml"))
         tell_jobs(config, folder)
         Failures.listed = folder / LIST
         with suppress(OSError, CannotWrite):  # Hydra meets it next, and its error is reported
             folders.make(folder)
             Failures.settings_before = (folder / CONFIG).read_bytes() if (folder / CONFIG).exists() else None
             folders.save(folder / CONFIG, config)  # not all of Hydra's sweepers do
-            Failures.listed.unlink(missing_ok=True)
+            for name in (LIST, JOBS):
+                (folder / name).unlink(missing_ok=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        if job_return.status != JobStatus.FAILED or config.hydra.mode != RunMode.MULTIRUN:
+        if config.hydra.mode != RunMode.MULTIRUN:
             return
-        reason = one_line(job_return._return_value) or type(job_return._return_value).__name__
-        line = json.dumps({"job": " ".join(job_return.overrides or ()), "reason": reason})
-        with (Path(config.hydra.sweep.dir) / LIST).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")  # one write, so that jobs that end together do not mix
+        sweep, overrides = Path(config.hydra.sweep.dir), list(job_return.overrides or ())
+        where = os.path.relpath(config.hydra.runtime.output_dir, sweep)
+        add_line(sweep / JOBS, {"number": config.hydra.job.num, "folder": where, "overrides": overrides})
+        if job_return.status == JobStatus.FAILED:
+            reason = one_line(job_return._return_value) or type(job_return._return_value).__name__
+            add_line(sweep / LIST, {"job": " ".join(overrides), "reason": reason})
+
+
+def add_line(path: Path, content: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")  # one write, so that jobs that end together do not mix
 
 
 def tell_jobs(config: DictConfig, folder: Path) -> None:
@@ -94,10 +106,12 @@ def tell_jobs(config: DictConfig, folder: Path) -> None:
         for key in hydra.job.config.override_dirname.exclude_keys
         if (value := values.get(key, "")) is not None and (named or not value or value in folder.parts)
     ]
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     with read_write(hydra):
         hydra.overrides.hydra.extend(
-            [f"hydra.sweep.dir='{quoted}'", f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]"]
+            [
+                f"hydra.sweep.dir={quoted(str(folder))}",
+                f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]",
+            ]
         )
 
 
@@ -140,6 +154,25 @@ class Study(Callback):
 
 def failures() -> list[dict[str, str]]:
     """The failed jobs, each with its settings and the reason, of the sweep that this process has run."""
-    if Failures.listed is None or not Failures.listed.exists():
+    return _lines(LIST)
+
+
+def results() -> str:
+    """The jobs of that sweep, with the settings in which they differ and what they came to, as a table; or ''."""
+    if Failures.listed is None:
+        return ""
+    sweep = Failures.listed.parent
+    jobs = sorted(_lines(JOBS), key=lambda job: job["number"])
+    rows = [
+        read_run(sweep / job["folder"], sweep)
+        or {"folder": job["folder"], "status": "failed", "overrides": job["overrides"]}
+        for job in jobs
+    ]
+    return table(rows, folders=False) if rows else ""
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    """Of a file of the sweep that this process has run."""
+    if Failures.listed is None or not (path := Failures.listed.with_name(name)).exists():
         return []
-    return [json.loads(line) for line in Failures.listed.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

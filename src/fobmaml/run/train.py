@@ -17,14 +17,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fobmaml import distributed
 from fobmaml.run import folders
 from fobmaml.run.allocator import keep_freed_memory
-from fobmaml.run.build import build
 from fobmaml.run.console import make_lasting
 from fobmaml.run.errors import EXPECTED, ConfigError, Interrupted, one_line
 from fobmaml.run.record import Record
 from fobmaml.run.report import report
-from fobmaml.run.resume import Start, resume
+from fobmaml.run.resume import Start, begun, resume
 from fobmaml.run.settings import read_numbers
 from fobmaml.run.signals import StopRequest, stop_requests
+from fobmaml.saved import CheckpointError
 from fobmaml.training import MetaTraining
 
 log = logging.getLogger("train")
@@ -55,14 +55,14 @@ def follow(cfg: DictConfig) -> None:
     for asked in (signal.SIGINT, signal.SIGTERM):
         signal.signal(asked, signal.SIG_IGN)  # the first one stops after its step, and then this one
     try:
-        distributed.everywhere(lambda: build(cfg)).follow()
-    except (ConfigError, distributed.ProcessLost):
+        distributed.everywhere(lambda: begun(cfg)).follow()
+    except (ConfigError, CheckpointError, distributed.ProcessLost):
         sys.exit(1)  # the first process says it
 
 
 def run(cfg: DictConfig, folder: Path) -> float | None:
     """Build, continue if there is a checkpoint, meta-train, measure, report."""
-    training = distributed.everywhere(lambda: build(cfg))
+    training = distributed.everywhere(lambda: begun(cfg, folder))
     with training.leading():
         resume(cfg, training, folder)  # for its errors: nothing is written before all is known to fit
         with folders.sole_user(folder):
@@ -114,6 +114,8 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
             record.event(event)
             if training.step % s.checkpoint_every == 0 or training.ended:
                 record.checkpoint()
+            if training.step == first:
+                say_what_computes(training)
             if start.state and training.step == first:
                 say_if_another_engine(start.state.get("engine", ""), training.learner.used)
             bar.set_postfix(progress(training), refresh=False)
@@ -129,6 +131,17 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
     if stop.requested:
         record.checkpoint()
         raise Interrupted(f"stopped by {stop.requested} at step {training.step}")
+
+
+def say_what_computes(training: MetaTraining) -> None:
+    learner = training.learner
+    log.info(
+        "gradients are computed by engine %s, %s of %d tasks at once%s",
+        learner.used,
+        training.at_once,
+        training.settings.meta_batch,
+        f"; none by hand, for the model has {learner.untraced}" if learner.untraced else "",
+    )
 
 
 def say_if_another_engine(before: str, now: str) -> None:

@@ -30,6 +30,11 @@ class Solver(ABC):
         """Whether its steps take batches, by the keys of the tasks."""
         return bool(self.batch or self.query_batch)
 
+    @property
+    def for_all_parameters(self) -> bool:
+        """Whether it holds numbers for all of the network's parameters, and so cannot solve for some of them alone."""
+        return False
+
     @abstractmethod
     def solve(self, problem: InnerProblem) -> Solution:
         """An approximate minimiser a row, started at ``problem.theta``."""

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from fobmaml.files import write_atomically
-from fobmaml.run.errors import CheckpointError
 
 FORMAT = 3
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, cannot be read, or belongs to another configuration."""
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -24,10 +27,22 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], config: Mapping[str, A
 
 
 def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The state in a checkpoint. Nothing in the file is executed (``weights_only``).
+    """``read_checkpoint``. Raises CheckpointError also if it was written under another configuration, naming what
+    differs."""
+    state = read_checkpoint(path)
+    ours, written = json.loads(json.dumps(config)), state["config"]
+    differing = sorted(key for key in ours.keys() | written.keys() if ours.get(key) != written.get(key))
+    if differing:
+        changes = ", ".join(f"{key}={ours.get(key)} (there {written.get(key)})" for key in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise CheckpointError(f"{path}: takes a checkpoint of the same configuration, and here {changes}{more}")
+    return state
 
-    Raises CheckpointError, naming what differs, if the file is missing, not a whole checkpoint, or was written under
-    another configuration.
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, and as ``config`` that of its run. Nothing in the file is executed (``weights_only``).
+
+    Raises CheckpointError if the file is missing or not a whole checkpoint.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: takes a checkpoint file, and there is none")
@@ -39,6 +54,8 @@ def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
         found, written = state["format"], json.loads(state["config"])
+        if not isinstance(written, dict):
+            raise TypeError(f"its configuration is a {type(written).__name__}")
     except (
         OSError,
         RuntimeError,
@@ -57,10 +74,4 @@ def load_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
     if found != FORMAT:
         raise CheckpointError(f"{path}: takes a checkpoint of format {FORMAT}, and this one has format {found}")
-    ours = json.loads(json.dumps(config))
-    differing = sorted(key for key in ours.keys() | written.keys() if ours.get(key) != written.get(key))
-    if differing:
-        changes = ", ".join(f"{key}={ours.get(key)} (there {written.get(key)})" for key in differing[:5])
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise CheckpointError(f"{path}: takes a checkpoint of the same configuration, and here {changes}{more}")
-    return dict(state)
+    return {**state, "config": written}
