@@ -17,6 +17,8 @@ from typing import Any
 
 BLOCK = re.compile(r"^```(python|sh|yaml(?=\n# [\w/]+\.yaml\n))\n(.*?)^```$\n?", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# ([\w/]+\.(?:py|yaml))\n")
+STAMP = re.compile(r"^\[\d{4}-[^]]*\]\[\w+\]\[INFO\] - ", re.MULTILINE)
+"""What the program's log puts before a line."""
 
 
 class BlockFailed(RuntimeError):
@@ -24,10 +26,10 @@ class BlockFailed(RuntimeError):
 
 
 def executed(text: str) -> str:
-    """A page with the output of each block below it. Raises BlockFailed."""
+    """A page with the output of each block below it, without times and the folder's name. Raises BlockFailed."""
     with tempfile.TemporaryDirectory() as folder:
-        outputs = run_blocks(text, Path(folder))
-        return BLOCK.sub(lambda block: block[0] + _shown(next(outputs).replace(f"{folder}/", "")), text)
+        outputs = (STAMP.sub("", output).replace(f"{folder}/", "") for output in run_blocks(text, Path(folder)))
+        return BLOCK.sub(lambda block: block[0] + _shown(next(outputs)), text)
 
 
 def _shown(output: str) -> str:

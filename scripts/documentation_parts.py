@@ -28,6 +28,7 @@ PAGES = {
     "results/README.md": "claims.md",
     "results/protocol.md": "protocol.md",
     "configs/train.yaml": "settings.md",
+    "examples/own_project/README.md": "own_project.md",
 }
 """Files of the repository that are pages of the site."""
 LINK = re.compile(r"(!?)\[([^]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
@@ -42,6 +43,8 @@ def include(name: str) -> str:
         path = posixpath.normpath(posixpath.join(folder, target))
         if path in PAGES:
             return f"[{text}]({PAGES[path]}{anchor or ''})"
+        if picture and not (ROOT / path).exists():
+            return f"*No picture yet: {text}.*"
         if (ROOT / path).is_dir():
             return f"`{path}/`"
         return f"{picture}[{text}](../{path})"
@@ -104,12 +107,23 @@ def claims() -> str:
 
 def keys() -> str:
     """All keys that a run may write, as the parts of the program declare them."""
-    measurements = [(name, getattr(measure, name)) for name in measure.__all__]
+    classes = [(name, getattr(measure, name)) for name in measure.__all__ if inspect.isclass(getattr(measure, name))]
     declared = [("Training itself", KEYS)] + [
         (f"{{py:class}}`~fobmaml.measure.{name}`", each.keys)
-        for name, each in measurements
-        if inspect.isclass(each) and issubclass(each, measure.Measurement) and each.keys
+        for name, each in classes
+        if issubclass(each, measure.Measurement) and each.keys
     ]
+    metrics = {
+        key: f"{text}: {{py:class}}`~fobmaml.measure.{name}`"
+        for name, each in classes
+        if issubclass(each, measure.Metric) and hasattr(each, "name")
+        for key, text in (
+            (f"val/{each.name}", "of validation tasks, mean"),
+            (f"test/{each.name}", "of meta-test tasks, mean"),
+            (f"test/{each.name}_ci95", "half width of its 95 % interval"),
+        )
+    }
+    declared.append(("Metrics, those that `metrics` names", metrics))
     sections, seen = [], set[str]()
     for title, found in declared:
         rows = [[f"`{key}`", text] for key, text in found.items() if key not in seen]
