@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test test-all lint figures reproduce verify bench race explorer clean
+.PHONY: help setup train test test-all lint figures reproduce verify bench race explorer docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,10 +29,10 @@ train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS
 WORKERS = $(shell $(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 4))')
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test: setup .venv/sweeps .venv/explorer .venv/chromium ## run the tests; with SLOW=1 those that take minutes too
+test: setup .venv/sweeps .venv/explorer .venv/docs .venv/chromium ## run the tests; with SLOW=1 those that take minutes too
 	@$(PYTEST) -m "not nightly$(if $(SLOW),, and not slow)" $(ARGS)
 
-test-all: setup .venv/sweeps .venv/explorer .venv/chromium ## run all tests, the long forms of every night too
+test-all: setup .venv/sweeps .venv/explorer .venv/docs .venv/chromium ## run all tests, the long forms of every night too
 	@$(PYTEST) $(ARGS)
 
 lint: setup ## check style and types
@@ -71,7 +71,10 @@ race: setup .venv/sweeps ## which method takes the least work and time to an acc
 explorer: setup .venv/explorer ## build the interactive page, outputs/explorer.html, and the pictures of it in results/
 	@$(BIN)/python scripts/explorer.py
 
-.venv/sweeps .venv/bench .venv/explorer: .venv/%: .venv/complete
+docs: setup .venv/docs .venv/sweeps .venv/explorer ## build the site, outputs/site, which opens from disk: open outputs/site/index.html
+	@$(BIN)/python scripts/documentation.py $(ARGS)
+
+.venv/sweeps .venv/bench .venv/explorer .venv/docs: .venv/%: .venv/complete
 	@echo "installing the packages for $* into .venv"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[$*]'
 	@touch $@

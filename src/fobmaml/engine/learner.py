@@ -30,6 +30,7 @@ cost time; with more, memory grows and time does not fall (results/bench_chunks.
 FLOPS_AT_ONCE = 10**8
 """Of a forward pass of all rows by vmap: with more, the activations leave the cache, and time grows."""
 ENGINES = ("auto", "autograd", "loop", "stacked", "fused")
+"""What may compute gradients; ``auto`` takes the fastest that fits."""
 
 
 class Learner(Network):

@@ -13,6 +13,7 @@ from fobmaml.estimators import Estimator
 from fobmaml.tasks import Split, TaskBatch, TaskSource
 
 Event = dict[str, float | int | str | None]
+"""What was measured at a step: each key with its value, None where there is none."""
 
 
 class Training(Protocol):

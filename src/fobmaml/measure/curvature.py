@@ -144,6 +144,7 @@ class CurvatureMeasurement(OnValidationTasks):
                 raise refuse("curvature.every", self.every, "adapt=all, or 0 for never")
 
     def steps_of(self, training: Training) -> GradientDescent:
+        """The solver, whose steps are followed. Raises ValueError for one that is not plain gradient descent."""
         solver = training.estimator.solver
         if not isinstance(solver, GradientDescent) or solver.momentum or solver.batch:
             raise refuse("curvature.every", self.every, "solver=gd without momentum and batches, or 0 for never")

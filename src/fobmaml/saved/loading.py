@@ -48,6 +48,7 @@ class Run:
 
     @property
     def model(self) -> nn.Module:
+        """The network at the run's last checkpoint."""
         return self._learner.model
 
     def adapt(self, support_x: Any, support_y: Any) -> nn.Module:

@@ -73,6 +73,7 @@ class Iterative(Solver):
     """Whether a step makes things better; else the row with the smallest residual seen is returned."""
 
     def begin(self, problem: InnerProblem) -> Iterate:
+        """Every row at its θ, with ∇h there and what the first step needs besides."""
         return Iterate(problem.theta, problem.gradient(problem.theta))
 
     @abstractmethod

@@ -151,6 +151,7 @@ class InnerProblem:
 
 
 RESULTS = ("converged", "out of steps", "negative curvature", "diverged")
+"""How a row's solve may have ended."""
 
 
 @dataclass(frozen=True)

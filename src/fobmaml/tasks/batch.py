@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fobmaml.arguments import refuse
 
 Split = Literal["train", "validation", "test"]
+"""What tasks are for; the three share no example."""
 
 
 @dataclass(frozen=True)
