@@ -290,6 +290,7 @@ def test_an_image_folder_on_the_command_line(run_train, tmp_path):
     for kind in range(10):
         for n in range(4):
             _picture(tmp_path / "own" / f"class{kind}" / f"{n}.png", 10 * kind)
-    small = ("dataset.size=8", "dataset.shots=2", "dataset.queries=2", "dataset.ways=2", "dataset.split=[6,2,2]")
+    small = ("model=mlp", "dataset.size=8", "dataset.shots=2", "dataset.queries=2", "dataset.ways=2")
+    small += ("dataset.split=[6,2,2]",)
     done = run_train("dataset=image_folder", "dataset.root=own", *small, *QUICK, "wandb.mode=disabled")
     assert done.returncode == 0, done.stderr

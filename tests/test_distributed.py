@@ -33,6 +33,7 @@ def _torchrun(folder: Path, processes: int, *overrides: str) -> subprocess.Popen
         folder,
         *overrides,
         start_new_session=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},  # a process takes a GPU of its own where there are any
         by=("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
     )
 
@@ -183,8 +184,10 @@ def test_what_fails_in_one_process_is_said_and_ends_the_job(tmp_path):
 
 FIRST_ERROR = """
 import os, sys, time
+import torch
 from fobmaml import distributed
 def call():
+    torch.distributed.barrier()  # the first is connected
     if distributed.rank():
         os._exit(3)
     time.sleep(1)  # until the other is gone

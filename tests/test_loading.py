@@ -22,7 +22,7 @@ from fobmaml.saved.checkpoints import read_checkpoint, save_checkpoint
 from fobmaml.solvers import Adam, GradientDescent
 from fobmaml.training import MetaTraining
 
-QUICK = ("width=8", "steps=2", "eval.validation_tasks=0", "eval.tasks=20", "bias.every=0")
+QUICK = ("device=cpu", "width=8", "steps=2", "eval.validation_tasks=0", "eval.tasks=20", "bias.every=0")
 Trained = Callable[..., MetaTraining]
 
 
