@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test test-all lint figures reproduce verify bench race explorer clean
+.PHONY: help setup train test test-all lint figures reproduce verify bench race explorer docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -11,7 +11,7 @@ help: ## list the targets
 
 setup: .venv/complete ## make .venv and install everything (nothing to do when it is up to date)
 
-.venv/complete: pyproject.toml setup.py constraints.txt src/fobmaml/engine/fused.c
+.venv/complete: pyproject.toml setup.py constraints.txt src/fobmaml/engine/fused.c src/fobmaml/engine/images.c
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or later is needed, and there is no python3.11 or python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or later is needed, and $(PYTHON) is {sys.version.split()[0]}")'
 	@echo "installing into .venv (a minute or two, once)"
@@ -29,10 +29,10 @@ train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS
 WORKERS = $(shell $(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 4))')
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test: setup .venv/sweeps .venv/explorer .venv/chromium ## run the tests; with SLOW=1 those that take minutes too
+test: setup .venv/sweeps .venv/explorer .venv/docs .venv/chromium ## run the tests; with SLOW=1 those that take minutes too
 	@$(PYTEST) -m "not nightly$(if $(SLOW),, and not slow)" $(ARGS)
 
-test-all: setup .venv/sweeps .venv/explorer .venv/chromium ## run all tests, the long forms of every night too
+test-all: setup .venv/sweeps .venv/explorer .venv/docs .venv/chromium ## run all tests, the long forms of every night too
 	@$(PYTEST) $(ARGS)
 
 lint: setup ## check style and types
@@ -60,6 +60,8 @@ bench: setup .venv/bench .venv/rate ## time and memory of one meta-gradient, oth
 race: setup .venv/sweeps ## which method takes the least work and time to an accuracy, tuned alike, into results/; hours, and goes on
 	@$(BIN)/python benchmarks/race.py tune $(ARGS)
 	@$(BIN)/python benchmarks/race.py run $(ARGS)
+	@$(BIN)/python benchmarks/race.py time $(ARGS)
+	@$(BIN)/python benchmarks/race.py collect $(ARGS)
 	@$(BIN)/python scripts/figure_race.py
 
 .venv/rate: benchmarks/rate.c benchmarks/setup.py .venv/complete
@@ -69,7 +71,10 @@ race: setup .venv/sweeps ## which method takes the least work and time to an acc
 explorer: setup .venv/explorer ## build the interactive page, outputs/explorer.html, and the pictures of it in results/
 	@$(BIN)/python scripts/explorer.py
 
-.venv/sweeps .venv/bench .venv/explorer: .venv/%: .venv/complete
+docs: setup .venv/docs .venv/sweeps .venv/explorer ## build the site, outputs/site, which opens from disk: open outputs/site/index.html
+	@$(BIN)/python scripts/documentation.py $(ARGS)
+
+.venv/sweeps .venv/bench .venv/explorer .venv/docs: .venv/%: .venv/complete
 	@echo "installing the packages for $* into .venv"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[$*]'
 	@touch $@

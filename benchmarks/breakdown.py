@@ -20,7 +20,7 @@ from timing import first_round, take_turns
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from fobmaml.engine import Learner
+from fobmaml.engine import library
 from fobmaml.engine.fused import FusedGradient
 from fobmaml.files import write_csv, write_json
 from fobmaml.run.allocator import keep_freed_memory
@@ -37,7 +37,7 @@ STEPS = 10
 def shares(width: int, repeats: int, limit: Limit) -> list[dict[str, object]]:
     """Medians over ``repeats``: of the whole, with the kernel and without in turns, and of each kind's part of it."""
     setting = Setting(width, STEPS)
-    used = ("fused", "stacked") if Learner(setting.model, setting.loss_fn).fused else ("stacked",)
+    used = ("stacked",) if library.kernel() is None else ("fused", "stacked")
     ways = {engine: Ours(setting, "symmetric", limit.threads, engine) for engine in used}
     with FlopCounterMode(display=False) as counter:
         ways["stacked"].gradient(setting.tasks)

@@ -166,7 +166,7 @@ class ByTorch(Candidate):
             return self.peer.gradient(self.network, tasks, self.setting.steps, self.setting.lr, *self.settings)
 
     def in_our_layout(self, gradient: Sequence[Tensor]) -> Tensor:
-        return in_our_layout(self.setting.model, gradient)
+        return in_our_layout(gradient)
 
 
 class ByJax(Candidate):
@@ -180,8 +180,10 @@ class ByJax(Candidate):
         self.how, self.method = how, jax_peer.METHODS[name]
         self.at_once = TASKS if how.endswith("vmap") else 1
         self.worker = workers.get(threads, setting.tasks.support_x.dtype == torch.float64)
-        weights = (w.detach().permute(1, 2, 0).numpy().copy() for w in setting.model.weights)
-        self.layers = [(w, b.detach().numpy()) for w, b in zip(weights, setting.model.biases, strict=True)]
+        *convolutions, head = (p.detach() for name, p in setting.model.named_parameters() if name.endswith("weight"))
+        biases = (p.detach() for name, p in setting.model.named_parameters() if name.endswith("bias"))
+        weights = (*convolutions, head.view(len(head), convolutions[-1].shape[0], -1))
+        self.layers = [(w.permute(2, 1, 0).numpy().copy(), b.numpy()) for w, b in zip(weights, biases, strict=True)]
         self.works: dict[int, Work] = {}
 
     def work(self, tasks: TaskBatch) -> Work:
@@ -202,7 +204,9 @@ class ByJax(Candidate):
 
     def in_our_layout(self, gradient: Work) -> Tensor:
         found = [[torch.tensor(part) for part in layer] for layer in self.worker.gradient(gradient)]
-        return torch.cat([*(weights.permute(2, 0, 1).flatten() for weights, _ in found), *(bias for _, bias in found)])
+        *convolutions, (head, _) = found
+        rows = [*(weights.permute(2, 0, 1) for weights, _ in convolutions), head.permute(2, 1, 0)]
+        return torch.cat([torch.cat([row.flatten(), bias]) for row, (_, bias) in zip(rows, found, strict=True)])
 
     def prepare(self, tasks: TaskBatch) -> None:
         self.worker.prepare(self.work(tasks))

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from fobmaml.engine import Learner
-from fobmaml.estimators import FOMAML, IMAML, MAML, Estimator, Symmetric, estimate
+from fobmaml.estimators import FOMAML, IMAML, MAML, Estimator, Symmetric, Tangent, estimate
 from fobmaml.files import write_csv, write_json
 from fobmaml.measure import peak_bytes
 from fobmaml.models import CNN1d
@@ -29,6 +29,7 @@ from fobmaml.tasks import MNIST1D
 TASKS, MATRIX = 16, 8192
 ESTIMATORS: dict[str, Callable[[GradientDescent], Estimator]] = {
     "symmetric": Symmetric,
+    "tangent": Tangent,
     "maml": MAML,
     "maml_checkpoint": partial(MAML, checkpoint=True),
     "fomaml": FOMAML,

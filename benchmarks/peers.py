@@ -3,6 +3,7 @@
 JAX, which runs in processes of its own, is in jax_peer.py.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,23 +20,15 @@ from fobmaml.tasks import TaskBatch
 
 def plain_network(model: CNN1d) -> nn.Sequential:
     """``model`` (with SiLU) as an ordinary module, with the same numbers in it."""
-    *convolutions, last = model.weights
     layers: list[nn.Module] = [nn.Unflatten(1, (1, -1))]
-    for weight, stride in zip(convolutions, model.strides, strict=True):
-        channels_out, kernel_size, channels_in = weight.shape
-        layers += [nn.Conv1d(channels_in, channels_out, kernel_size, stride, padding=1), nn.SiLU()]
-    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(last[0].numel(), len(last))).to(last.dtype)
-    ours = [part for pair in zip((w.mT for w in model.weights), model.biases, strict=True) for part in pair]
-    with torch.no_grad():
-        for parameter, values in zip(network.parameters(), ours, strict=True):
-            parameter.copy_(values.reshape(parameter.shape))
-    return network
+    for convolution in model.convolutions:
+        layers += [copy.deepcopy(convolution), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Flatten(), copy.deepcopy(model.head))
 
 
-def in_our_layout(model: CNN1d, gradient: Sequence[Tensor]) -> Tensor:
-    """A gradient with respect to ``plain_network(model)``, as one with respect to the flat parameters of ``model``."""
-    weights = [g.view(w.mT.shape).mT for g, w in zip(gradient[0::2], model.weights, strict=True)]
-    return torch.cat([part.flatten() for part in (*weights, *gradient[1::2])])
+def in_our_layout(gradient: Sequence[Tensor]) -> Tensor:
+    """A gradient with respect to ``plain_network(model)``, as a row of ``fobmaml.engine.Network``."""
+    return torch.cat([(part.mT if part.dim() == 3 else part).flatten() for part in gradient])
 
 
 def higher_maml(network: nn.Module, tasks: TaskBatch, steps: int, lr: float) -> list[Tensor]:

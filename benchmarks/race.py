@@ -1,7 +1,8 @@
 """Which method reaches 90, 95 and 97 % validation accuracy first, by example-gradients and by seconds (make race).
 
     python benchmarks/race.py tune --trials 24    # a study for each method: the least work to 95 %
-    python benchmarks/race.py run --seeds 3       # the methods at their best, in turns, on an otherwise idle machine
+    python benchmarks/race.py run --seeds 3       # the methods at their best
+    python benchmarks/race.py time                # a meta-step of each, in turns, on an otherwise idle machine
 
 5-way 5-shot 15-query MNIST-1D. The rule, written before the runs:
 
@@ -12,11 +13,14 @@
   have. A trial is judged by its work until 95 %, in example-gradients (a Hessian product is 8/3 of one), whatever else
   the machine does meanwhile. It is cut short where it cannot win: after HOPELESS times the work of the best, or if a
   quarter of its budget has taught it nothing.
-- In the race the best trial of each method is run with other seeds, with as many threads as it is fastest with. Seconds
-  are those of training, without those of validation. What 97 % takes is read off runs with three times the budget.
+- The best trial is the best on the slower of two seeds, so that a lucky arrival does not win: after the trials, those
+  that may be it are run with a second seed, the best first, at most CONFIRMED of them.
+- In the race the best trial of each method is run with other seeds, with its budget, and with multiples of it for what
+  it does not reach in that. Seconds are meta-steps times the median time of one, without validation, with as many
+  threads as the method is fastest with: timed apart, all methods in turns, so that the runs may share a machine.
 
 ``symmetric_all`` is the yardstick: symmetric on all examples at every step, without a search but for its budget.
-Both commands go on where they were stopped. Into results/: race_tuning.csv (the trials), race_curves.csv (accuracy
+The first two go on where they were stopped. Into results/: race_tuning.csv (the trials), race_curves.csv (accuracy
 along each run) and race.csv (what each run took to each accuracy).
 """
 
@@ -34,7 +38,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import torch
@@ -53,6 +57,7 @@ GOALS = (0.90, 0.95, 0.97)
 JUDGED = 0.95
 VALIDATIONS, TASKS = 30, 200
 HOPELESS, NOTHING = 1.3, 0.3
+CONFIRMED, SECOND_SEED = 6, 100
 BUDGETS = (500_000, 16_000_000)
 """Example-gradients of a trial, least and most."""
 Row = dict[str, Any]
@@ -148,7 +153,6 @@ def course(overrides: list[str], budget: int, seed: int) -> Iterator[Row]:
             yield {
                 "step": training.step,
                 "work": round(training.work.total),
-                "seconds": round(training.train_seconds, 3),
                 "accuracy": score(training, tasks).accuracy,
             }
 
@@ -170,6 +174,32 @@ def judged(curve: list[Row]) -> float:
     if point := reached(curve, JUDGED):
         return math.log(point["work"])
     return 20.0 + 10.0 * max(JUDGED - highest(curve), 0.0)
+
+
+def tried(overrides: list[str], budget: int, seed: int, best: float) -> tuple[list[Row], bool]:
+    """A run until JUDGED, or until it cannot be better than ``best`` any more; and whether it diverged."""
+    curve = list[Row]()
+    try:
+        for point in course(overrides, budget, seed):
+            curve.append(point)
+            hopeless = point["work"] > HOPELESS * math.exp(min(best, 20.0))
+            nothing = 4 * point["work"] > budget and point["accuracy"] < NOTHING
+            if reached(curve, JUDGED) or hopeless or nothing:
+                break
+    except Diverged:
+        return curve, True
+    return curve, False
+
+
+def second(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> list[Row] | None:
+    """The curve of a trial's second seed, if it was run."""
+    return study.user_attrs.get(f"second {trial.number}")
+
+
+def confirmed(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> float:
+    """How a trial is judged by the slower of its two seeds; infinite without a second."""
+    curve = second(study, trial)
+    return math.inf if curve is None else max(cast(float, trial.value), judged(curve))
 
 
 def near(best: optuna.trial.FrozenTrial, number: int) -> Row:
@@ -220,16 +250,9 @@ class Race:
         def objective(trial: optuna.Trial) -> float:
             overrides = [*method.fixed.split(), f"width={self.width}", *settings(method, trial)]
             trial.set_user_attr("overrides", overrides)
-            budget, curve = trial.params["budget"], list[Row]()
             best = min((each.value for each in study.trials if each.value is not None), default=math.inf)
-            try:
-                for point in course(overrides, budget, seed=0):
-                    curve.append(point)
-                    hopeless = point["work"] > HOPELESS * math.exp(min(best, 20.0))
-                    nothing = 4 * point["work"] > budget and point["accuracy"] < NOTHING
-                    if reached(curve, JUDGED) or hopeless or nothing:
-                        break
-            except Diverged:
+            curve, diverged = tried(overrides, trial.params["budget"], 0, best)
+            if diverged:
                 trial.set_user_attr("diverged", True)
             trial.set_user_attr("curve", curve)
             return judged(curve)
@@ -239,8 +262,23 @@ class Race:
             if number % 3 and method.searched:
                 study.enqueue_trial(near(study.best_trial, number))
             study.optimize(objective, n_trials=1)
+        self.confirm(study)
+
+    @staticmethod
+    def confirm(study: optuna.Study) -> None:
+        """Second seeds of the trials that may be the best."""
+        ranked = sorted((each for each in study.trials if each.value is not None), key=lambda each: each.value)
+        best = math.inf
+        for trial in ranked[:CONFIRMED]:
+            if trial.value >= best:
+                return
+            if second(study, trial) is None:
+                curve, _ = tried(trial.user_attrs["overrides"], trial.params["budget"], SECOND_SEED, best)
+                study.set_user_attr(f"second {trial.number}", curve)
+            best = min(best, confirmed(study, trial))
 
     def trials(self, name: str) -> list[Row]:
+        study = self.study(name)
         return [
             {
                 "estimator": name,
@@ -250,21 +288,25 @@ class Race:
                 "best_accuracy": highest(trial.user_attrs["curve"]),
                 "work": max((point["work"] for point in trial.user_attrs["curve"]), default=0),
                 "diverged": str(trial.user_attrs.get("diverged", False)).lower(),
+                "second_work_to_95": (reached(second(study, trial) or [], JUDGED) or {}).get("work"),
+                "second_best_accuracy": None if second(study, trial) is None else highest(second(study, trial) or []),
                 "settings": " ".join(trial.user_attrs["overrides"]),
             }
-            for trial in self.study(name).trials
+            for trial in study.trials
             if trial.value is not None
         ]
+
+    def best(self, name: str) -> optuna.trial.FrozenTrial:
+        study = self.study(name)
+        return min(study.trials, key=lambda trial: (confirmed(study, trial), trial.number))
 
     def run(self, name: str, seed: int, times: int) -> None:
         """A run of the method's best trial with ``times`` its budget, unless it is there."""
         path = self.folder / f"{name}-{self.width}-{times}-{seed}.json"
         if path.exists():
             return
-        best = self.study(name).best_trial
+        best = self.best(name)
         overrides, budget = best.user_attrs["overrides"], times * best.params["budget"]
-        threads = fastest_threads(overrides)
-        torch.set_num_threads(threads)
         curve, diverged = list[Row](), False
         try:
             for point in course(overrides, budget, seed):
@@ -273,24 +315,32 @@ class Race:
                     break
         except Diverged:
             diverged = True
-        who = {"estimator": name, "width": self.width, "times": times, "seed": seed, "threads": threads}
+        who = {"estimator": name, "width": self.width, "times": times, "seed": seed}
         made_with = provenance(torch.device("cpu"))
         write_json(path, {"who": who, "diverged": diverged, "curve": curve, "provenance": made_with})
 
-
-def fastest_threads(overrides: list[str]) -> int:
-    """The number of threads with which a few meta-steps, by turns, take the least time."""
-    took: dict[int, list[float]] = {count: [] for count in range(1, (os.cpu_count() or 1) + 1)}
-    steps = built(overrides, 10**12, 0).train()
-    next(steps)
-    for _ in range(5):
-        for threads, times in took.items():
-            torch.set_num_threads(threads)
-            started = time.perf_counter()
-            next(steps)
-            next(steps)
-            times.append(time.perf_counter() - started)
-    return min(took, key=lambda threads: statistics.median(took[threads]))
+    def time(self, names: list[str], rounds: int = 9, steps: int = 6) -> None:
+        """The median time of a meta-step of each method's best trial, with the number of threads that makes it least;
+        methods and numbers of threads by turns."""
+        running = {name: built(self.best(name).user_attrs["overrides"], 10**12, 0).train() for name in names}
+        took: dict[tuple[str, int], list[float]] = {}
+        for name in names * (1 + rounds):
+            for threads in range(1, (os.cpu_count() or 1) + 1):
+                torch.set_num_threads(threads)
+                next(running[name])
+                started = time.perf_counter()
+                for _ in range(steps):
+                    next(running[name])
+                took.setdefault((name, threads), []).append((time.perf_counter() - started) / steps)
+        medians = {who: statistics.median(times[1:]) for who, times in took.items()}  # the first warmed up
+        least = {name: min((medians[who], who[1]) for who in medians if who[0] == name) for name in names}
+        write_json(
+            self.folder / f"time-{self.width}.json",
+            {
+                "steps": {name: {"seconds": took, "threads": threads} for name, (took, threads) in least.items()},
+                "provenance": provenance(torch.device("cpu")),
+            },
+        )
 
 
 def collect(folder: Path, results: Path, races: list[Race]) -> None:
@@ -301,6 +351,13 @@ def collect(folder: Path, results: Path, races: list[Race]) -> None:
         return
     order = list(METHODS)
     runs.sort(key=lambda run: (run["who"]["width"], order.index(run["who"]["estimator"]), *run["who"].values()))
+    timed = {race.width: race.folder / f"time-{race.width}.json" for race in races}
+    times = {width: json.loads(path.read_text()) for width, path in timed.items() if path.exists()}
+    for run in runs:
+        step = times.get(run["who"]["width"], {"steps": {}})["steps"].get(run["who"]["estimator"], {})
+        run["who"]["threads"] = step.get("threads")
+        for point in run["curve"]:
+            point["seconds"] = round(point["step"] * step["seconds"], 3) if step else None
     write_csv(
         results / "race_curves.csv",
         [{**run["who"], "number": k, **point} for run in runs for k, point in enumerate(run["curve"])],
@@ -313,20 +370,20 @@ def collect(folder: Path, results: Path, races: list[Race]) -> None:
             row |= {f"{what}_to_{100 * goal:.0f}": point.get(what) for what in ("work", "seconds")}
         rows.append(row)
     write_csv(results / "race.csv", rows)
-    made_with = [run["provenance"] for run in runs]
+    made_with = [one["provenance"] for one in (*runs, *times.values())]
     distinct = [one for place, one in enumerate(made_with) if one not in made_with[:place]]
     write_json(results / "race.json", {"command": "make race", "provenance": distinct})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="the least work and time to an accuracy")
-    parser.add_argument("what", choices=["tune", "run", "collect"])
+    parser.add_argument("what", choices=["tune", "run", "time", "collect"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--times", type=int, nargs="+", default=[1, 3], help="multiples of the budgets that tuning found"
+        "--times", type=int, nargs="+", default=[1, 2, 4], help="multiples of the budgets that tuning found"
     )
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "race")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
@@ -339,12 +396,15 @@ def main() -> None:
         for race in races:
             for name in arguments.methods:
                 race.tune(name, arguments.trials)
-    if arguments.what == "run":  # in turns, so that a slow spell of the machine hits all alike
+    if arguments.what == "run":
         for times in arguments.times:
             for race in races:
                 for seed in range(1, arguments.seeds + 1):
                     for name in arguments.methods:
                         race.run(name, seed, times)
+    if arguments.what == "time":
+        for race in races:
+            race.time(arguments.methods)
     collect(arguments.folder, arguments.results, races)
 
 

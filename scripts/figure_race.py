@@ -22,7 +22,7 @@ def draw(folder: Path) -> None:
             ("million example-gradients", "seconds of training"),
             strict=True,
         ):
-            for name, runs in groups(found, "estimator").items():
+            for name, runs in groups([row for row in found if row[column] is not None], "estimator").items():
                 curve = [middle(at, column) for at in groups(runs, "number").values()]
                 ax.plot(*zip(*curve, strict=True), **style(name, markevery=0.2))
             ax.set_xscale("log")

@@ -42,6 +42,8 @@ EXPERIMENTS = {
     "memory": "width=25,100,250 solver.steps=10",
     "memory_steps": "solver.steps=1,10,50",
     "memory_depth": "depth=2,6",
+    "memory_deep": "depth=3,6 width=32 solver.steps=5,10",
+    "memory_transformer": "depth=2 width=32 dataset.dimension=16,64 solver.steps=5,10",
     "bias_floor": "solver.delta=1e-6,1e-3",
     "bias_delta": "solver.delta=1e-6,1e-3 estimator.nu=1e-3,1e-2,0.1,0.3",
     "bias_steps": "solver.steps=5,20,100",

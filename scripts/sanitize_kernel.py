@@ -1,4 +1,4 @@
-"""Tries random descriptions on the compiled kernel, built with address and undefined-behaviour sanitizers.
+"""Tries random descriptions on the compiled kernels, built with address and undefined-behaviour sanitizers.
 
     python scripts/sanitize_kernel.py --count 300
 
@@ -10,6 +10,7 @@ x86-64 Linux.
 import argparse
 import copy
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -32,19 +34,22 @@ from torch import Tensor
 from fobmaml.engine import fused, library
 from fobmaml.engine.activations import ACTIVATIONS
 from fobmaml.engine.layers import Convolution, Dense
+from fobmaml.engine.rows import RowGradient
 
 ROOT = Path(__file__).parents[1]
 SILU = ACTIVATIONS["silu"]
 NEEDED = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}, "avx2": {"avx2", "fma"}}
 FLAGS = ["-O1", "-g", "-shared", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 MISTAKES_EACH = 4
+SCRIPTS = "sanitize_kernel.py", "sanitize_images.py"
+"""One for each kernel."""
 
 
 @dataclass
 class Description:
     """All that ``FusedGradient`` and its ``add`` are told."""
 
-    layers: list[Convolution | Dense]
+    layers: list[Any]
     shapes: dict[str, torch.Size]
     inputs: Tensor
     targets: Tensor
@@ -100,24 +105,31 @@ class Description:
         phi = phi.clone().requires_grad_()
         parts = phi.split([shape.numel() for shape in self.shapes.values()])
         parameters = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
-        h = x.mT  # [N, channels, length]
-        for layer in self.layers:
-            weight, bias = parameters[layer.weight], parameters[layer.bias]
-            if isinstance(layer, Convolution):
-                h = F.conv1d(h, weight.mT, bias, stride=layer.stride, padding=1)
-            else:
-                h = F.linear(h.mT.flatten(1), weight.flatten(1), bias).unsqueeze(2)
-            h = F.silu(h) if layer is not self.layers[-1] else h
-        each = -(targets * h[:, :, 0].log_softmax(1)).sum(1)
+        each = -(targets * self.outputs(parameters, x).log_softmax(1)).sum(1)
         along = None if self.along is None else self.along[r].double()
         (gradient,) = torch.autograd.grad((each * weights).sum(), phi, create_graph=along is not None)
         if along is None or not gradient.requires_grad:  # of no examples
             return gradient
         return torch.autograd.grad(gradient, phi, along)[0]
 
+    def outputs(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        """[N, ...] -> [N, classes], by torch's operators."""
+        h = x.mT  # [N, channels, length]
+        for layer in self.layers:
+            weight, bias = parameters[layer.weight], parameters[str(layer.bias)]
+            if isinstance(layer, Convolution):
+                h = F.conv1d(h, weight.mT, bias, stride=layer.stride, padding=1)
+            else:
+                signal = h if layer.turned else h.mT
+                h = F.linear(signal.flatten(1), weight.flatten(1), bias).unsqueeze(2)
+            h = F.silu(h) if layer is not self.layers[-1] else h
+        return h[:, :, 0]
+
 
 class Random(random.Random):
     """Descriptions by chance."""
+
+    KERNEL = "fused"
 
     def description(self) -> Description:
         """A valid one, with sizes on both sides of all that the kernel cuts into blocks."""
@@ -137,18 +149,30 @@ class Random(random.Random):
             else:
                 shape = torch.Size(self.choice([(out, length, channels), (out, length * channels)]))
                 length = 1
-                layers.append(Dense(f"w{i}", f"b{i}", None if last else SILU))
+                layers.append(Dense(f"w{i}", f"b{i}", None if last else SILU, turned=self.random() < 0.3))
             shapes |= {f"w{i}": shape, f"b{i}": torch.Size((out,))}
             channels = out
         shapes = dict(self.sample(list(shapes.items()), len(shapes)))  # a row has them in any order
+        along = self.parameters(shapes, rows) if self.random() < 0.4 else None
+        return self.told(Description, layers, shapes, torch.randn(rows, examples, *at_first), channels, along)
+
+    def told(
+        self,
+        kind: type[Description],
+        layers: list[Any],
+        shapes: dict[str, torch.Size],
+        inputs: Tensor,
+        channels: int,
+        along: Tensor | None = None,
+    ) -> Description:
+        """All else, for a network with so many outputs ``channels``."""
+        rows, examples = inputs.shape[:2]
         labels = torch.randint(channels, (rows, examples))
         targets = 3.0 * torch.eye(channels)[labels] - 2.0 / channels  # far from all probabilities: nothing cancels
-        inputs = torch.randn(rows, examples, *at_first)
         if inputs.numel() and self.random() < 0.1:
-            inputs[0, -1, -1] = torch.nan
+            inputs.view(-1)[self.randrange(inputs.numel())] = torch.nan
         weights = torch.rand(rows, examples, *self.choice([(), (1,)])) / max(examples, 1)
         into = 0.3 * self.parameters(shapes, rows)
-        along = self.parameters(shapes, rows) if self.random() < 0.4 else None
         displacement = None if along is not None else self.choice([None, into, 0.3 * self.parameters(shapes, rows)])
         start = self.parameters(shapes, self.choice([1, rows]) if rows else 1)
         times, order, chosen_weights = 1 if along is not None else self.choice([1, 1, 2, 3]), None, None
@@ -159,7 +183,7 @@ class Random(random.Random):
             chosen_weights = self.laid_out(torch.rand(rows, times, chosen) / max(chosen, 1))
         scale, step = self.choice([0.0, 1.0, 0.9]), -0.1 if displacement is into else self.choice([1.0, -0.1])
         each = self.random() < 0.3  # a number for each time
-        return Description(
+        return kind(
             layers,
             shapes,
             self.laid_out(inputs),
@@ -241,7 +265,7 @@ class Random(random.Random):
     def _layers(self, d: Description, _: str) -> str:
         i = self.randrange(len(d.layers))
         layer, *others = d.layers[i:] + d.layers[:i]
-        named = [name for other in others for name in (other.weight, other.bias)] + ["none"]
+        named = [name for other in others for name in (other.weight, str(other.bias))] + ["none"]
         ways = [
             [],
             others,
@@ -255,7 +279,7 @@ class Random(random.Random):
         d.layers = self.choice(ways)
         return "model"
 
-    def _with(self, d: Description, i: int, layer: Convolution | Dense) -> list[Convolution | Dense]:
+    def _with(self, d: Description, i: int, layer: Any) -> list[Any]:
         layers = d.layers.copy()
         layers[i] = layer
         return layers
@@ -327,14 +351,12 @@ class Watched:
         return getattr(self._library, name)
 
 
-def try_all(path: str, count: int, seed: int) -> dict[str, int]:
+def try_all(path: str, count: int, chance: Random, is_caught: Mapping[str, Callable[[], bool]]) -> dict[str, int]:
     """``count`` valid descriptions and some times as many invalid ones. Runs within the sanitizers."""
     watched = Watched(library.load(path))
     library.kernel = lambda: watched  # type: ignore[assignment]
-    chance = Random(seed)
-    torch.manual_seed(seed)
     torch.set_printoptions(threshold=10, edgeitems=1)  # of the description that fails
-    tried = {"caught": sum(_is_caught(name) for name in BEHIND_THE_CHECKS), "valid": 0, "invalid": 0}
+    tried = {"caught": sum(caught() for caught in is_caught.values()), "valid": 0, "invalid": 0}
     for _ in range(count):
         torch.set_num_threads(1)  # the reference's products are small
         d = chance.description()
@@ -348,7 +370,7 @@ def try_all(path: str, count: int, seed: int) -> dict[str, int]:
                     raise RuntimeError(f"refused by another name than {names}: {wrong}") from error
             else:
                 raise RuntimeError(f"not refused: {wrong}")
-            if ("fused_gradient" if wrong.along is None else "fused_product") in watched.called:
+            if f"{chance.KERNEL}_{'gradient' if wrong.along is None else 'product'}" in watched.called:
                 raise RuntimeError(f"refused after the kernel was called: {wrong}")
             tried["invalid"] += 1
         wanted = d.wanted()
@@ -362,18 +384,18 @@ def try_all(path: str, count: int, seed: int) -> dict[str, int]:
     return tried
 
 
-def _shorter(name: str) -> Callable[[fused.FusedGradient], None]:
-    def change(gradient: fused.FusedGradient) -> None:
+def shorter(name: str) -> Callable[[RowGradient], None]:
+    def change(gradient: RowGradient) -> None:
         gradient.data[name] = gradient.data[name][..., :-1].contiguous()
 
     return change
 
 
-def _fewer_parameters(gradient: fused.FusedGradient) -> None:
+def fewer_parameters(gradient: RowGradient) -> None:
     gradient.parameters -= 5
 
 
-def _larger_blocks(gradient: fused.FusedGradient) -> None:
+def larger_blocks(gradient: RowGradient) -> None:
     phi = torch.zeros(1, gradient.parameters)
     gradient.add(phi, None, torch.zeros(2, gradient.parameters), 0.0, 1.0)  # takes memory
     gradient.at_once *= 2
@@ -402,27 +424,43 @@ def _half_is_kept(gradient: fused.FusedGradient) -> None:
     gradient.kernel.fused_kept = lambda *described: kernel.fused_kept(*described) // 2
 
 
-def _more_examples(gradient: fused.FusedGradient) -> None:
+def more_examples(gradient: RowGradient) -> None:
     gradient.examples += 1
 
 
 BEHIND_THE_CHECKS: dict[str, Callable[[fused.FusedGradient], None]] = {
-    "inputs": _shorter("inputs"),
-    "targets": _shorter("targets"),
-    "weights": _shorter("weights"),
-    "parameters": _fewer_parameters,
-    "block": _larger_blocks,
+    "inputs": shorter("inputs"),
+    "targets": shorter("targets"),
+    "weights": shorter("weights"),
+    "parameters": fewer_parameters,
+    "block": larger_blocks,
     "length": _another_length,
     "stride": _wide_stride,
-    "order": _more_examples,
+    "order": more_examples,
     "along": _half_the_memory,
     "kept": _half_is_kept,
 }
 
 
-def _is_caught(name: str) -> bool:
+def ends(name: str, mistake: Callable[[], None]) -> bool:
     """Whether the sanitizers end a process that makes this mistake. Raises RuntimeError if not."""
-    torch.set_num_threads(1)
+    with tempfile.TemporaryFile() as report:
+        process = os.fork()
+        if process == 0:
+            os.dup2(report.fileno(), 2)
+            torch.set_num_threads(1)
+            mistake()
+            os._exit(0)
+        _, status = os.waitpid(process, 0)
+        report.seek(0)
+        text = report.read().decode(errors="replace")
+    if status == 0 or not ("AddressSanitizer" in text or "runtime error" in text):
+        raise RuntimeError(f"the sanitizers do not see a mistake in {name}: {text[-2000:]}")
+    return True
+
+
+def _make(name: str) -> None:
+    """The mistake of that name, and then a call."""
     shapes = {"w0": torch.Size((9, 3, 1)), "b0": torch.Size((9,)), "w1": torch.Size((5, 10, 9)), "b1": torch.Size((5,))}
     gradient = fused.FusedGradient(
         [Convolution("w0", "b0", 2, SILU), Dense("w1", "b1", None)],
@@ -431,25 +469,19 @@ def _is_caught(name: str) -> bool:
         torch.full((2, 20, 5), 0.2),
         torch.rand(2, 20),
     )
-    with tempfile.TemporaryFile() as report:
-        process = os.fork()
-        if process == 0:
-            os.dup2(report.fileno(), 2)
-            BEHIND_THE_CHECKS[name](gradient)
-            phi = torch.randn(2, gradient.parameters)
-            order = torch.full((2, 1, 20), gradient.examples - 1) if name == "order" else None
-            weights = None if order is None else torch.rand(order.shape)
-            if name in ("along", "kept"):
-                gradient.linearize(phi, torch.zeros_like(phi)).add(torch.randn_like(phi), phi, 0.0, 1.0)
-            else:
-                gradient.add(phi, None, torch.zeros_like(phi), 0.0, 1.0, 1, order, weights)
-            os._exit(0)
-        _, status = os.waitpid(process, 0)
-        report.seek(0)
-        text = report.read().decode(errors="replace")
-    if status == 0 or not ("AddressSanitizer" in text or "runtime error" in text):
-        raise RuntimeError(f"the sanitizers do not see a mistake in {name}: {text[-2000:]}")
-    return True
+    BEHIND_THE_CHECKS[name](gradient)
+    phi = torch.randn(2, gradient.parameters)
+    if name in ("along", "kept"):
+        gradient.linearize(phi, torch.zeros_like(phi)).add(torch.randn_like(phi), phi, 0.0, 1.0)
+    else:
+        call(gradient, phi, name)
+
+
+def call(gradient: RowGradient, phi: Tensor, name: str) -> None:
+    """Of batches, where the mistake is in their ``order``."""
+    order = torch.full((2, 1, 20), gradient.examples - 1) if name == "order" else None
+    weights = None if order is None else torch.rand(order.shape)
+    gradient.add(phi, None, torch.zeros_like(phi), 0.0, 1.0, 1, order, weights)
 
 
 def instruction_sets() -> list[str]:
@@ -489,14 +521,17 @@ def build(folder: Path) -> dict[str, Path]:
     return libraries
 
 
-def main() -> None:
+def main(chance: type[Random], is_caught: Mapping[str, Callable[[], bool]]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=300, help="valid descriptions, for each instruction set")
+    parser.add_argument(
+        "--count", type=int, default=300, help="valid descriptions, for each kernel and instruction set"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--library", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.library:
-        print(json.dumps(try_all(arguments.library, arguments.count, arguments.seed)))
+        torch.manual_seed(arguments.seed)
+        print(json.dumps(try_all(arguments.library, arguments.count, chance(arguments.seed), is_caught)))
         return
     preload, sets = runtime(), instruction_sets()
     if not preload or not sets:
@@ -504,11 +539,11 @@ def main() -> None:
     environment = os.environ | {"LD_PRELOAD": ":".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
     total: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, library in build(Path(folder)).items():
+        for script, (name, library) in itertools.product(SCRIPTS, build(Path(folder)).items()):
             done = subprocess.run(
                 [
                     sys.executable,
-                    __file__,
+                    Path(__file__).with_name(script),
                     "--library",
                     library,
                     "--count",
@@ -521,14 +556,14 @@ def main() -> None:
                 text=True,
             )
             if done.returncode:
-                sys.exit(f"{done.stdout}{done.stderr}\nerror: the kernel for {name} failed")
+                sys.exit(f"{done.stdout}{done.stderr}\nerror: {script}: the kernel for {name} failed")
             for key, value in json.loads(done.stdout.splitlines()[-1]).items():
                 total[key] = total.get(key, 0) + value
     print(
-        f"sanitized kernel ({' and '.join(sets)}): {total['valid']} valid descriptions give autograd's derivatives, "
+        f"sanitized kernels ({' and '.join(sets)}): {total['valid']} valid descriptions give autograd's derivatives, "
         f"{total['invalid']} invalid ones are refused, {total['caught']} mistakes behind the checks are caught"
     )
 
 
 if __name__ == "__main__":
-    main()
+    main(Random, {name: partial(ends, name, partial(_make, name)) for name in BEHIND_THE_CHECKS})

@@ -1,4 +1,4 @@
-"""Intervals, slopes and tests for the tables and figures."""
+"""Intervals and slopes for the tables and figures."""
 
 import math
 import statistics
@@ -13,13 +13,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean, 0.0
     return mean, float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """Of the differences a − b: mean, half width of its 95 % interval, and the p-value of the two-sided t test."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    mean, half = interval(differences)
-    return mean, half, float(stats.ttest_rel(a, b).pvalue)
 
 
 def slope(x: Sequence[float], y: Sequence[float], logarithmic: bool = True) -> tuple[float, float, float]:

@@ -110,10 +110,14 @@ def tasks_of(kind: str, count: int = 4) -> tuple[Learner, TaskBatch]:
 def plain_losses(learner: Learner, tasks: TaskBatch, task: int) -> tuple[Callable[[Tensor], Tensor], ...]:
     """f̂ᵢ and fᵢ as functions of one flat vector, through the module's ordinary forward: no stacking, no vmap."""
     shapes = {name: p.shape for name, p in learner.model.named_parameters() if p.requires_grad}
+    turned = {f"{name}.weight" for name, layer in learner.model.named_modules() if isinstance(layer, nn.Conv1d)}
 
     def loss(flat: Tensor, x: Tensor, y: Tensor) -> Tensor:
         parts = flat.split([shape.numel() for shape in shapes.values()])
-        parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        parameters = {
+            name: part.view(shape[0], shape[2], shape[1]).mT if name in turned else part.view(shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
         return learner.loss_fn(torch.func.functional_call(learner.model, parameters, (x,)), y)
 
     return (

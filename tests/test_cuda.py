@@ -91,6 +91,47 @@ def test_float32_keeps_its_digits_whatever_the_process_has_set(network, tf32):
         assert found.engine == "stacked"
 
 
+LR = [0.1, 0.08, 0.06, 0.05, 0.05]
+ON_BATCHES = {
+    "symmetric": estimators.Symmetric(solvers.GradientDescent(5, LR, batch=10, query_batch=5), 0.5, 0.01),
+    "forward, momentum": estimators.Forward(solvers.GradientDescent(5, 0.1, momentum=0.5, batch=7), 0.5, 0.01),
+    "forward, Adam": estimators.Forward(solvers.Adam(5, 0.01, batch=10, query_batch=5), 0.5, 0.01),
+    "tangent": estimators.Tangent(solvers.GradientDescent(5, 0.1, batch=10, query_batch=5), 0.5),
+    "maml": estimators.MAML(solvers.GradientDescent(5, 0.1, batch=10)),
+    "maml, all steps": estimators.MAML(solvers.GradientDescent(5, 0.1), multi_step=0.5, learn_lr=0.1),
+    "fomaml": estimators.FOMAML(solvers.GradientDescent(5, 0.1, batch=10)),
+    "reptile, Adam": estimators.Reptile(solvers.Adam(5, 0.01, beta1=0.0, batch=10), data="all"),
+    "imaml, damped": estimators.IMAML(solvers.GradientDescent(5, 0.1), 2.0, damping=1.0),
+}
+
+
+@pytest.mark.parametrize("case", ON_BATCHES)
+@pytest.mark.parametrize("network", ["ours", "plain"])
+def test_batches_are_drawn_as_on_the_cpu(case, network):
+    torch.manual_seed(0)
+    model = (CNN1d((40,), 5, width=8) if network == "ours" else _plain(8)).double()
+    model(torch.zeros(1, 40, dtype=torch.float64))
+    batch = _signals().to(dtype=torch.float64).keyed(torch.Generator().manual_seed(1))
+
+    def call(tasks: fobmaml.TaskBatch) -> fobmaml.MetaGradient:  # learned step lengths stay with an estimator
+        return fobmaml.meta_gradient(copy.deepcopy(ON_BATCHES[case]), model, F.cross_entropy, tasks, task_clip=1e-3)
+
+    wanted = _flat(call(batch))
+    model.cuda()
+    found = call(batch.to(device="cuda"))
+    assert float((_flat(found).cpu() - wanted).norm() / wanted.norm()) < 1e-9
+    assert found.clipped.any()
+
+
+def test_nu_is_chosen_as_on_the_cpu():
+    torch.manual_seed(0)
+    model, batch = CNN1d((40,), 5, width=8).double(), _signals().to(dtype=torch.float64)
+    estimator = estimators.Symmetric(solvers.GradientDescent(5, 0.1), 0.5, "auto")
+    wanted = fobmaml.meta_gradient(estimator, model, F.cross_entropy, batch).nu
+    found = fobmaml.meta_gradient(estimator, model.cuda(), F.cross_entropy, batch.to(device="cuda")).nu
+    assert 0.5 < found / wanted < 2  # it is chosen by the rounding, which is another there
+
+
 def test_memory_is_flat_in_inner_steps_and_grows_with_mamls():
     batch, model = _signals().to(device="cuda"), CNN1d((40,), 5, width=32).cuda()
 
@@ -121,7 +162,23 @@ def test_command_line(tmp_path, run_train):
     assert process.wait(100) == 130
     done = run_train("device=cpu", *shared, env={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr
-    done = run_train("device=cuda", "width=16", "steps=10", "eval.tasks=20", "bias.every=5", "hydra.run.dir=whole")
+    stages = "inner=[{until: 0.5, steps: 3}]"
+    short = ("steps=20", "eval.tasks=20", "bias.every=0", "dtype=float64", "wandb.mode=disabled", stages)
+    for device in ("cpu", "cuda"):
+        done = run_train(f"device={device}", *short, f"hydra.run.dir={device}")
+        assert done.returncode == 0, done.stderr
+    on = {d: json.loads((tmp_path / d / "summary.json").read_text()) for d in ("cpu", "cuda")}
+    assert on["cuda"]["test/loss"] == pytest.approx(on["cpu"]["test/loss"], rel=1e-9)
+    assert on["cuda"]["work/example_gradients"] == on["cpu"]["work/example_gradients"]
+    done = run_train(
+        "device=cuda",
+        "estimator=symmetric",
+        "width=16",
+        "steps=10",
+        "eval.tasks=20",
+        "bias.every=5",
+        "hydra.run.dir=whole",
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert (summary["status"], summary["engine"]) == ("completed", "stacked")

@@ -16,6 +16,7 @@ from fobmaml.run.events import EventLog, events_until, read_events
 from fobmaml.run.folders import sole_user
 from fobmaml.saved.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from fobmaml.tasks import mnist1d
+from fobmaml.tasks.cache import stored
 
 CONFIG = {"width": 8, "estimator": {"lam": 0.5}}
 
@@ -177,13 +178,13 @@ def test_a_damaged_cache_is_known_whatever_the_damage(tmp_path, cache):
     unknown = 0
     for data in damaged:
         path.write_bytes(data)
-        found = mnist1d._stored(path)
+        found = stored(path)
         unknown += found is None
         assert found is None or all(np.array_equal(found[name], arrays[name]) for name in arrays)
     assert unknown > 50
     path.unlink()
     path.mkdir()
-    assert mnist1d._stored(path) is None
+    assert stored(path) is None
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def test_compiled_gradients_equal_autograd(instructions, seed):
         engine.engine.kernel.add(phi.float(), None, into, scale, step)
         found.append(into)
         assert scale or torch.equal(engine.gradient(phi.float()), into)
-    assert learner.fused
-    assert not precise.fused
+    assert learner.used.startswith("fused-")
+    assert precise.used == "autograd"
     assert (found[0] - found[1]).norm() <= 1e-5 * found[1].norm()
 
 
@@ -109,9 +109,8 @@ def test_descent_on_mini_batches_equals_autograd(instructions, seed):
             output = precise.one_row(phi, x[r, which].double())
             loss = F.cross_entropy(output, targets[r, which], reduction="none") @ weights[r, t].double()
             wanted[r] = scale * wanted[r] - step * torch.autograd.grad(loss, phi)[0]
-    kernel = FusedGradient(
-        model.stacked_layers(), precise.shapes, model.stacked_inputs(x), F.one_hot(targets, outputs).float(), x[..., 0]
-    )
+    learner = Learner(model.float(), F.cross_entropy)
+    kernel = learner.engine_for(x, learner.row_loss(targets)).engine.kernel
     found = torch.zeros(rows, precise.parameter_count)
     kernel.add(theta.float(), found, found, scales, [-step for step in steps], times, order, weights)
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
@@ -158,7 +157,6 @@ def test_an_order_of_all_examples_is_the_whole_gradient(instructions):
 
 def test_compiled_gradients_do_not_depend_on_threads_and_tasks_at_once(instructions):
     learner, tasks = Learner(CNN1d((40,), 5, width=20), F.cross_entropy), _tasks().to(dtype=torch.float32)
-    assert learner.fused
     found = []
     for threads, chunk in ((1, 1), (1, 3), (2, 3), (5, 3)):
         torch.set_num_threads(threads)
@@ -166,6 +164,7 @@ def test_compiled_gradients_do_not_depend_on_threads_and_tasks_at_once(instructi
             found.append(estimate(Symmetric(GradientDescent()), learner, learner.theta(), tasks, chunk).gradient)
         finally:
             torch.set_num_threads(1)
+    assert learner.used.startswith("fused-")
     assert all(torch.equal(found[1], other) for other in found[2:])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)  # the sum over tasks is in other parts
 
@@ -179,7 +178,10 @@ def test_a_network_that_overflows_is_not_finite(instructions):
 
 def test_the_kernel_is_for_what_it_knows(monkeypatch):
     def is_fused(model, **options):
-        return Learner(model, F.cross_entropy, **options).fused
+        learner = Learner(model, F.cross_entropy, **options)
+        x, y = torch.randn(2, 3, 40, dtype=learner.dtype), torch.zeros(2, 3, dtype=torch.long)
+        learner.engine_for(x, learner.row_loss(y))
+        return learner.used.startswith("fused-")
 
     model = CNN1d((40,), 5, width=4)
     assert is_fused(model) == (library.kernel() is not None)
@@ -218,9 +220,9 @@ WRONG_INPUTS = [
 @pytest.mark.parametrize(("model", "example", "says"), WRONG_INPUTS)
 @pytest.mark.parametrize("compiled", [True, False])
 def test_inputs_of_another_shape_are_refused_in_the_same_words(model, example, says, compiled):
-    """By the module itself and by what takes its layers, also after a right batch, with the kernel and without."""
+    """By the module itself and by engines, also after a right batch, with the kernel and without."""
     says, x = f"^{re.escape('inputs=' + says)}$", torch.randn(3, 6, *example)
-    for call in (lambda: model(x[0]), lambda: torch.vmap(model)(x), lambda: model.stacked_inputs(x)):
+    for call in (lambda: model(x[0]), lambda: torch.vmap(model)(x)):
         with pytest.raises(ValueError, match=says):
             call()
     learner = Learner(model, F.cross_entropy, engine="auto" if compiled else "stacked")
@@ -251,7 +253,6 @@ def test_a_module_takes_what_its_docstring_says():
     x = torch.randn(3, 6, 2, 20)
     model = MLP((2, 20), 5, 8)
     assert torch.equal(model(x[0]), model(x[0].flatten(1)))
-    assert torch.equal(model.stacked_inputs(x), x.flatten(2).unsqueeze(2))
     assert MLP((), 5)(torch.randn(6)).shape == (6, 5)  # a number an example
     assert model(x[0, :0]).shape == (0, 5)
 
@@ -477,8 +478,9 @@ def test_a_network_that_the_kernel_does_not_know_is_refused(instructions):
             _add(given | {"layers": [Dense("w0", "b0", activation)]})
     deep = MLP((4,), 5, width=1, depth=600)
     learner = Learner(deep, F.cross_entropy)
-    assert learner.lists_layers
-    assert not learner.fused
+    x, y = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
+    learner.engine_for(x, learner.row_loss(y))
+    assert learner.used == "stacked"
 
 
 def _odd(t):

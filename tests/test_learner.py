@@ -156,16 +156,18 @@ class Doubled(CNN1d):
         return 2.0 * super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [CNN1d, Doubled])
-def test_passes_by_hand_are_for_the_listed_network_only(kind):
+@pytest.mark.parametrize(
+    ("kind", "why"), [(CNN1d, "Conv1d 'convolutions.1'"), (Doubled, "Doubled '' (aten.mul.Tensor)")]
+)
+def test_passes_by_hand_are_for_the_whole_network_only(kind, why):
     model = kind((40,), 5, width=4).double()
-    assert Learner(CNN1d((40,), 5, width=4), F.cross_entropy).lists_layers
     if kind is CNN1d:
-        model.biases[1].requires_grad_(False)
+        model.convolutions[1].bias.requires_grad_(False)
     learner, tasks = Learner(model, F.cross_entropy), _batch()
-    assert not learner.lists_layers
     rows = learner.theta().expand(3, -1)
     gradient = InnerProblem(learner, rows, tasks, 0.0).gradient(rows)
+    assert learner.used == "autograd"
+    assert learner.untraced.startswith(why)
     support, _ = plain_losses(learner, tasks, 0)
     torch.testing.assert_close(gradient[0], torch.func.grad(support)(rows[0]), rtol=1e-10, atol=1e-11)
 

@@ -49,6 +49,7 @@ def trained(tmp_path) -> Trained:
         ("estimator=symmetric", "eval.solver.steps=3", "eval.lam=0.2"),
         ("estimator=symmetric", "eval.solver={_target_: fobmaml.solvers.Adam, steps: 4}"),
         ("dataset=sinusoid", "estimator=symmetric"),
+        ("model=mlp", "adapt=head"),
         ("dataset.loss=mse", "solver=bb", "estimator=imaml"),
     ],
     ids=lambda overrides: " ".join(overrides) or "default",
@@ -117,6 +118,14 @@ def test_adapt_is_gradient_descent_and_leaves_the_model(make, mode):
     for name, values in model.state_dict().items():
         assert torch.equal(values, before[name])
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_adapt_moves_what_it_is_asked_to():
+    torch.manual_seed(0)
+    model, x, y = PlainMLP(), torch.randn(12, 40), torch.arange(12) % 5
+    found = fobmaml.adapt(model, GradientDescent(steps=2), F.cross_entropy, x, y, adapt="head")
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, found.get_parameter(name))]
+    assert moved == [name for name, _ in model.named_parameters()][-2:]
 
 
 def test_what_is_tied_stays_tied():

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from fobmaml.run import main
 
 CHECKS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-FEW, SOME, MANY, PARTS = 12, 24, 60, 6  # the nightly parts make 300
+FEW, SOME, MANY, PARTS = 8, 16, 60, 6  # the nightly parts make 300
 
 
 def _run(overrides: list[str]) -> tuple[int, str, Path, tempfile.TemporaryDirectory]:

@@ -15,7 +15,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_library_example():
-    example = EXAMPLES[0]
+    (example,) = (each for each in EXAMPLES if "optimizer.step()" in each)
     assert len(example.strip().splitlines()) < 30
     done = subprocess.run(
         [sys.executable, "-c", "import torch; torch.manual_seed(0)\n" + example],
@@ -36,6 +36,13 @@ def test_example_of_use(run_train, tmp_path, example):
     assert run_train(*quick, f"hydra.run.dir={folder}").returncode == 0
     done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_example_of_data():
+    (example,) = (each for each in EXAMPLES if "FewShot" in each)
+    sampled = "print(source.sample('test', 2, torch.Generator()).query_x.shape)"
+    done = subprocess.run([sys.executable, "-c", example + sampled], text=True, capture_output=True, timeout=120)
+    assert done.stdout == "torch.Size([2, 50, 28, 28])\n", done.stderr
 
 
 def test_make_targets_exist():

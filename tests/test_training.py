@@ -30,7 +30,7 @@ from fobmaml.optim import SNGDM, ClippedSGD
 from fobmaml.run.plotting import learning_curve
 from fobmaml.settings import Settings
 from fobmaml.tasks import Logistic, Sinusoid
-from fobmaml.tasks.mnist1d import mean_squared_error
+from fobmaml.tasks.few_shot import mean_squared_error
 from fobmaml.training import EVALUATION_SEED, Diverged, MetaTraining
 
 QUICK = {
@@ -362,7 +362,7 @@ def test_automatic_chunks_shrink_with_width(mnist1d):
 
 def test_automatic_chunks_keep_threads_busy_where_gradients_are_compiled(mnist1d):
     learner = Learner(CNN1d((40,), 5, width=250), F.cross_entropy)
-    learner.fused = True  # also where there is no compiler
+    learner.fuses = lambda chain: True  # also where there is no compiler
     tasks = mnist1d.sample("train", 16, torch.Generator().manual_seed(0))
     central, maml = (kind(solvers.GradientDescent()) for kind in (Central, MAML))
     chunks = {threads: [] for threads in (1, 2)}

@@ -11,6 +11,7 @@ from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.engine import Learner
 from fobmaml.engine.losses import LossFn
 from fobmaml.engine.modules import private_copy
+from fobmaml.engine.selection import Adapt
 from fobmaml.estimators import chunk_size
 from fobmaml.precision import full_precision
 from fobmaml.solvers import InnerProblem, Solution, Solver
@@ -48,16 +49,24 @@ class AdaptedTasks:
 
 
 def adapt(
-    model: nn.Module, solver: Solver, loss_fn: LossFn, x: Any, y: Any, lam: float = 0.0, engine: str = "auto"
+    model: nn.Module,
+    solver: Solver,
+    loss_fn: LossFn,
+    x: Any,
+    y: Any,
+    lam: float = 0.0,
+    engine: str = "auto",
+    adapt: Adapt = "all",
 ) -> nn.Module:
     """``model``, adapted to one task: a module of the same class with the parameters φ ≈ argmin f̂(φ) + (λ/2)‖φ − θ‖².
 
-    ``x``, ``y``: its support set, [S, ...] each, tensors or NumPy arrays; there need be no query set. ``loss_fn``: as
-    in ``meta_gradient``. ``lam``: λ, 0 for no proximal term. The module shares nothing with ``model``, which comes back
-    as it was, and is the caller's own: to call, train, save or export. Cost: the solver's K gradients of S examples.
+    ``x``, ``y``: its support set, [S, ...] each, tensors or NumPy arrays; there need be no query set. ``loss_fn``, and
+    ``adapt``, what moves: as in ``meta_gradient``. ``lam``: λ, 0 for no proximal term. The module shares nothing with
+    ``model``, which comes back as it was, and is the caller's own: to call, train, save or export. Cost: the solver's K
+    gradients of S examples.
     Raises ValueError for a bad argument.
     """
-    return adapt_tasks(model, solver, loss_fn, one_task("x", x), one_task("y", y), lam, None, engine)[0]
+    return adapt_tasks(model, solver, loss_fn, one_task("x", x), one_task("y", y), lam, None, engine, adapt)[0]
 
 
 def adapt_tasks(
@@ -69,6 +78,7 @@ def adapt_tasks(
     lam: float = 0.0,
     task_chunk: int | str | None = "auto",
     engine: str = "auto",
+    adapt: Adapt = "all",
 ) -> AdaptedTasks:
     """``adapt`` to many tasks at once: ``x``, ``y`` [T, S, ...].
 
@@ -78,7 +88,7 @@ def adapt_tasks(
         raise refuse("solver", type(solver).__name__, "a fobmaml.solvers.Solver")
     lam = number("lam", lam, at_least=0.0)
     with torch.inference_mode(False):
-        learner = Learner(model, loss_fn, engine)
+        learner = Learner(model, loss_fn, engine, adapt)
         theta = learner.theta()
         return adapted(learner, lambda part: solver.solve(InnerProblem(learner, theta, part, lam)), x, y, task_chunk)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fobmaml.arguments import number, one_of, or_auto, refuse, whole_number
 from fobmaml.engine import ENGINES
+from fobmaml.engine.selection import Adapt
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Settings:
     task_chunk: int | str = "auto"
     memory_limit_mb: float | None = None
     engine: str = "auto"
+    adapt: Adapt = "all"
     schedule: str = "cosine"
     task_clip: float | None = None
     clip: float | None = None

@@ -22,12 +22,12 @@ from fobmaml.arguments import refuse
 from fobmaml.engine import Learner, Work
 from fobmaml.estimators import Adaptation, Estimator, MeanEstimate, chunk_size, estimate
 from fobmaml.logged import LINEAR, loss_name, worked
-from fobmaml.measure import Event, Measurement, peak_bytes
+from fobmaml.measure import Accuracy, Event, Measurement, Metric, peak_bytes
 from fobmaml.measure.accuracy import task_scores
 from fobmaml.outer import Outer
 from fobmaml.settings import Settings
 from fobmaml.stages import Stage, Stages
-from fobmaml.tasks import Split, TaskBatch, TaskSource
+from fobmaml.tasks import Split, Stream, TaskBatch, TaskSource
 from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample
 
 log = logging.getLogger(__name__)
@@ -63,14 +63,18 @@ class MetaTraining:
         measurements: Sequence[Measurement] = (),
         adaptation: Adaptation | None = None,
         stages: Sequence[Stage] = (),
+        metrics: Sequence[Metric] = (Accuracy(),),
     ):
-        """``adaptation``: of validation and meta-test tasks, by default as in training, without ``stages``."""
+        """``adaptation``: of validation and meta-test tasks, by default as in training, without ``stages``.
+        ``metrics``: what is measured there beside the loss."""
         check_members(source)
         self.settings, self.source, self.estimator, self.measurements = settings, source, estimator, tuple(measurements)
-        self.stages = Stages(estimator, stages)
+        self.stages, self.metrics = Stages(estimator, stages), metrics
         self.step, self.train_seconds, self.negative_curvature_tasks, self.work = 0, 0.0, 0.0, Work()
         self._in_turn = False
-        self.learner = Learner(model, source.loss_fn, settings.engine)
+        self.at_once: int | None = None  # tasks solved together in the latest meta-step
+        support_loss = getattr(source, "support_loss", None)
+        self.learner = Learner(model, source.loss_fn, settings.engine, settings.adapt, support_loss)
         self.outer = Outer(self.learner, estimator)
         self.adapting = estimator.adapting(adaptation or Adaptation())  # behind outer, to share its variables
         self.optimizer = self.outer.optimizer(make_optimizer)
@@ -99,7 +103,7 @@ class MetaTraining:
             with failures_named(f"model: forward at examples {list(one.query_x.shape[1:])} of the data set"):
                 outputs = self.learner.outputs(theta[None], one.query_x)
             with failures_named("dataset: loss_fn"):
-                task_scores(self.learner, self.source, outputs, one.query_y)
+                task_scores(self.learner, self.source, outputs, one, self.metrics)
 
     @property
     def _ends(self) -> list[tuple[float, float]]:
@@ -132,6 +136,8 @@ class MetaTraining:
             split, seed, step = "train", self.settings.seed, 0
         entropy = np.random.SeedSequence([seed, ("train", "validation", "test").index(split), step])
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
+        if split == "train" and isinstance(self.source, Stream):
+            self.source.seek(step * count)
         tasks = sample(self.source, split, count, generator)
         return tasks if tasks.keys is not None else tasks.keyed(generator)
 
@@ -180,7 +186,8 @@ class MetaTraining:
         s = self.settings
         self.stages.enter(fraction)
         tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
-        result = self._estimate(theta, tasks, self.chunk(tasks, self.estimator), logged)
+        self.at_once = self.chunk(tasks, self.estimator)
+        result = self._estimate(theta, tasks, self.at_once, logged)
         values = torch.cat([result.gradient, *(each.flatten() for each in result.variables.values())])
         if result.query_loss is not None and result.residual is not None:
             nu = values.new_tensor([result.nu or 0.0])
@@ -303,9 +310,12 @@ class MetaTraining:
             "work": astuple(self.work),
             "negative_curvature_tasks": self.negative_curvature_tasks,
             "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float64),
+            **({"stream": self.source.state_dict()} if isinstance(self.source, Stream) else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if isinstance(self.source, Stream):
+            self.source.load_state_dict(state["stream"])
         self.outer.load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.latest = state["step"], {**self.latest, **state["latest"]}

@@ -8,13 +8,14 @@ from torch.func import vmap
 
 from fobmaml.engine.base import Engine
 from fobmaml.engine.losses import hvp
-from fobmaml.engine.modules import differentiable
+from fobmaml.engine.modules import batched, differentiable
 from fobmaml.engine.network import Network
 
 
 def rows_batched(network: Network, phi: Tensor, x: Tensor) -> Tensor:
     """The network with parameters phi[r] on the examples x[r], all rows at once: [R, P], [R, N, ...] -> [R, N, ...]."""
-    return vmap(network.module)(network.unflatten(phi), x)
+    with batched(network.device):
+        return vmap(network.module)(network.unflatten(phi), x)
 
 
 class Autograd(Engine):

@@ -53,15 +53,16 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* A layer's parameters are weights [out][kernel_size][in] and biases [out], at the places ``weight`` and ``bias`` of a row. A
-dense layer is one window over the whole signal. */
+dense layer is one window over the whole signal; a turned one has weights [out][in][kernel_size] there. */
 typedef struct {
-    int64_t kernel_size, stride, in, out, length_in, length_out, dense, weight, bias;
+    int64_t kernel_size, stride, in, out, length_in, length_out, dense, turned, weight, bias;
 } Layer;
 
 /* What a thread keeps of a layer, for a block of examples. Windows m go over all examples. */
 typedef struct {
     float *forward;       /* weights as panels [kernel_size * in][up to WIDTH vectors of out] */
-    float *weights;       /* and as they are, [out][kernel_size * in] */
+    float *weights;       /* and as [out][kernel_size * in] */
+    float *turned;        /* a part of their gradient as that, where a row has them turned */
     float *bias;
     float *h;             /* the input, [examples][1 + length_in + 1][in] */
     float *gh;            /* the loss's derivative by it, zero until it is summed up */
@@ -337,22 +338,14 @@ static void few_weights(const Layer *layer, const Buffers *at, int64_t windows, 
     }
 }
 
-/* into = scale * into + step * the gradient with respect to the layer's parameters: the sum over windows of gz h for the
-weights, of gz for the biases. With ``other``, of gz h + other moved. */
-static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t windows, const float *gz, const float *h,
-                               const float *other, const float *moved, float *into, float scale, float step) {
+/* into = scale * into + step * the gradient with respect to the weights [out][kernel_size * in]: the sum over windows of
+gz h. With ``other``, of gz h + other moved. */
+static void weight_gradient(const Layer *layer, const Buffers *at, int64_t windows, const float *gz, const float *h,
+                            const float *other, const float *moved, float *into, float scale, float step) {
     int64_t out = layer->out, depth = layer->kernel_size * layer->in, groups = CEIL(out, HEIGHT);
-    float *bias = into + layer->bias;
-    for (int64_t o = 0; o < out; o += LANES) {
-        vec sum = {0};
-        for (int64_t m = 0; m < windows; m++) sum += load(gz + m * out + o);
-        sum *= step;
-        if (scale != 0.0f) sum += scale * load_first(bias + o, out - o);
-        store_first(bias + o, sum, out - o);
-    }
     if (depth < LANES) {
-        few_weights(layer, at, windows, gz, h, into + layer->weight, scale, step);
-        if (other) few_weights(layer, at, windows, other, moved, into + layer->weight, 1.0f, step);
+        few_weights(layer, at, windows, gz, h, into, scale, step);
+        if (other) few_weights(layer, at, windows, other, moved, into, 1.0f, step);
         return;
     }
     for (int64_t m = 0, some; m < windows; m += some, scale = 1.0f) {
@@ -361,10 +354,35 @@ static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t wi
             int64_t first = group * out / groups, last = (group + 1) * out / groups, g = m * out + first;
             Term term[2] = {{gz + g, h + k}};
             if (other) term[1] = (Term){other + g, moved + k};
-            weight_rows(last - first, width, some, out, at->from + m, other ? 2 : 1, term,
-                        into + layer->weight + first * depth + k, depth, depth - k, scale, step);
+            weight_rows(last - first, width, some, out, at->from + m, other ? 2 : 1, term, into + first * depth + k,
+                        depth, depth - k, scale, step);
         }
     }
+}
+
+/* The same for all of the layer's parameters, in a row's order; for the biases the sum is of gz. */
+static void parameter_gradient(const Layer *layer, const Buffers *at, int64_t windows, const float *gz, const float *h,
+                               const float *other, const float *moved, float *into, float scale, float step) {
+    int64_t out = layer->out, in = layer->in, size = layer->kernel_size;
+    float *bias = into + layer->bias, *weights = into + layer->weight;
+    for (int64_t o = 0; o < out; o += LANES) {
+        vec sum = {0};
+        for (int64_t m = 0; m < windows; m++) sum += load(gz + m * out + o);
+        sum *= step;
+        if (scale != 0.0f) sum += scale * load_first(bias + o, out - o);
+        store_first(bias + o, sum, out - o);
+    }
+    if (!layer->turned) {
+        weight_gradient(layer, at, windows, gz, h, other, moved, weights, scale, step);
+        return;
+    }
+    weight_gradient(layer, at, windows, gz, h, other, moved, at->turned, 0.0f, step);
+    for (int64_t o = 0; o < out; o++)
+        for (int64_t c = 0; c < in; c++)
+            for (int64_t k = 0; k < size; k++) {
+                float *p = weights + (o * in + c) * size + k, part = at->turned[(o * size + k) * in + c];
+                *p = scale == 0.0f ? part : scale * *p + part;
+            }
 }
 
 /* to = a + b; b may be missing. */
@@ -375,11 +393,23 @@ INLINE void add(float *to, const float *a, const float *b, int64_t number) {
         memcpy(to, a, number * sizeof(float));
 }
 
+/* to = a + b, weights [out][in][kernel_size] that become [out][kernel_size][in]; b may be missing. */
+static void turn(const Layer *layer, const float *a, const float *b, float *to) {
+    int64_t in = layer->in, size = layer->kernel_size;
+    for (int64_t o = 0; o < layer->out; o++)
+        for (int64_t c = 0; c < in; c++)
+            for (int64_t k = 0; k < size; k++) {
+                int64_t from = (o * in + c) * size + k;
+                to[(o * size + k) * in + c] = b ? a[from] + b[from] : a[from];
+            }
+}
+
 /* Lays out the parameters start + moved for the products. */
 static void pack(const Layer *layer, const float *start, const float *moved, Buffers *at) {
     int64_t out = layer->out, depth = layer->kernel_size * layer->in;
     add(at->bias, start + layer->bias, moved ? moved + layer->bias : NULL, out);
-    add(at->weights, start + layer->weight, moved ? moved + layer->weight : NULL, out * depth);
+    if (layer->turned) turn(layer, start + layer->weight, moved ? moved + layer->weight : NULL, at->weights);
+    else add(at->weights, start + layer->weight, moved ? moved + layer->weight : NULL, out * depth);
     EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
         for (int64_t k = 0; k < depth; k += LANES) {
             vec v[LANES];
@@ -429,6 +459,8 @@ static int64_t arrange(const Layer *layers, int64_t count, int64_t block, char *
         int64_t depth = layer->kernel_size * layer->in, windows = block * layer->length_out;
         if (depth < LANES) largest = MAX(largest, windows * depth);
         PLACE(b->weights, layer->out * depth);
+        b->turned = NULL;
+        if (layer->turned) PLACE(b->turned, layer->out * depth);
         PLACE(b->forward, CEIL(layer->out, LANES) * LANES * depth);
         PLACE(b->bias, layer->out);
         PLACE(b->from, windows);

@@ -7,42 +7,37 @@ operators.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from fobmaml.arguments import refuse, whole_number
+from fobmaml.arguments import refuse
 from fobmaml.engine import library
 from fobmaml.engine.base import Engine, Steps
+from fobmaml.engine.chain import Chain
 from fobmaml.engine.layers import Convolution, Dense, check_chain
 from fobmaml.engine.losses import CrossEntropy, Part, rows_taken
 from fobmaml.engine.memory import ALIGNMENT, aligned, check, check_in_order, check_written, factors, in_order
 from fobmaml.engine.network import Network
+from fobmaml.engine.rows import MOST_NUMBERS, RowGradient
 from fobmaml.engine.stacked import Stacked
 
 EXAMPLES_AT_ONCE, OF_LARGE_LAYERS, LARGE = 25, 50, 2**17
 """Their activations stay in a processor's cache, and are enough to read the weights for. Of a layer of more than LARGE
 weights they do not, and twice the examples are faster (measured at 25, 64, 128 and 250 channels)."""
-STEPS_A_CALL = 10
-"""Within a call no thread waits for another, and nobody can interrupt."""
 ROWS_A_THREAD, KEPT_ROWS_A_THREAD = 8, 2
 """At least so many: a row is one thread's, and all threads wait for the last. Of Hessian products fewer: for them each
 row keeps its signals at each step, and a call is of one step anyway."""
-MOST_TIMES = 2**20  # in a call: a step has numbers of its own
-MOST_NUMBERS = 2**40  # in one buffer: sums of a few of them, in bytes, do not overflow
 
 
-class FusedGradient:
+class FusedGradient(RowGradient):
     """Of the cross-entropies Σₙ weights[r, n] · L(network(φᵣ, x[r, n]), targets[r, n]), for all rows r.
 
     ``shapes``: of the parameters by name, in the order of a row. ``x`` [R, N, length, channels], ``targets``
-    [R, N, classes], each summing to one, ``weights`` [R, N] or [R, N, 1]. Rows are shared out among torch's threads,
-    and the result does not depend on their number. Memory, a thread: the weights twice and the activations of the
-    examples taken at once, for Hessian products twice as much. One caller at a time.
+    [R, N, classes], each summing to one, ``weights`` [R, N] or [R, N, 1]. Memory, a thread: the weights twice and the
+    activations of the examples taken at once, for Hessian products twice as much.
 
-    The kernel believes what it is told, so everything that it is told is checked here. Raises ValueError naming the
-    argument (``x`` is called inputs).
+    Raises ValueError naming the argument (``x`` is called inputs).
     """
 
     def __init__(
@@ -68,12 +63,11 @@ class FusedGradient:
         classes = shapes[layers[-1].weight][0]
         check("targets", targets, (rows, examples, classes))
         check("weights", weights, (rows, examples), (rows, examples, 1))
-        self.data = {"inputs": in_order(x), "targets": in_order(targets), "weights": in_order(weights)}
-        self.kernel, self.rows, self.examples = found, rows, examples
+        data = {"inputs": in_order(x), "targets": in_order(targets), "weights": in_order(weights)}
         sizes = [math.prod(shape) for shape in shapes.values()]
-        *begins, self.parameters = accumulate(sizes, initial=0)
+        *begins, parameters = accumulate(sizes, initial=0)
         starts = dict(zip(shapes, begins, strict=True))
-        self.at_once = EXAMPLES_AT_ONCE if max(sizes) <= LARGE else OF_LARGE_LAYERS
+        at_once = EXAMPLES_AT_ONCE if max(sizes) <= LARGE else OF_LARGE_LAYERS
         channels, described = x.shape[3], []
         for layer, (length, after) in zip(layers, pairwise(lengths), strict=True):
             dense, outputs = isinstance(layer, Dense), shapes[layer.weight][0]
@@ -87,83 +81,16 @@ class FusedGradient:
                     length,
                     after,
                     dense,
+                    getattr(layer, "turned", False),
                     starts[layer.weight],
-                    starts[layer.bias],
+                    starts[str(layer.bias)],
                 )
             )
-            if max(self.parameters, self.at_once * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:
+            if max(parameters, at_once * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:
                 raise refuse("inputs", tuple(x.shape), f"signals that fit into memory, {layer.weight}'s too")
             channels = outputs
-        self.layers = (library.Layer * len(layers))(*described)
-        self.threads = min(torch.get_num_threads(), rows)
-        self.block, self.parts, self.memory = 0, 0, torch.empty(0, dtype=torch.uint8)
-
-    def add(
-        self,
-        start: Tensor,
-        displacement: Tensor | None,
-        into: Tensor,
-        scale: float | Sequence[float],
-        step: float | Sequence[float],
-        times: int = 1,
-        order: Tensor | None = None,
-        weights: Tensor | None = None,
-        kept: Tensor | None = None,
-    ) -> None:
-        """into ← scale · into + step · the gradient at φ = start + displacement, ``times`` times.
-
-        ``into`` may be the displacement, which makes it gradient descent. ``start`` [1, P] or [R, P], which may be
-        expanded; the others contiguous [R, P]. ``scale`` and ``step``: a number, or one for each time.
-
-        Mini-batches: at time t row r takes the n examples ``order[r, t]`` only (int64 [R, times, n], some may be the
-        with ``weights[r, t]`` ([R, times, n]). Nothing of ``x`` is copied for it.
-
-        ``kept``: memory of ``linearize``.
-        """
-        times = whole_number("times", times, at_most=MOST_TIMES)
-        scales, steps = factors("scale", scale, times), factors("step", step, times)
-        own = self.rows, self.parameters
-        read = {"start": check("start", start, (1, self.parameters), own)}
-        data = dict(self.data)
-        if order is not None or weights is not None:
-            order, data["weights"] = self._chosen(order, weights, times)
-            read["order"] = check("order", order, dtype=torch.int64)
-        for name, part in data.items():
-            read[name] = check(name, part)  # its memory may have been taken away since
-        chosen = self.examples if order is None else order.shape[2]
-        if displacement is not None:
-            read["displacement"] = check_in_order("displacement", displacement, own)
-        check_written(into, own, read, besides="displacement")
-        if not self.rows:
-            return
-        if not chosen:  # nothing is added
-            for factor in scales.tolist():
-                into.mul_(factor) if factor else into.zero_()
-            return
-        if start.stride(1) != 1 or start.is_neg() or start.data_ptr() % 4:
-            start = in_order(start)
-        scratch = self.scratch(chosen)
-        self.kernel.fused_gradient(
-            self.layers,
-            len(self.layers),
-            self.rows,
-            self.examples,
-            chosen,
-            self.block,
-            self.parameters,
-            start.data_ptr(),
-            start.stride(0) if len(start) > 1 else 0,
-            None if displacement is None else displacement.data_ptr(),
-            *(part.data_ptr() for part in data.values()),
-            None if order is None else order.data_ptr(),
-            times,
-            scales.data_ptr(),
-            steps.data_ptr(),
-            into.data_ptr(),
-            None if kept is None else aligned(kept),
-            scratch,
-            self.threads,
-        )
+        super().__init__(found, "fused", (library.Layer * len(layers))(*described), data, parameters, at_once)
+        self.also = (None,)  # nothing is kept
 
     def linearize(self, start: Tensor, into: Tensor) -> "Hessian":
         """into ← the gradient at ``start``, and the Hessian there. See ``add`` for what these are."""
@@ -173,33 +100,8 @@ class FusedGradient:
             blocks = self.rows * math.ceil(self.examples / self.block)
             bytes_kept = blocks * self.kernel.fused_kept(self.layers, len(self.layers), self.block)
         kept = torch.empty(bytes_kept + ALIGNMENT, dtype=torch.uint8)
-        self.add(start, None, into, 0.0, 1.0, kept=kept)
+        self.add(start, None, into, 0.0, 1.0, also=(aligned(kept),))
         return Hessian(self, torch.empty_like(into).copy_(start.detach()), kept)
-
-    def _chosen(self, order: Tensor | None, weights: Tensor | None, times: int) -> tuple[Tensor, Tensor]:
-        """Which examples to take, and their weights, as the kernel reads them."""
-        if not isinstance(order, Tensor) or order.dim() != 3:
-            got = tuple(order.shape) if isinstance(order, Tensor) else type(order).__name__
-            raise refuse("order", got, "a tensor [rows, times, examples at a time], and weights like it")
-        shape = self.rows, times, order.shape[2]
-        check("order", order, shape, dtype=torch.int64)
-        check("weights", cast(Tensor, weights), shape)
-        if order.numel():
-            least, most = (int(index) for index in order.aminmax())
-            if least < 0 or most >= self.examples:
-                raise refuse("order", least if least < 0 else most, f"indices of {self.examples} examples, from 0 on")
-        return in_order(order), in_order(cast(Tensor, weights))
-
-    def scratch(self, chosen: int, parts: int = 1) -> int:
-        """The address of ``parts`` times the memory for blocks of equal size, as many as so many examples take."""
-        block = math.ceil(chosen / math.ceil(chosen / self.at_once))
-        if block != self.block or parts > self.parts:
-            described = self.layers, len(self.layers), block
-            bytes_a_part = self.threads * self.kernel.fused_scratch(*described)
-            self.memory = torch.zeros(parts * bytes_a_part + ALIGNMENT, dtype=torch.uint8)
-            self.block, self.parts = block, parts
-            self.kernel.fused_prepare(*described, aligned(self.memory), parts * self.threads)
-        return aligned(self.memory)
 
 
 class Hessian:
@@ -248,12 +150,11 @@ class Hessian:
 class Fused(Stacked):
     """The passes of a gradient or Hessian product in one call of the kernel; outputs are computed as in ``Stacked``."""
 
-    def __init__(self, network: Network, x: Tensor, loss: CrossEntropy):
-        super().__init__(network, x, loss)
+    def __init__(self, network: Network, x: Tensor, loss: CrossEntropy, chain: Chain):
+        super().__init__(network, x, loss, chain)
         self.cross_entropy = loss
-        layers = network.model.stacked_layers()
-        loss.prepare(x.new_empty(*x.shape[:2], network.shapes[layers[-1].weight][0]))
-        self.kernel = FusedGradient(layers, network.shapes, network.model.stacked_inputs(x), loss.one_hot, loss.weights)
+        loss.prepare(x.new_empty(*x.shape[:2], chain.shapes[chain.layers[-1].weight][0]))
+        self.kernel = FusedGradient(chain.layers, chain.shapes, chain.signals(x), loss.one_hot, loss.weights)
 
     def gradient(self, phi: Tensor) -> Tensor:
         into = torch.empty(phi.shape, dtype=phi.dtype)
@@ -272,22 +173,13 @@ class Fused(Stacked):
         return gradient, product
 
     def gradient_descent(self, theta: Tensor, steps: Steps) -> Tensor:
-        rates, lam, momentum, draws = steps
-        if momentum:
+        if steps.momentum:
             return Engine.gradient_descent(self, theta, steps)
-        displacement = torch.zeros(theta.shape, dtype=theta.dtype)
-        for first in range(0, len(rates), STEPS_A_CALL):
-            these = rates[first : first + STEPS_A_CALL]
-            chosen: dict[str, Tensor] = {}
-            if draws is not None:
-                chosen["order"] = draws.examples[:, first : first + len(these)].contiguous()
-                chosen["weights"] = self.cross_entropy.weights_of(chosen["order"], draws.parts)
-            scale, step = [1.0 - rate * lam for rate in these], [-rate for rate in these]
-            self.kernel.add(theta, displacement, displacement, scale, step, len(these), **chosen)
-        return displacement
+        return self.kernel.descend(theta, steps, self.cross_entropy)
 
     def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "Fused":
-        return Fused(self.network, rows_taken(self.x, examples), self.cross_entropy.of_examples(examples, parts))
+        loss = self.cross_entropy.of_examples(examples, parts)
+        return Fused(self.network, rows_taken(self.x, examples), loss, self.chain)
 
     def _add_gradient(self, phi: Tensor, into: Tensor, scale: float, step: float) -> None:
         self.kernel.add(phi, None, into, scale, step)

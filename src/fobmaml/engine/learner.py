@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from fobmaml.arguments import one_of, refuse
-from fobmaml.engine import fused, library
+from fobmaml.engine import fused, images, library
 from fobmaml.engine.autograd import Autograd
 from fobmaml.engine.base import WHOLE, Engine
+from fobmaml.engine.chain import Chain
+from fobmaml.engine.head import Body, module_of
 from fobmaml.engine.loop import Loop
 from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss
 from fobmaml.engine.modules import private_copy
 from fobmaml.engine.network import Network
+from fobmaml.engine.nodes import Node
+from fobmaml.engine.selection import Adapt, adapted_names
 from fobmaml.engine.stacked import Stacked
 from fobmaml.engine.trial import Trial
 from fobmaml.engine.work import Counted, Counter
@@ -26,6 +30,7 @@ cost time; with more, memory grows and time does not fall (results/bench_chunks.
 FLOPS_AT_ONCE = 10**8
 """Of a forward pass of all rows by vmap: with more, the activations leave the cache, and time grows."""
 ENGINES = ("auto", "autograd", "loop", "stacked", "fused")
+"""What may compute gradients; ``auto`` takes the fastest that fits."""
 
 
 class Learner(Network):
@@ -34,38 +39,49 @@ class Learner(Network):
     ``model``: see ``Network``. ``loss_fn(outputs [N, ...], targets [N, ...])``: the mean loss.
     ``engine``, what computes gradients; ``used`` says which have:
 
-    - ``stacked``: networks that list their layers (``stacked_layers``, ``stacked_inputs``, see ``CNN1d``), by hand;
-    - ``fused``: the same for a cross-entropy by a compiled kernel, in float32 on a CPU;
+    - ``stacked``: sequences of 1-d convolutions, activations and linear layers, by hand, whatever class or function
+      the module has them from (``engine.trace``);
+    - ``fused``: those padded by one, with biases and SiLU, for a cross-entropy by a compiled kernel, in float32 on a
+      CPU;
+    - ``images``: first derivatives of a cross-entropy of chains of convolutions, norms, activations and pools, by a
+      compiled kernel, in float32 on a CPU; by ``auto`` alone;
     - ``autograd``: any module that ``torch.func.vmap`` batches, all rows at once;
     - ``loop``: any module, row by row;
     - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
 
+    ``adapt``, what the inner problem moves: all parameters, ``head``, ``norm-and-head`` or names by pattern
+    (``adapted_names``). ``adapted``: their names. ``moves`` [P]: 1 for them and 0 for the others, or None: all. Where
+    they are those of the network's last module, ``features`` takes it apart. ``support_loss``: of the support examples,
+    where that is not ``loss_fn``.
+
     Where a network's examples interact, support and query set are evaluated apart. ``work`` counts all that engines
-    compute but outputs. Raises ValueError as ``Network``
-    does, for a ``loss_fn`` that is no function, and for an engine that does not take the model.
+    compute but outputs. Raises ValueError as ``Network`` and ``adapted_names`` do, for a loss that is no function, and
+    for an engine that does not take the model.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, engine: str = "auto"):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        engine: str = "auto",
+        adapt: Adapt = "all",
+        support_loss: LossFn | None = None,
+    ):
         one_of("engine", engine, ENGINES)
         super().__init__(model)
         self.loss_fn, self.engine, self.loss = loss_fn, engine, Loss(loss_fn)
-        self.lists_layers = self.lists_layers and engine not in ("autograd", "loop")
-        if engine in ("stacked", "fused") and not self.lists_layers:
-            raise refuse(
-                "engine", engine, "a network that lists its layers (CNN1d, MLP) and has no hooks; auto takes any"
-            )
-        self.fused = (
-            engine in ("auto", "fused")
-            and self.lists_layers
-            and library.fits(self.model.stacked_layers(), self.dtype, self.device)
-        )
-        if engine == "fused" and not self.fused:
-            raise refuse(
-                "engine", engine, "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any"
-            )
+        self.support_loss = None if support_loss is None else Loss(support_loss)
         self._trial = Trial(self, engine)
         self._used: dict[str, None] = {}
         self.work = Counter()
+        self.adapt, self.adapted = adapt, adapted_names(model, self.shapes, adapt)
+        self.moves: Tensor | None = None
+        if len(self.adapted) < len(self.shapes):
+            parts = [torch.full((shape.numel(),), float(name in self.adapted)) for name, shape in self.shapes.items()]
+            self.moves = torch.cat(parts).to(self.device, self.dtype)
+        name = "" if self.moves is None else module_of(model, self.adapted)
+        self._body = Body(self, name) if name else None
+        self._head: Learner | None = None
 
     @property
     def used(self) -> str:
@@ -75,7 +91,9 @@ class Learner(Network):
     def in_double(self) -> "Learner":
         """The same network and loss in float64, on copies of everything."""
         model = private_copy(self.model, share=False).double()
-        return Learner(model, self.loss.to(torch.float64), "auto" if self.engine == "fused" else self.engine)
+        support_loss = None if self.support_loss is None else self.support_loss.to(torch.float64)
+        engine = "auto" if self.engine == "fused" else self.engine
+        return Learner(model, self.loss.to(torch.float64), engine, self.adapt, support_loss)
 
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
         """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].
@@ -84,15 +102,18 @@ class Learner(Network):
         """
         loss = RowLoss(self.loss, x, [Part(slice(None), 1.0)])  # outputs ask for nothing of it
         with torch.no_grad():
+            if nodes := self._of_images(x):
+                return images.outputs(nodes, self, phi, x)
             return self._chosen(x, loss, second_order=False)[1].outputs(phi)
 
-    def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None) -> RowLoss:
-        """``targets`` [R, N, ...]; ``parts``: by default all examples of a row are one."""
-        return self.loss.rows(targets, parts or [Part(slice(None), 1.0)])
+    def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None, mask: Tensor | None = None) -> RowLoss:
+        """``targets`` [R, N, ...]; ``parts``: by default all examples of a row are one. ``mask`` [R, N]: the examples
+        that there are, None: all."""
+        return self.loss.rows(targets, parts or [Part(slice(None), 1.0)], mask)
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean loss of each row: [R, N, ...], [R, N, ...] -> [R]."""
-        return self.row_loss(targets)(outputs)
+        return self.row_loss(targets, mask=mask)(outputs)
 
     def engine_for(self, x: Tensor, loss: RowLoss, second_order: bool = False) -> Engine:
         """The engine for inputs ``x`` [R, N, ...]. ``second_order``: for Hessian products."""
@@ -101,14 +122,41 @@ class Learner(Network):
         return Counted(engine, self.work)
 
     def _chosen(self, x: Tensor, loss: RowLoss, second_order: bool) -> tuple[str, Engine]:
-        if self.lists_layers and self._trial.listed(x):
-            if self.fused and isinstance(loss, CrossEntropy):
-                return f"fused-{library.instructions()}", fused.Fused(self, x, loss)
-            return "stacked", Stacked(self, x, loss)
+        if chain := self._trial.chain(x):
+            if self.fuses(chain) and isinstance(loss, CrossEntropy):
+                return f"fused-{library.instructions()}", fused.Fused(self, x, loss, chain)
+            return "stacked", Stacked(self, x, loss, chain)
+        if not second_order and isinstance(loss, CrossEntropy) and (nodes := self._of_images(x)):
+            return f"images-{library.instructions()}", images.FusedImages(nodes, self, x, loss)
         batched = self._trial.batched(x, second_order)
         parts = [part.examples for part in loss.parts]
+        if loss.padded and not self._trial.joint(x, [slice(1), slice(1, None)]):
+            raise refuse("tasks", "masks", "tasks of equal numbers of examples, for a model whose examples interact")
         apart = parts if len(parts) > 1 and not self._trial.joint(x, parts) else WHOLE
         return ("autograd", Autograd(self, x, loss, apart)) if batched else ("loop", Loop(self, x, loss, apart))
+
+    def _of_images(self, x: Tensor) -> Sequence[Node] | None:
+        """The network as the kernel for images takes it, or None; what other engines by hand take is theirs."""
+        if self.engine != "auto" or x.dtype != torch.float32 or x.device.type != "cpu" or self._trial.chain(x):
+            return None
+        nodes = self._trial.nodes(x)
+        return nodes if nodes and images.knows(nodes, self, x.shape[2:]) else None
+
+    def fuses(self, chain: Chain) -> bool:
+        """Whether the compiled kernel takes the network."""
+        if self.engine not in ("auto", "fused"):
+            return False
+        fits = chain.as_stored and library.fits(chain.layers, self.dtype, self.device)
+        if self.engine == "fused" and not fits:
+            raise refuse(
+                "engine", self.engine, "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any"
+            )
+        return fits
+
+    @property
+    def untraced(self) -> str:
+        """The layer because of which no engine by hand takes the network, as far as one was asked for; or ''."""
+        return self._trial.untraced
 
     def rows_at_once(self, x: Tensor, examples: int, second_order: bool) -> int:
         """As many rows as keep a CPU busy, for gradients of so many ``examples`` like those of ``x`` [R, N, ...].
@@ -116,21 +164,50 @@ class Learner(Network):
         More take more memory, and no less time.
         """
         x = x[[0, -1]].to(self.dtype if x.is_floating_point() else x.dtype)
-        if self.lists_layers and self._trial.listed(x):
+        if chain := self._trial.chain(x):
             rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
             a_thread = fused.KEPT_ROWS_A_THREAD if second_order else fused.ROWS_A_THREAD
-            return max(rows, a_thread * torch.get_num_threads()) if self.fused else rows
+            return max(rows, a_thread * torch.get_num_threads()) if self.fuses(chain) else rows
+        if not second_order and self._of_images(x):
+            return fused.ROWS_A_THREAD * torch.get_num_threads()
         if not self._trial.batched(x, second_order):
             return 1
         return math.ceil(FLOPS_AT_ONCE / max(self._trial.flops_an_example * examples, 1))
 
     def query_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """fᵢ(φᵢ), row i on task i: [T, P] -> [T]."""
-        return self.row_loss(tasks.query_y, [QUERY])(self.outputs(phi, tasks.query_x))
+        return self.row_loss(tasks.query_y, [QUERY], tasks.query_mask)(self.outputs(phi, tasks.query_x))
 
     def query_gradient(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """∇fᵢ(φᵢ), row i on task i: [T, P] -> [T, P]. Cost: one query gradient a task."""
-        return self.engine_for(tasks.query_x, self.row_loss(tasks.query_y, [QUERY])).gradient(phi)
+        loss = self.row_loss(tasks.query_y, [QUERY], tasks.query_mask)
+        return self.engine_for(tasks.query_x, loss).gradient(phi)
+
+    def features(self, theta: Tensor, tasks: TaskBatch, query: bool) -> "tuple[Learner, TaskBatch] | None":
+        """The last module as a learner of its own, and ``tasks`` with what it gets at ``theta`` [P] for examples.
+
+        None unless its parameters are those that tasks adapt, and what it gets depends on the others alone. Without
+        ``query`` the query set is the support set again. Cost: a forward pass of the examples; what the module by
+        itself takes then is no part of ``work``.
+        """
+        if self._body is None or self.moves is None:
+            return None
+        if self._head is None:
+            engine = self.engine if self.engine in ("autograd", "loop") else "auto"
+            own = None if self.support_loss is None else self.support_loss.loss_fn
+            head = Learner(self.model.get_submodule(self._body.name), self.loss_fn, engine, support_loss=own)
+            if not self._body.fits(head.outputs, self.moves, theta, tasks.support_x[0]):
+                self._body = None
+                return None
+            self._head = head
+        support = self._body(theta, tasks.support_x)
+        self.work.forward(*support.shape[:2])
+        if not query:
+            mask = tasks.support_mask
+            return self._head, TaskBatch(support, tasks.support_y, support, tasks.support_y, tasks.keys, mask, mask)
+        asked = self._body(theta, tasks.query_x)
+        self.work.forward(*asked.shape[:2])
+        return self._head, replace(tasks, support_x=support, query_x=asked)
 
     def check(self, tasks: TaskBatch) -> TaskBatch:
         """``tasks``, once they are known to fit the model. Raises ValueError naming what does not."""

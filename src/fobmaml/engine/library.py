@@ -1,6 +1,6 @@
-"""The compiled kernel ``fused.c``: finding it, and what its functions take.
+"""The compiled kernels ``fused.c`` and ``images.c``: finding them, and what their functions take.
 
-It was compiled when the package was installed, once for AVX2 and once for AVX-512.
+They were compiled when the package was installed, once for AVX2 and once for AVX-512.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ from fobmaml.engine.activations import SiLU
 from fobmaml.engine.layers import Convolution, Dense
 
 MOST_LAYERS = 512  # a thread describes them on its stack
+LANES = 16  # of the widest vectors
 
 
 class Layer(ctypes.Structure):
@@ -24,7 +25,34 @@ class Layer(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
-        for name in ("kernel_size", "stride", "inputs", "outputs", "length_in", "length_out", "dense", "weight", "bias")
+        for name in (
+            "kernel_size",
+            "stride",
+            "inputs",
+            "outputs",
+            "length_in",
+            "length_out",
+            "dense",
+            "turned",
+            "weight",
+            "bias",
+        )
+    )
+
+
+class Image(ctypes.Structure):
+    """A Node as in images.c."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("kind", "inputs", "height", "width", "outputs", "height_out", "width_out"),
+                *("kernel_height", "kernel_width", "stride_height", "stride_width", "pad_height", "pad_width"),
+                *("weight", "bias", "channel_step", "place_step", "groups", "activation"),
+            )
+        ),
+        ("eps", ctypes.c_double),
     )
 
 
@@ -79,6 +107,21 @@ def load(path: str) -> ctypes.CDLL:
         ctypes.c_int,
     ]
     library.fused_gradient.restype = library.fused_product.restype = None
+    nodes = ctypes.POINTER(Image)
+    library.images_scratch.argtypes, library.images_scratch.restype = [nodes, whole, whole], whole
+    library.images_prepare.argtypes, library.images_prepare.restype = [nodes, whole, whole, memory, ctypes.c_int], None
+    library.images_gradient.argtypes = [
+        nodes,
+        *[whole] * 6,
+        memory,
+        whole,
+        *[memory] * 5,
+        whole,
+        *[memory] * 4,
+        ctypes.c_int,
+    ]
+    library.images_outputs.argtypes = [nodes, *[whole] * 4, memory, whole, *[memory] * 3, ctypes.c_int]
+    library.images_gradient.restype = library.images_outputs.restype = None
     return library
 
 
@@ -99,7 +142,8 @@ def missing() -> str:
 
 
 def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel knows such a network: float32 on a CPU, SiLU after all layers but the last, which is dense."""
+    """Whether the kernel knows such a network: float32 on a CPU, SiLU after all layers but the last, which is dense;
+    padding of one and biases."""
     if not 0 < len(layers) <= MOST_LAYERS:
         return False
     *hidden, last = layers
@@ -109,5 +153,6 @@ def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torc
         and isinstance(last, Dense)
         and last.activation is None
         and all(isinstance(layer.activation, SiLU) for layer in hidden)
+        and all(layer.bias is not None and getattr(layer, "padding", 1) == 1 for layer in layers)
         and kernel() is not None
     )

@@ -7,6 +7,7 @@ differently: support examples once, query examples ν times. ``CrossEntropy`` is
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ class Part(NamedTuple):
     examples: slice
     factor: float | Tensor
     name: str = "targets"
+    loss: "Loss | None" = None
+    """In place of the row's."""
 
 
 def scalar(loss_fn: LossFn, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -47,37 +50,52 @@ def scalar(loss_fn: LossFn, outputs: Tensor, targets: Tensor) -> Tensor:
 class RowLoss:
     """Lᵣ = Σ_p a_{r,p} · (the loss of row r's examples in part p), of outputs [R, N, ...].
 
-    ``loss``: of the examples of a part. ``targets`` [R, N, ...].
+    ``loss``: of the examples of a part that has none of its own. ``targets`` [R, N, ...]. ``mask`` [R, N]: the examples
+    that there are; the others fill the rows up. None: all. Rows with a mask are taken one by one.
     """
 
-    def __init__(self, loss: "Loss", targets: Tensor, parts: Sequence[Part]):
-        self.of, self.targets, self.parts = loss, targets, parts
+    padded = False
+    """Whether some examples only fill rows up."""
+
+    def __init__(self, loss: "Loss", targets: Tensor, parts: Sequence[Part], mask: Tensor | None = None):
+        self.of, self.targets, self.parts, self.mask = loss, targets, parts, mask
 
     def __call__(self, outputs: Tensor) -> Tensor:
         """[R, N, ...] -> [R]."""
-        if self.of.batched is None:
-            self.of.batched = self._batches(outputs)
-        return self._batched(outputs) if self.of.batched else self._one_by_one(outputs)
+        if self.mask is not None:
+            return self._one_by_one(outputs)
+        losses = tuple(map(self._loss_of, self.parts))
+        if losses not in self.of.batched:
+            self.of.batched[losses] = self._batches(outputs)
+        return self._batched(outputs) if self.of.batched[losses] else self._one_by_one(outputs)
 
     def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "RowLoss":
         """The loss of the rows' ``examples`` [R, n], numbers below N, of which each of ``parts`` takes some."""
-        return self.of.rows(rows_taken(self.targets, examples), parts)
+        mask = None if self.mask is None else rows_taken(self.mask, examples)
+        return self.of.rows(rows_taken(self.targets, examples), parts, mask)
+
+    def _loss_of(self, part: Part) -> "Loss":
+        return part.loss or self.of
 
     def _one_by_one(self, outputs: Tensor) -> Tensor:
         return torch.stack([self.of_row(r, row) for r, row in enumerate(outputs)])
 
     def _batched(self, outputs: Tensor) -> Tensor:
-        of_rows = vmap(lambda o, y: scalar(self.of.loss_fn, o, y))
-        return sum(
-            (part.factor * of_rows(outputs[:, part.examples], self.targets[:, part.examples]) for part in self.parts),
-            start=outputs.new_zeros(len(outputs)),
-        )
+        total = outputs.new_zeros(len(outputs))
+        for part in self.parts:
+            of_rows = vmap(partial(scalar, self._loss_of(part).loss_fn))
+            total = total + part.factor * of_rows(outputs[:, part.examples], self.targets[:, part.examples])
+        return total
 
     def of_row(self, row: int, outputs: Tensor) -> Tensor:
         """Of one row's outputs [N, ...], a scalar."""
         terms = []
-        for examples, factor, _ in self.parts:
-            value = scalar(self.of.loss_fn, outputs[examples], self.targets[row, examples])
+        for part in self.parts:
+            seen, targets, factor = outputs[part.examples], self.targets[row, part.examples], part.factor
+            if self.mask is not None:
+                there = self.mask[row, part.examples]
+                seen, targets = seen[there], targets[there]
+            value = scalar(self._loss_of(part).loss_fn, seen, targets)
             terms.append(value * (factor[row] if isinstance(factor, Tensor) else factor))
         return torch.stack(terms).sum()
 
@@ -94,7 +112,7 @@ class RowLoss:
             self.of,
             self.targets[:2],
             [
-                Part(part.examples, part.factor[:2] if isinstance(part.factor, Tensor) else part.factor, part.name)
+                part._replace(factor=part.factor[:2] if isinstance(part.factor, Tensor) else part.factor)
                 for part in self.parts
             ],
         )
@@ -235,26 +253,39 @@ class Loss:
     """A loss function, and how its rows are computed: by the fastest way that gives what it gives row by row.
 
     A cross-entropy of class indices (``F.cross_entropy``, or ``nn.CrossEntropyLoss`` unless it has class weights and
-    smoothing at once) is written out. Others go through ``torch.func.vmap`` where the first rows agree: ``batched``.
+    smoothing at once) is written out. Others go through ``torch.func.vmap`` where the first rows agree: ``batched``, by
+    the losses of the parts.
     """
 
     def __init__(self, loss_fn: LossFn):
         if not callable(loss_fn):
             raise refuse("loss_fn", type(loss_fn).__name__, "a function (outputs, targets) -> mean loss")
         self.loss_fn, self._options = loss_fn, _cross_entropy_options(loss_fn)
-        self.batched: bool | None = None
+        self.batched: dict[tuple[Loss, ...], bool] = {}
 
     def to(self, dtype: torch.dtype) -> LossFn:
         """The same function in another precision: a module's own numbers are copied."""
         return copy.deepcopy(self.loss_fn).to(dtype) if isinstance(self.loss_fn, nn.Module) else self.loss_fn
 
-    def rows(self, targets: Tensor, parts: Sequence[Part]) -> RowLoss:
-        """``targets`` [R, N, ...]."""
+    def rows(self, targets: Tensor, parts: Sequence[Part], mask: Tensor | None = None) -> RowLoss:
+        """``targets`` [R, N, ...]; ``mask`` [R, N]: the examples that there are, None: all."""
+        own = {part.loss for part in parts}
+        if own != {None}:  # one for all of the parts is the rows', several are taken part by part
+            loss = own.pop() if len(own) == 1 else None
+            if loss is None:
+                return _padded(RowLoss(self, targets, parts, mask), mask)
+            return loss.rows(targets, [part._replace(loss=None) for part in parts], mask)
         if self._options and _integral(targets):
             if targets.dim() == 2:
-                return CrossEntropy(self, targets, parts, self._options)
+                filled = targets if mask is None else targets.masked_fill(~mask, self._options.ignore_index)
+                return _padded(CrossEntropy(self, filled, parts, self._options), mask)
             targets = targets.long()
-        return RowLoss(self, targets, parts)
+        return _padded(RowLoss(self, targets, parts, mask), mask)
+
+
+def _padded(loss: RowLoss, mask: Tensor | None) -> RowLoss:
+    loss.padded = mask is not None
+    return loss
 
 
 def _integral(t: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -115,6 +115,28 @@ class PureModule:
                 return name
         return ""
 
+    @contextmanager
+    def noting(self, enter: Callable[[str], Callable[[], None]]) -> Iterator[None]:
+        """Inside, ``enter`` is called with the name of each layer, as text, whose forward begins; what it returns when
+        that ends."""
+        open_layers: list[Callable[[], None]] = []
+        names = {module: f"{type(module).__name__} '{name}'" for name, module in self.copy.named_modules()}
+        handles = [
+            h
+            for module, name in names.items()
+            for h in (
+                module.register_forward_pre_hook(lambda *_, name=name: open_layers.append(enter(name))),
+                module.register_forward_hook(lambda *_: open_layers.pop()()),
+            )
+        ]
+        try:
+            yield
+        finally:
+            for leave in reversed(open_layers):
+                leave()
+            for handle in handles:
+                handle.remove()
+
     def failing(self, call: Callable[[], object]) -> str:
         """The innermost layer in whose ``forward`` ``call()`` raises, as text; '' if none."""
         inside: list[str] = []
@@ -202,21 +224,34 @@ def _no_inference_path() -> Iterator[None]:
 
 
 @contextmanager
-def _plain_kernels() -> Iterator[None]:
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+def _plain_attention() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH):
         yield
 
 
-_once, _twice = SharedChange(_no_inference_path), SharedChange(_plain_kernels)
+@contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+_no_path, _attention, _recurrence = map(SharedChange, (_no_inference_path, _plain_attention, _plain_recurrence))
 
 
 @contextmanager
 def differentiable(twice: bool = False) -> Iterator[None]:
     """Without torch's inference path for transformers, which has no derivative; ``twice``: also without its kernels for
     attention and recurrent layers that have a first one only."""
-    with _once:
+    with _no_path:
         if twice:
-            with _twice:
+            with _attention, _recurrence:
                 yield
         else:
             yield
+
+
+@contextmanager
+def batched(device: torch.device) -> Iterator[None]:
+    """For ``torch.func.vmap``: without the kernel for attention on a CPU, which it would call row by row."""
+    with _attention if device.type == "cpu" else nullcontext():
+        yield

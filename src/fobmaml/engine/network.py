@@ -12,9 +12,12 @@ from fobmaml.engine.modules import PureModule
 class Network:
     """The only place that knows how a flat row of parameters folds into a network's layers.
 
-    ``model``: any ``torch.nn.Module``; its trainable parameters, in the order of ``named_parameters``, are a row. It is
-    called as a private copy and comes back as it was. Raises ValueError for a model without trainable parameters, and
-    for one whose outputs are not a function of parameters and inputs (running batch statistics, active dropout).
+    ``model``: any ``torch.nn.Module``; its trainable parameters, in the order of ``named_parameters``, are a row. The
+    weight of an ``nn.Conv1d``, [out, in, places], lies there ``turned``, as [out, places, in]: compiled code reads it
+    so. The model is called as a private copy and comes back as it was.
+
+    Raises ValueError for a model without trainable parameters, and for one whose outputs are not a function of
+    parameters and inputs (running batch statistics, active dropout).
     """
 
     def __init__(self, model: nn.Module):
@@ -35,8 +38,9 @@ class Network:
         self.model: Any = model
         self.module = PureModule(model, trainable)
         self.shapes = {name: p.shape for name, p in trainable.items()}
+        weights = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.Conv1d)}
+        self.turned = {n for n, p in trainable.items() if id(p) in weights and min(p.shape[1:]) > 1}  # else no change
         self._sizes = [p.numel() for p in trainable.values()]
-        self.lists_layers = _lists_its_layers(self.model, set(trainable))
 
     @property
     def parameter_count(self) -> int:
@@ -44,31 +48,26 @@ class Network:
 
     def theta(self) -> Tensor:
         """A copy of the model's trainable parameters, flat: [P]."""
-        parameters = dict(self.model.named_parameters())
-        return torch.cat([parameters[name].detach().reshape(-1) for name in self.shapes])
+        parameters = {name: p for name, p in self.model.named_parameters() if name in self.shapes}
+        parts = [p.detach().mT if name in self.turned else p.detach() for name, p in parameters.items()]
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def unflatten(self, rows: Tensor) -> dict[str, Tensor]:
-        """[R, P] (or [P]) -> {parameter name: [R, ...] (or [...])}, views of ``rows``."""
+        """[R, P] (or [P]) -> {parameter name: [R, ...] (or [...])}, each as contiguous as ``rows``."""
+        return {n: part.contiguous() if n in self.turned else part for n, part in self.views(rows).items()}
+
+    def views(self, rows: Tensor) -> dict[str, Tensor]:
+        """The same as views of ``rows``."""
         parts = rows.split(self._sizes, dim=-1)  # one backward for all parts, unlike slicing
-        return {
-            name: part.reshape(rows.shape[:-1] + shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        unfolded = {}
+        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
+            if name in self.turned:
+                out, into, places = shape
+                unfolded[name] = part.reshape(*rows.shape[:-1], out, places, into).mT
+            else:
+                unfolded[name] = part.reshape(rows.shape[:-1] + shape)
+        return unfolded
 
     def one_row(self, phi: Tensor, x: Tensor) -> Tensor:
         """The module itself with a row of parameters: [P], [N, ...] -> [N, ...]."""
         return self.module(self.unflatten(phi), x)
-
-
-def _lists_its_layers(model: Any, trainable: set[str]) -> bool:
-    """Whether ``stacked_layers`` can be the model: it stands beside ``forward``, all that it names is trainable, and
-    nothing is hooked in between."""
-    kind = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
-    if "stacked_layers" not in vars(kind):
-        return False
-    for module in model.modules():
-        if "forward" in vars(module) or any(
-            (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        ):
-            return False
-    return sorted(n for layer in model.stacked_layers() for n in (layer.weight, layer.bias)) == sorted(trainable)

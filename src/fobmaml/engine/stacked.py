@@ -1,4 +1,4 @@
-"""Networks that list their layers, all rows at once, with the derivatives written out by hand.
+"""Sequences of 1-d convolutions and linear layers, all rows at once, with the derivatives written out by hand.
 
 For each layer, one batched matrix product serves all rows. It is faster than autograd for three reasons: buffers are
 allocated once and used again in every inner step, no graph is recorded, and a step of gradient descent is part of the
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fobmaml.arguments import refuse
 from fobmaml.engine.base import Engine, Steps
+from fobmaml.engine.chain import Chain
 from fobmaml.engine.layers import Convolution, Dense, check_chain
-from fobmaml.engine.losses import Part, rows_taken
+from fobmaml.engine.losses import Part, RowLoss, rows_taken
 from fobmaml.engine.network import Network
 from fobmaml.engine.passes import LayerPasses
 
@@ -67,7 +68,7 @@ class StackedNetwork:
         """``folded`` as a list like ``parameters``, a new one with as many rows if ``packed`` is not given."""
         if packed is None:
             rows = len(next(iter(folded.values())))
-            packed = [w.new_empty(rows, *w.shape[1:]) for w in self.parameters]
+            packed = [w.new_zeros(rows, *w.shape[1:]) for w in self.parameters]  # a missing bias is zero
         for layer, parts in zip(self._layers, self._by_layer(packed), strict=True):
             for part, plain in layer.pairs(parts, folded):
                 part.copy_(plain)
@@ -138,17 +139,33 @@ class StackedNetwork:
 
 
 class Stacked(Engine):
-    """Takes networks that list their layers. Memory: the activations of all rows, of ``linearize`` three times."""
+    """Takes networks that are a ``chain``. Memory: the activations of all rows, of ``linearize`` three times."""
+
+    def __init__(self, network: Network, x: Tensor, loss: RowLoss, chain: Chain):
+        super().__init__(network, x, loss)
+        self.chain = chain
 
     @cached_property
     def _passes(self) -> StackedNetwork:
-        return passes_of(self.network, self.x)
+        return self._new_passes()
+
+    def _new_passes(self, second_order: bool = False) -> StackedNetwork:
+        return StackedNetwork(self.chain.layers, self.chain.shapes, self.chain.signals(self.x), second_order)
+
+    def _folded(self, rows: Tensor) -> dict[str, Tensor]:
+        return self.chain.fold(self.network.views(rows))
+
+    def _at(self, phi: Tensor, passes: StackedNetwork) -> StackedNetwork:
+        """``passes``, with the parameters ``phi`` [R, P]."""
+        passes.pack(self._folded(phi.detach()), passes.parameters)
+        return passes
 
     def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "Stacked":
-        return Stacked(self.network, rows_taken(self.x, examples), self.row_loss.of_examples(examples, parts))
+        loss = self.row_loss.of_examples(examples, parts)
+        return Stacked(self.network, rows_taken(self.x, examples), loss, self.chain)
 
     def outputs(self, phi: Tensor) -> Tensor:
-        return at(phi, self._passes, self.network).outputs()
+        return self._at(phi, self._passes).outputs()
 
     def gradient(self, phi: Tensor) -> Tensor:
         g, _ = self.row_loss.linearize(self.outputs(phi))
@@ -158,13 +175,13 @@ class Stacked(Engine):
 
     def linearize(self, phi: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         # Of its own, so that what the products need stays as it is.
-        passes = at(phi, passes_of(self.network, self.x, second_order=True), self.network)
+        passes = self._at(phi, self._new_passes(second_order=True))
         g, loss_tangent = self.row_loss.linearize(passes.outputs(), second_order=True)
         gradient = [torch.empty_like(part) for part in passes.parameters]
         passes.add_gradient(g, gradient)
 
         def product(v: Tensor) -> Tensor:
-            direction = passes.pack(self.network.unflatten(v))
+            direction = passes.pack(self._folded(v))
             into = [torch.empty_like(part) for part in direction]
             passes.add_gradient_tangent(loss_tangent(passes.tangent(direction)), direction, into)
             return self._unpack(into, passes)
@@ -175,13 +192,13 @@ class Stacked(Engine):
         rates, lam, momentum, draws = steps
         engine = self if draws is None else self.of_examples(draws.examples[:, 0], draws.parts)
         passes = engine._passes
-        start = passes.pack(self.network.unflatten(theta[:1] if theta.stride(0) == 0 else theta))
+        start = passes.pack(self._folded(theta[:1] if theta.stride(0) == 0 else theta))
         displacement = [torch.zeros_like(part) for part in passes.parameters]
         velocity = [torch.zeros_like(part) for part in displacement] if momentum else displacement
         for step, rate in enumerate(rates):
             if draws is not None and step:
                 engine = self.of_examples(draws.examples[:, step], draws.parts)
-                passes.read(self.network.model.stacked_inputs(engine.x))  # over the copy that the first step took
+                passes.read(self.chain.signals(engine.x))  # over the copy that the first step took
             for phi, origin, d in zip(passes.parameters, start, displacement, strict=True):
                 torch.add(origin, d, out=phi)
             g, _ = engine.row_loss.linearize(passes.outputs())
@@ -195,16 +212,5 @@ class Stacked(Engine):
 
     def _unpack(self, packed: list[Tensor], passes: StackedNetwork | None = None) -> Tensor:
         rows = packed[0].new_empty(len(packed[0]), self.network.parameter_count)
-        (passes or self._passes).unpack(packed, self.network.unflatten(rows))
+        (passes or self._passes).unpack(packed, self._folded(rows))
         return rows
-
-
-def passes_of(network: Network, x: Tensor, second_order: bool = False) -> StackedNetwork:
-    """The layers that ``network`` lists, on inputs as it takes them, [R, N, ...]."""
-    return StackedNetwork(network.model.stacked_layers(), network.shapes, network.model.stacked_inputs(x), second_order)
-
-
-def at(phi: Tensor, passes: StackedNetwork, network: Network) -> StackedNetwork:
-    """``passes``, with the parameters ``phi`` [R, P]."""
-    passes.pack(network.unflatten(phi.detach()), passes.parameters)
-    return passes

@@ -1,5 +1,5 @@
-"""What a module does, found by trying it once: whether its listed layers are it, whether rows can be batched, whether
-its examples see each other."""
+"""What a module does, found by trying it once: whether it is a sequence of known operations, whether rows can be
+batched, whether its examples see each other."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,11 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fobmaml.arguments import refuse
 from fobmaml.engine.autograd import rows_batched
+from fobmaml.engine.chain import Chain, chain_of
 from fobmaml.engine.loop import rows_one_by_one
 from fobmaml.engine.losses import close, hvp
-from fobmaml.engine.modules import differentiable
+from fobmaml.engine.modules import differentiable, private_copy
 from fobmaml.engine.network import Network
-from fobmaml.engine.stacked import at, passes_of
+from fobmaml.engine.nodes import Node, as_module
+from fobmaml.engine.trace import trace
 from fobmaml.precision import full_precision
 
 LOOP_FROM = 10_000_000
@@ -23,26 +25,43 @@ LOOP_FROM = 10_000_000
 measured on multilayer, convolutional and attention networks. A rule and no stopwatch, so that roundings repeat."""
 
 
+Kind = tuple[torch.Size, torch.dtype]
+"""Of examples: shape and type."""
+
+
 class Trial:
     """Answers are remembered. ``engine``: the one asked for; ValueError where it cannot do what it is asked for."""
 
     def __init__(self, network: Network, engine: str):
         self.network, self.engine = network, engine
-        self._listed: bool | None = None
+        self._nodes: dict[Kind, list[Node] | None] = {}
+        self._chains: dict[Kind, Chain | None] = {}
+        self.untraced = ""  # the layer because of which the network is no sequence that an engine by hand takes
         self._batches: dict[bool, bool] = {}  # by whether Hessian products follow
         self._joint: bool | None = None
         self.flops_an_example = 0.0  # of the forward pass, once ``batched`` was asked
 
-    def listed(self, x: Tensor) -> bool:
-        """Whether the layers that the network lists are the network."""
-        if self._listed is None:
-            p, inputs = self._elsewhere()[:1], x[:1]
-            with torch.no_grad(), full_precision(self.network.device):
-                wanted = self._called(inputs, lambda: self.network.one_row(p[0], inputs[0]))
-                self._listed = close(at(p, passes_of(self.network, inputs), self.network).outputs()[0], wanted)
-            if not self._listed and self.engine in ("stacked", "fused"):
-                raise refuse("engine", self.engine, "a network whose forward is what its stacked_layers list")
-        return self._listed
+    def nodes(self, x: Tensor) -> list[Node] | None:
+        """What the network does with examples like those of ``x`` [R, N, ...], or None: ``untraced`` says why."""
+        kind = x.shape[2:], x.dtype
+        if kind not in self._nodes:
+            with full_precision(self.network.device):
+                self._nodes[kind] = self._try_tracing(x[0])
+        return self._nodes[kind]
+
+    def chain(self, x: Tensor) -> Chain | None:
+        """The same for the engines by hand."""
+        kind = x.shape[2:], x.dtype
+        if kind not in self._chains:
+            nodes = None if self.engine in ("autograd", "loop") else self.nodes(x)
+            found = self.untraced if nodes is None else chain_of(nodes, self.network, x)
+            if isinstance(found, str):
+                self.untraced = found
+                if self.engine in ("stacked", "fused"):
+                    known = "1-d convolutions, activations and linear layers"
+                    raise refuse("engine", self.engine, f"a sequence of {known}, not {found}; auto takes any")
+            self._chains[kind] = None if isinstance(found, str) else found
+        return self._chains[kind]
 
     def batched(self, x: Tensor, second_order: bool) -> bool:
         """Whether rows are evaluated by vmap: it is the faster, and agrees with the module itself."""
@@ -76,6 +95,24 @@ class Trial:
         theta, generator = self.network.theta().to(self.network.dtype), torch.Generator().manual_seed(0)
         noise = torch.randn(2, len(theta), generator=generator, dtype=torch.float64).to(theta)
         return theta + 0.1 * (theta.square().mean().sqrt() + 0.1) * noise
+
+    def _try_tracing(self, x: Tensor) -> list[Node] | None:
+        """Takes the trace for the network if it has its outputs and gradient, in float64 on a copy."""
+        network, phi = self.network, self._elsewhere()[0].double()
+        self._called(x.unsqueeze(0), lambda: network.one_row(phi.to(network.dtype), x))
+        try:
+            double = Network(private_copy(network.model, share=False).double())
+            inputs = x.double() if x.is_floating_point() else x
+            nodes = trace(double.module, double.unflatten(phi), inputs)
+            traced = as_module(nodes)
+            wanted = _gradient(lambda leaf: double.one_row(leaf, inputs), phi)
+            found = _gradient(lambda leaf: traced(double.unflatten(leaf), inputs), phi)
+            if all(map(close, found, wanted)):
+                return nodes
+            self.untraced = "a forward or backward that its operations do not show"
+        except Exception as error:  # whatever a module raises whose inputs are not numbers
+            self.untraced = (str(error).splitlines() or [type(error).__name__])[0]
+        return None
 
     def _try_batching(self, phi: Tensor, x: Tensor, second_order: bool) -> bool:
         network = self.network
@@ -150,6 +187,14 @@ class Trial:
             if isinstance(error, ValueError) and reason.startswith(("model:", "model=", "estimator:", "inputs=")):
                 raise
             raise ValueError(f"model: {layer} fails on inputs {tuple(x.shape[1:])} of {x.dtype}: {reason}") from error
+
+
+def _gradient(outputs_at: Callable[[Tensor], Tensor], phi: Tensor) -> list[Tensor]:
+    """Outputs, and the gradient of a function of them."""
+    with torch.enable_grad(), differentiable():
+        leaf = phi.detach().requires_grad_()
+        outputs = outputs_at(leaf)
+        return [outputs.detach(), *torch.autograd.grad((outputs.sin() + outputs).sum(), leaf)]
 
 
 def _symmetric(along: list[Tensor], v: Tensor) -> bool:

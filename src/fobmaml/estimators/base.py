@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.engine import Learner, Work
 from fobmaml.engine.losses import LossFn
+from fobmaml.engine.selection import Adapt
 from fobmaml.precision import full_precision
 from fobmaml.solvers import InnerProblem, LinearStatistics, Solution, Solver
 from fobmaml.tasks.batch import TaskBatch
@@ -125,7 +126,7 @@ class Estimator(ABC):
     def solve(self, problem: InnerProblem) -> Solution:
         """By the solver. Raises ValueError for a solution that is none: of another shape, or, for an estimator that
         differentiates it, with some parameters moved and others left where they were although they have a slope."""
-        solution = self.solver.solve(problem)
+        solution = self._solved(problem)
         displacement, wanted = solution.displacement, (problem.rows, problem.learner.parameter_count)
         name = type(self.solver).__name__
         if displacement.shape != wanted:
@@ -141,15 +142,24 @@ class Estimator(ABC):
             )
         return solution
 
+    def _solved(self, problem: InnerProblem) -> Solution:
+        """Of a network's last module alone, by features that are computed once, where that is what moves."""
+        if self.solver.for_all_parameters or (head := problem.of_head()) is None:
+            return self.solver.solve(problem)
+        solution = self.solver.solve(head)
+        return replace(solution, problem=problem, displacement=problem.lifted(solution.displacement))
+
     @staticmethod
     def _left_behind(problem: InnerProblem, displacement: Tensor) -> list[str]:
         """Parameters that no row has moved, although a step as long as the others' would have been seen in them.
 
         A solution that is θ itself is none of this: the problem may start at its solution, and ``residual`` tells.
         """
+        if displacement[:1].all():  # the usual case, at little cost
+            return []
         unflatten = problem.learner.unflatten
         for part in (displacement[:1], displacement):  # one row shows it nearly always
-            moved = {name: part.any() for name, part in unflatten(part).items()}
+            moved = {name: part.any() for name, part in unflatten(part).items() if name in problem.learner.adapted}
             moved = dict(zip(moved, torch.stack([*moved.values()]).tolist(), strict=True))
             if all(moved.values()):
                 return []
@@ -288,6 +298,8 @@ def meta_gradient(
     task_chunk: int | str | None = "auto",
     engine: str = "auto",
     task_clip: float | None = None,
+    adapt: Adapt = "all",
+    support_loss: LossFn | None = None,
 ) -> MetaGradient:
     """The meta-gradient at a model's present parameters, by any estimator.
 
@@ -295,7 +307,10 @@ def meta_gradient(
     ``loss_fn(outputs, targets)`` returns the mean loss of one task's examples. ``task_chunk``: how many tasks are
     solved at once (None: all); fewer take less memory, and ``auto`` as few as are fast. ``engine``: see ``Learner``.
     ``task_clip``: each task's meta-gradient is scaled to a norm of at most that before the mean, so that no task
-    outweighs the others. Dtype and device follow the model; autocast is left.
+    outweighs the others. ``adapt``: which parameters the inner problem moves, the others being θ: ``all``, ``head``,
+    ``norm-and-head`` or a list of patterns of their names (``engine.selection``); the meta-gradient is by all.
+    ``support_loss``: of the support examples, where that is not ``loss_fn``. Dtype and device follow the model;
+    autocast is left.
 
     Raises ValueError, naming the argument, for a model with running batch statistics or active dropout, a loss that is
     not one number, labels without an output, and tasks of another device.
@@ -311,7 +326,7 @@ def meta_gradient(
     if task_clip is not None:
         number("task_clip", task_clip, above=0.0)
     with torch.inference_mode(False):
-        learner = Learner(model, loss_fn, engine)
+        learner = Learner(model, loss_fn, engine, adapt, support_loss)
         tasks = learner.check(tasks.to(dtype=learner.dtype))
         if tasks.keys is None and estimator.solver.takes_batches:
             tasks = tasks.keyed()

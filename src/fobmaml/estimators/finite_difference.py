@@ -1,6 +1,8 @@
 """FO-B-MAML: the meta-gradient as a finite difference of solutions of the perturbed inner problem.
 
 With φᵢ,ν* = argmin_φ f̂ᵢ(φ) + ν fᵢ(φ) + (λ/2)‖φ − θ‖², the exact meta-gradient of task i is −λ dφᵢ,ν*/dν at ν = 0.
+Where φ moves in some parameters only and is θ in the others (``Learner.adapt``), it is d/dν of ∇_θ min_φ hᵢ, which in
+those others is ∇(f̂ᵢ + νfᵢ)(φᵢ,ν*).
 No Hessian is touched, and the memory is that of plain gradient descent on the tasks solved at once.
 """
 
@@ -29,6 +31,9 @@ class FiniteDifference(Estimator):
 
     Every offset is solved from θ with the same steps, so that most of the solver's error cancels in the difference.
     Non-zero offsets take gradients of support and query, offset zero of the support alone.
+
+    Where φ is θ in some parameters, the estimate is there (1/ν) Σⱼ wⱼ ∇(f̂ᵢ + oⱼν fᵢ)(φᵢ,(oⱼν)), by one more gradient
+    an offset. To first order that is ∇fᵢ and the mixed term ∂²f̂ᵢ dφ/dν.
 
     ``nu``: ν, or ``auto``: where truncation and noise are in balance by ``balanced_nu``, measured on the first two
     tasks at each call of ``estimate`` (of several processes, by each on its own), and so a function of θ, tasks and
@@ -88,7 +93,7 @@ class FiniteDifference(Estimator):
         """[T, P] at each of ``nus``, by one solve of all their offsets, and one of offset zero if there is."""
         offsets = list(dict.fromkeys(o * nu for nu in nus for o in self.stencil if o != 0))
         perturbed = self.solve(InnerProblem(learner, theta, tasks, self.lam, theta.new_tensor(offsets)))
-        displacement = perturbed.displacement.view(len(tasks), len(offsets), -1)
+        displacement = perturbed.envelope.view(len(tasks), len(offsets), -1)
         centre = self.adapt(learner, theta, tasks) if 0 in self.stencil else None
         found = []
         for nu in nus:
@@ -99,7 +104,7 @@ class FiniteDifference(Estimator):
                     weights[offsets.index(o * nu)] = self.stencil[o]
             difference = torch.einsum("j,tjp->tp", theta.new_tensor(weights), displacement)
             if centre is not None:
-                difference += self.stencil[0] * centre.displacement
+                difference += self.stencil[0] * centre.envelope
             found.append(-(self.lam / nu) * difference)
         return found, centre
 

@@ -15,6 +15,7 @@ class FOMAML(Estimator):
 
     ``multi_step``: Σ_k w_k ∇fᵢ(φᵢ,k) instead, with equal weights at the start of training that are the last step's
     alone after this part of it (``step_weights``); 0: the last step's alone from the start.
+    In all parameters, also those that the inner problem does not move (``Learner.adapt``), whose gradient it is, too.
     Cost: K support gradients and one query gradient a task, with ``multi_step`` K until it is over. Memory: one
     gradient of the tasks solved at once, and then K times their parameters.
     Reference: Finn, Abbeel & Levine 2017, arXiv:1703.03400, section 5.2; multi-step: Antoniou, Edwards & Storkey 2019,
@@ -46,7 +47,8 @@ class FOMAML(Estimator):
 
 
 class Reptile(Estimator):
-    """θ − φᵢ,K: the way from the adapted parameters back to the start.
+    """θ − φᵢ,K: the way from the adapted parameters back to the start. It is zero in parameters that the inner problem
+    does not move (``Learner.adapt``), which are not trained then.
 
     ``data``: what φᵢ,K is adapted to. ``all`` examples of a task, support and query, is its authors' way, together with
     inner steps on small batches (``solver.batch=10``): the steps of one task then see different examples, and it is

@@ -25,6 +25,9 @@ class NotConverged(RuntimeError):
 class IMAML(Estimator):
     """vᵢ with ((1 + d)I + ∇²f̂ᵢ(φᵢ,K)/(λ + c)) vᵢ = ∇fᵢ(φᵢ,K). With damping d = c = 0: λ(∇²f̂ᵢ + λI)⁻¹∇fᵢ, the formula.
 
+    Where φ moves in some parameters a only and is θ in the others b (``Learner.adapt``), this is v in a, with the parts
+    of ∇f and ∇²f̂ there; in b it is ∂f/∂b − ∂²f̂/∂b∂a v/(λ + c), by one more product.
+
     ``damping`` d, ``lam_damping`` c: in general v is the formula's with μ = (1 + d)(λ + c) for λ, divided by 1 + d. The
     authors' code takes d = 1 and c = 10 at λ = 2, so that v is near ∇fᵢ/2: FO-MAML's, but for curvature near μ = 24.
     ``pull_back``: also as their code has it, the solver's steps are taken on f̂ᵢ alone, and then one of the same length
@@ -81,14 +84,28 @@ class IMAML(Estimator):
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
         solution = self.adapt(learner, theta, tasks)
-        solve = self.solve_linear(learner, solution, tasks)
-        return Estimate((self.lam + self.lam_damping) * solve.x, lambda: solution, solve)
+        gradients, solve = self.differentiated(learner, solution, tasks)
+        return Estimate(gradients, lambda: solution, solve)
 
-    def solve_linear(self, learner: Learner, solution: Solution, tasks: TaskBatch) -> LinearSolve:
-        hessian = solution.problem.hessian(solution.phi)  # of h, so with λI
+    def differentiated(self, learner: Learner, solution: Solution, tasks: TaskBatch) -> tuple[Tensor, LinearSolve]:
+        """The formula at ``solution``, [T, P], and how its linear system was solved."""
+        problem, query_gradient = solution.problem, learner.query_gradient(solution.phi, tasks)
+        head = problem.of_head()
+        system, only = (head, problem.restricted) if head else (problem, problem.moved)
+        hessian = system.hessian(only(solution.phi) if head else solution.phi)  # of h, so with λI
         more = (1.0 + self.damping) * (self.lam + self.lam_damping) - self.lam
-        damped = (lambda v: hessian(v) + more * v) if more else hessian
-        return LINEAR[self.linear](damped, learner.query_gradient(solution.phi, tasks), self.cg_steps, self.cg_tol)
+        solve = LINEAR[self.linear](
+            lambda v: system.moved(hessian(v) + more * v if more else hessian(v)),
+            only(query_gradient),
+            self.cg_steps,
+            self.cg_tol,
+        )
+        x = problem.lifted(solve.x) if head else solve.x
+        gradients = (self.lam + self.lam_damping) * x
+        if learner.moves is not None:
+            product = (problem.hessian(solution.phi) if head else hessian)(x)
+            gradients += (1.0 - learner.moves) * (query_gradient - product)
+        return gradients, solve
 
 
 class Exact(IMAML):
@@ -113,7 +130,7 @@ class Exact(IMAML):
                 f"inner solve: {int(unsolved.sum())} of {len(tasks)} tasks stopped at a residual of up "
                 f"to {float(solution.residual.max()):.1e}, above {self.tol:.0e}"
             )
-        solve = self.solve_linear(learner, solution, tasks)
+        gradients, solve = self.differentiated(learner, solution, tasks)
         if solve.negative_curvature.any():
             raise NotConverged(
                 f"linear solve: {int(solve.negative_curvature.sum())} of {len(tasks)} tasks have "
@@ -125,4 +142,4 @@ class Exact(IMAML):
                 f"linear solve: {int(unsolved.sum())} of {len(tasks)} tasks stopped at a relative "
                 f"residual of up to {float(solve.relative_residual.max()):.1e}, above {self.tol:.0e}"
             )
-        return Estimate(self.lam * solve.x, lambda: solution, solve)
+        return Estimate(gradients, lambda: solution, solve)

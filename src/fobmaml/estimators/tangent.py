@@ -1,6 +1,6 @@
 """The limit of FO-B-MAML's finite differences at small ν, without ν: the derivative of the solver's own steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import cast
 
@@ -16,6 +16,8 @@ from fobmaml.tasks.batch import TaskBatch
 from fobmaml.tasks.draws import drawn
 
 WAYS = ("auto", "differences", "products")
+Linearize = Callable[[InnerProblem, Tensor, Tensor], tuple[Tensor, Tensor]]
+Again = Callable[[TaskBatch], TaskBatch]
 
 
 class Tangent(Estimator):
@@ -34,6 +36,9 @@ class Tangent(Estimator):
       support examples, 8/3 example-gradients each. Memory: a twice-differentiable support gradient.
     - ``auto``: ``differences``, which was the faster in every engine; in a dtype that is too
       short for them, ``products``.
+
+    Where φ is θ in some parameters (``Learner.adapt``), u is zero there, and the estimate ∇fᵢ(φ_K) + ∇²f̂ᵢ(φ_K) u_K,
+    by one more product and query gradient.
 
     Memory is flat in K. Reference: Chayti & Jaggi, arXiv:2409.03682, whose symmetric estimator has this limit.
     Raises ValueError unless λ > 0, and for a solver other than gradient descent, whose steps are linear in gradients.
@@ -54,30 +59,40 @@ class Tangent(Estimator):
         long = learner.dtype in (torch.float32, torch.float64)
         if self.way == "differences" and not long:
             raise refuse("model", learner.dtype, "float32 or float64 parameters where way=differences")
-        if self.way == "products" or not long:
-            rows, linearize = tasks, _by_products
-        else:
-            rows, linearize = _twice(tasks), _by_differences
-        problem, descent = InnerProblem(learner, theta, tasks, self.lam), cast(Descent, self.solver)
-        seen = descent.drawn(InnerProblem(learner, theta, rows, self.lam))
+        linearize, again = (_by_products, _once) if self.way == "products" or not long else (_by_differences, _twice)
+        problem = InnerProblem(learner, theta, tasks, self.lam)
+        head = None if self.solver.for_all_parameters else problem.of_head(query=True)
+        d, u = self._steps(head or problem, linearize, again)
+        if head:
+            d, u = problem.lifted(d), problem.lifted(u)
+        taken = torch.full((len(tasks),), cast(Descent, self.solver).steps)
+        reached = Solution(problem, d, taken, taken)
+
+        def adapted() -> Solution:  # differences have moved φ by O(ε²)
+            return reached if again is _once else self.adapt(learner, theta, tasks)
+
+        gradients = -self.lam * u
+        if learner.moves is not None:
+            _, product = linearize(InnerProblem(learner, theta, again(tasks), self.lam), reached.phi, u)
+            gradients += (1.0 - learner.moves) * (product + learner.query_gradient(reached.phi, tasks))
+        return Estimate(gradients, adapted)
+
+    def _steps(self, problem: InnerProblem, linearize: Linearize, again: Again) -> tuple[Tensor, Tensor]:
+        """φ_K − θ and u_K, [T, P]."""
+        learner, tasks, descent = problem.learner, problem.tasks, cast(Descent, self.solver)
+        seen = descent.drawn(InnerProblem(learner, problem.start, again(tasks), self.lam))
         d = u = torch.zeros_like(problem.theta)  # φ − θ and dφ/dν
         memory, u_memory = descent.memory(d), descent.memory(u)
         rates, queries = descent.rates_on(problem), _query_batches(descent, tasks)
         for step, (rate, query) in enumerate(zip(rates, queries, strict=True)):
             phi = problem.theta + d
             gradient, product = linearize(seen.at(step), phi, u)
-            slope = product + self.lam * u + learner.query_gradient(phi, query)
+            slope = problem.moved(product + learner.query_gradient(phi, query)) + self.lam * u
             # Both directions are the same linear function.
-            direction, memory = descent.direction(gradient + self.lam * d, memory, step)
+            direction, memory = descent.direction(problem.moved(gradient) + self.lam * d, memory, step)
             u_direction, u_memory = descent.direction(slope, u_memory, step)
             d, u = d - rate * direction, u - rate * u_direction
-        taken = torch.full((len(tasks),), descent.steps)
-        reached = Solution(problem, d, taken, taken)
-
-        def adapted() -> Solution:
-            return reached if rows is tasks else self.adapt(learner, theta, tasks)  # differences have moved φ by O(ε²)
-
-        return Estimate(-self.lam * u, adapted)
+        return d, u
 
 
 def _by_products(problem: InnerProblem, phi: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,12 +111,13 @@ def _by_differences(problem: InnerProblem, phi: Tensor, u: Tensor) -> tuple[Tens
     return (ahead + behind) / 2, (ahead - behind) / (2 * epsilon)
 
 
+def _once(tasks: TaskBatch) -> TaskBatch:
+    return tasks
+
+
 def _twice(tasks: TaskBatch) -> TaskBatch:
     """Each task as two rows."""
-    s_x, s_y, q_x, q_y = (
-        t.repeat_interleave(2, dim=0) for t in (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
-    )
-    return TaskBatch(s_x, s_y, q_x, q_y, None if tasks.keys is None else tasks.keys.repeat_interleave(2))
+    return tasks[torch.arange(len(tasks), device=tasks.support_x.device).repeat_interleave(2)]
 
 
 def _query_batches(descent: Descent, tasks: TaskBatch) -> Iterator[TaskBatch]:

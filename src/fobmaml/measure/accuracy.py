@@ -1,7 +1,7 @@
-"""The part of a task's predictions that is right, the interval of its mean over tasks, and the loss beside it."""
+"""Scores of adapted tasks: the loss, and metrics such as the accuracy, with the intervals of their means over tasks."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from torch import Tensor
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine import Learner
 from fobmaml.logged import WORK, worked
-from fobmaml.measure.base import Event, Measurement, Periodic, Training, shown
+from fobmaml.measure.base import Event, Measurement, Metric, Periodic, Training, shown
 from fobmaml.precision import full_precision
 from fobmaml.tasks import TaskBatch, TaskSource
 
@@ -28,21 +28,27 @@ def ignored_label(loss_fn: Callable[..., Tensor]) -> int:
     return int(getattr(loss_fn, "ignore_index", IGNORED))
 
 
-def task_accuracies(outputs: Tensor, targets: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def task_accuracies(
+    outputs: Tensor, targets: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], mask: Tensor | None = None
+) -> Tensor:
     """Of each task the part of its counted targets at which ``argmax`` of the outputs is right, [T]; NaN without any.
 
     ``targets``: classes [T, Q] or, several an example, [T, Q, L, ...], with ``outputs`` [T, Q, C], or [T, Q, C, L, ...]
     as for ``cross_entropy``, or [T, Q, L, ..., C]; or probabilities of classes, in the layout of ``outputs``. A label
-    that is no class, or that the loss ignores, is not counted.
+    that is no class, or that the loss ignores, is not counted, nor is an example that ``mask`` [T, Q] leaves out.
 
     Raises ValueError where shapes do not fit.
     """
     dim = class_dim(outputs, targets, loss_fn)
+    found = outputs.argmax(dim)
     if targets.is_floating_point():
-        return (outputs.argmax(dim) == targets.argmax(dim)).flatten(1).double().mean(1)
-    counted = (targets >= 0) & (targets < outputs.shape[dim]) & (targets != ignored_label(loss_fn))
-    right = (outputs.argmax(dim) == targets) & counted
-    return right.flatten(1).sum(1).double() / counted.flatten(1).sum(1)
+        targets = targets.argmax(dim)
+        counted = torch.ones_like(targets, dtype=torch.bool)
+    else:
+        counted = (targets >= 0) & (targets < outputs.shape[dim]) & (targets != ignored_label(loss_fn))
+    if mask is not None:
+        counted = counted & mask.view(*mask.shape, *[1] * (counted.dim() - 2))
+    return ((found == targets) & counted).flatten(1).sum(1).double() / counted.flatten(1).sum(1)
 
 
 def class_dim(outputs: Tensor, targets: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> int:
@@ -80,12 +86,20 @@ def mean_accuracy(accuracies: Tensor) -> tuple[float | None, float | None]:
 
 @dataclass(frozen=True)
 class Score:
-    """Means over tasks. ``accuracy`` and the half width of its 95 % interval (1.96 standard errors over tasks) are
-    fractions, None where outputs are not classes. A task whose labels are all ignored is in neither mean."""
+    """Means over tasks: the ``loss``, and of each metric by name its mean and the half width of its 95 % interval (1.96
+    standard errors over tasks), None where there is none. A task whose labels are all ignored is in no mean."""
 
     loss: float
-    accuracy: float | None
-    accuracy_ci95: float | None
+    metrics: dict[str, tuple[float | None, float | None]]
+
+    @property
+    def accuracy(self) -> float | None:
+        """A fraction, None where outputs are not classes."""
+        return self.metrics.get("accuracy", (None, None))[0]
+
+    @property
+    def accuracy_ci95(self) -> float | None:
+        return self.metrics.get("accuracy", (None, None))[1]
 
 
 def score(training: Training, tasks: TaskBatch) -> Score:
@@ -96,19 +110,32 @@ def score(training: Training, tasks: TaskBatch) -> Score:
         with full_precision(learner.device):
             phi = training.adapting.adapt(learner, theta, part).phi
             with torch.no_grad():
-                parts.append(task_scores(learner, training.source, learner.outputs(phi, part.query_x), part.query_y))
-    losses, accuracies = (torch.cat(values) for values in zip(*parts, strict=True))
-    if not training.source.classification:
-        return Score(float(losses.mean()), None, None)
-    return Score(float(losses[~accuracies.isnan()].mean()), *mean_accuracy(accuracies))
+                outputs = learner.outputs(phi, part.query_x)
+                parts.append(task_scores(learner, training.source, outputs, part, training.metrics))
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    losses, counted = found.pop(LOSS), found.pop(COUNTED)
+    return Score(float(losses[counted].mean()), {name: mean_accuracy(values) for name, values in found.items()})
 
 
-def task_scores(learner: Learner, source: TaskSource, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and accuracy of each task, both [T]; an accuracy that there is not is NaN."""
-    losses = learner.losses(outputs, targets).double()
-    if not source.classification:
-        return losses, torch.full_like(losses, math.nan)
-    return losses, task_accuracies(outputs, targets, learner.loss_fn)
+LOSS, COUNTED = "loss", "counted"
+
+
+def task_scores(
+    learner: Learner, source: TaskSource, outputs: Tensor, tasks: TaskBatch, metrics: Sequence[Metric]
+) -> dict[str, Tensor]:
+    """Of each task, [T]: the loss, each of ``metrics`` by name, NaN where there is none, and whether any label counted.
+
+    Raises ValueError where outputs and targets do not fit a metric.
+    """
+    targets, mask = tasks.query_y, tasks.query_mask
+    losses = learner.losses(outputs, targets, mask).double()
+    counted = torch.ones_like(losses, dtype=torch.bool)
+    if source.classification:
+        counted = ~task_accuracies(outputs, targets, learner.loss_fn, mask).isnan()
+    metrics = [metric for metric in metrics if source.classification or not metric.of_classes]
+    return {LOSS: losses, COUNTED: counted} | {
+        metric.name: metric(outputs, targets, mask, learner.loss_fn) for metric in metrics
+    }
 
 
 def _count(tasks: int) -> int:
@@ -151,6 +178,7 @@ class Validation(Periodic):
             "val/loss": found.loss,
             "time/train_s": training.train_seconds,
             **worked(training.work),
+            **{f"val/{name}": mean for name, (mean, _) in found.metrics.items()},
         }
 
 
@@ -165,6 +193,7 @@ class MetaTest(Measurement):
         "test/accuracy": "fraction of a meta-test task's query labels that it gets right, mean over tasks",
         "test/accuracy_ci95": "half width of its 95 % interval, 1.96 standard errors over tasks",
         "test/loss": "query loss there, mean over tasks",
+        "test/novel_classes": "whether training sees none of the test tasks' classes, where the data set says it",
     }
     results = ("test/accuracy", "test/accuracy_ci95", "test/loss")
 
@@ -180,14 +209,33 @@ class MetaTest(Measurement):
 
     def __call__(self, training: Training) -> Event:
         found = score(training, training.fixed("test", self.tasks))
-        return {"test/accuracy": found.accuracy, "test/accuracy_ci95": found.accuracy_ci95, "test/loss": found.loss}
+        event: Event = {
+            "test/accuracy": found.accuracy,
+            "test/accuracy_ci95": found.accuracy_ci95,
+            "test/loss": found.loss,
+            "test/novel_classes": getattr(training.source, "novel_classes", None),
+        }
+        for name, (mean, half) in found.metrics.items():
+            event |= {f"test/{name}": mean, f"test/{name}_ci95": half}
+        return event
 
     def rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-        accuracy = shown(summary, "test/accuracy", ".1f", 100)
-        if summary["test/accuracy"] is not None:
-            half = shown(summary, "test/accuracy_ci95", ".1f", 100)
-            accuracy += " %" if summary["test/accuracy_ci95"] is None else f" ± {half} %"
-        return [("meta-test accuracy", accuracy), ("meta-test loss", shown(summary, "test/loss", ".4f"))]
+        names = [key.removeprefix("test/") for key in summary if f"{key}_ci95" in summary]
+        novel = summary.get("test/novel_classes")
+        seen = "" if novel is None else ", new classes" if novel else ", classes seen in training"
+        rows = [(name.replace("_", " "), _with_interval(summary, f"test/{name}")) for name in names]
+        return [
+            *((f"meta-test {name}", text + seen) for name, text in rows),
+            ("meta-test loss", shown(summary, "test/loss", ".4f")),
+        ]
 
     def __str__(self) -> str:
         return f"{self.tasks} meta-test tasks"
+
+
+def _with_interval(summary: Mapping[str, Any], key: str) -> str:
+    form, scale, unit = (".1f", 100, " %") if key.endswith("accuracy") else (".4g", 1, "")
+    text, half = shown(summary, key, form, scale), summary[f"{key}_ci95"]
+    if summary[key] is None:
+        return text
+    return text + (unit if half is None else f" ± {shown(summary, f'{key}_ci95', form, scale)}{unit}")

@@ -1,9 +1,11 @@
 """What a measurement is: it looks on from the side, says when it is due and what it writes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
 
 from fobmaml.arguments import whole_number
 from fobmaml.engine import Learner, Work
@@ -11,6 +13,7 @@ from fobmaml.estimators import Estimator
 from fobmaml.tasks import Split, TaskBatch, TaskSource
 
 Event = dict[str, float | int | str | None]
+"""What was measured at a step: each key with its value, None where there is none."""
 
 
 class Training(Protocol):
@@ -26,6 +29,8 @@ class Training(Protocol):
     train_seconds: float
     work: Work
     """Of all meta-steps so far."""
+    metrics: Sequence["Metric"]
+    """What is measured on validation and meta-test tasks beside the loss."""
 
     def fixed(self, split: Split, count: int, stream: int = 0) -> TaskBatch:
         """The same ``count`` tasks whatever the run's seed, in float64; another ``stream``, other tasks."""
@@ -38,6 +43,22 @@ class Training(Protocol):
 
     def peak_bytes(self) -> int:
         """Peak storage of one meta-gradient of a meta-batch, of this process's share of it."""
+
+
+class Metric(ABC):
+    """A number of each task's predictions. To add one, subclass it, and write a file in configs/metrics."""
+
+    name: ClassVar[str]
+    """It is logged as ``val/NAME``, ``test/NAME`` and ``test/NAME_ci95``."""
+    of_classes: ClassVar[bool] = False
+    """Whether it takes outputs that are classes; of a source that has others there is none."""
+
+    @abstractmethod
+    def __call__(
+        self, outputs: Tensor, targets: Tensor, mask: Tensor | None, loss_fn: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Of each task, [T], NaN where there is none: ``outputs`` [T, Q, ...], ``targets`` [T, Q, ...]; ``mask``
+        [T, Q]: the examples that there are, None: all. ``loss_fn``: the data set's, which may ignore a label."""
 
 
 class Measurement(ABC):

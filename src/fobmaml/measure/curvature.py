@@ -10,6 +10,7 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from fobmaml.arguments import refuse
 from fobmaml.engine import Learner
+from fobmaml.engine.losses import Loss
 from fobmaml.engine.modules import differentiable
 from fobmaml.measure.base import Event, OnValidationTasks, Training
 from fobmaml.precision import full_precision
@@ -43,12 +44,14 @@ def curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> Cu
     ``solver``: gradient descent without momentum, whose K steps MAML's objective takes. Cost, a task: P
     Hessian-vector products and three eigenvalue decompositions [P, P], and 2K products.
     Reference: Schraudolph 2002 (Gauss–Newton products); Finn et al. 2017, arXiv:1703.03400, section 5.2.
-    Raises ValueError for a solver with momentum or batches.
+    Raises ValueError for a solver with momentum or batches, and where tasks adapt some parameters only.
     """
     if solver.momentum or solver.batch:
         raise ValueError(
             f"solver: momentum={solver.momentum}, batch={solver.batch}: takes 0 and None, as the formula of MAML does"
         )
+    if learner.moves is not None:
+        raise refuse("adapt", learner.adapt, "all, for a curvature in all parameters")
     with differentiable(twice=True):
         return _curvature(learner, tasks, solver)
 
@@ -58,8 +61,10 @@ def _curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> C
     exact, first_order, without_network = [], [], []
     spectra = torch.zeros(4, dtype=torch.float64)
     for task in tasks.split(1):
-        support = _Loss(learner, task.support_x[0], task.support_y[0])
-        query = _Loss(learner, task.query_x[0], task.query_y[0])
+        support = _Loss(
+            learner, learner.support_loss or learner.loss, task.support_x, task.support_y, task.support_mask
+        )
+        query = _Loss(learner, learner.loss, task.query_x, task.query_y, task.query_mask)
         eye = torch.eye(len(theta), dtype=theta.dtype, device=theta.device)
         hessian = vmap(support.hvp(theta), chunk_size=256)(eye)
         gauss_newton = support.gauss_newton(theta)
@@ -93,10 +98,11 @@ def _hvp(function: Function, at: Tensor, v: Tensor) -> Tensor:
 class _Loss:
     """One example set's loss as a function of flat parameters, and products with its curvature."""
 
-    def __init__(self, learner: Learner, x: Tensor, y: Tensor):
+    def __init__(self, learner: Learner, loss: Loss, x: Tensor, y: Tensor, mask: Tensor | None):
+        x, y = (x[0], y[0]) if mask is None else (x[mask], y[mask])
         self.outputs: Function = lambda phi: learner.module(learner.unflatten(phi), x).flatten()
         shape = self.outputs(learner.theta()).view(len(y), -1).shape if y.dim() == 1 else y.shape
-        self.loss: Function = lambda m: learner.loss_fn(m.view(shape), y)
+        self.loss: Function = lambda m: loss.loss_fn(m.view(shape), y)
 
     def __call__(self, phi: Tensor) -> Tensor:
         return self.loss(self.outputs(phi))
@@ -134,8 +140,11 @@ class CurvatureMeasurement(OnValidationTasks):
         super().check(training)
         if self.every:
             self.steps_of(training)
+            if training.learner.moves is not None:
+                raise refuse("curvature.every", self.every, "adapt=all, or 0 for never")
 
     def steps_of(self, training: Training) -> GradientDescent:
+        """The solver, whose steps are followed. Raises ValueError for one that is not plain gradient descent."""
         solver = training.estimator.solver
         if not isinstance(solver, GradientDescent) or solver.momentum or solver.batch:
             raise refuse("curvature.every", self.every, "solver=gd without momentum and batches, or 0 for never")

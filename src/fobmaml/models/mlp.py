@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine.activations import activation_function
-from fobmaml.engine.layers import Convolution, Dense, examples_of
+from fobmaml.engine.layers import examples_of
 
 
 class MLP(nn.Module):
@@ -33,18 +33,6 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             h = self.activation(layer(h))
         return self.layers[-1](h)
-
-    def stacked_layers(self) -> list[Convolution | Dense]:
-        """The same network for ``engine.stacked.Stacked``; a signal there is one place of all units."""
-        last = len(self.layers) - 1
-        return [
-            Dense(f"layers.{i}.weight", f"layers.{i}.bias", self.activation if i < last else None)
-            for i in range(last + 1)
-        ]
-
-    def stacked_inputs(self, x: Tensor) -> Tensor:
-        """[R, N, ...] -> [R, N, 1, values]. Raises ValueError as ``forward`` does."""
-        return x.reshape(*x.shape[:2], 1, self._values(x.shape[1:]))
 
     def _values(self, shape: torch.Size) -> int:
         """Of an example, in inputs [N, ...]."""

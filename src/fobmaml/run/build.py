@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from fobmaml import distributed
 from fobmaml.arguments import number, one_of, refuse, whole_number
 from fobmaml.estimators import Adaptation, Estimator
-from fobmaml.measure import Measurement
+from fobmaml.measure import Measurement, Metric
 from fobmaml.run.errors import ConfigError
 from fobmaml.run.settings import GROUPS, choices, measurements_in, plain_config
 from fobmaml.run.tracking import check_options
@@ -23,6 +23,7 @@ from fobmaml.saved.parts import evaluation_solver
 from fobmaml.settings import Settings
 from fobmaml.solvers import Solver
 from fobmaml.stages import Stage
+from fobmaml.tasks import FewShot
 from fobmaml.tasks.checks import check_members
 from fobmaml.training import MetaTraining
 
@@ -34,6 +35,7 @@ KINDS = {
     "inner": Solver,
     "estimator": Estimator,
     "optimizer": torch.optim.Optimizer,
+    "metrics": Metric,
 }
 """What the ``_target_`` of a group makes; of a data set it is looked at what it has. All others are measurements."""
 
@@ -43,11 +45,14 @@ def build(cfg: DictConfig) -> MetaTraining:
     with bad_values_named():
         device = choose_device(cfg.device)
         dtype = getattr(torch, one_of("dtype", cfg.dtype, ("float32", "float64")))
-        check_options(plain_config(cfg)["wandb"])
+        plain = plain_config(cfg)
+        check_options(plain["wandb"])
         whole_number("seed", cfg.seed, at_least=0, at_most=2**64 - 1)  # what torch takes
-        settings = Settings(**{field.name: cfg[field.name] for field in fields(Settings)})
+        settings = Settings(**{field.name: plain[field.name] for field in fields(Settings)})
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     dataset = build_part(cfg, "dataset")
+    if isinstance(dataset, FewShot):
+        dataset = dataset.to(device)  # where its tasks are then gathered
     with bad_values_named():
         check_members(dataset)
     torch.manual_seed(settings.seed)
@@ -55,6 +60,10 @@ def build(cfg: DictConfig) -> MetaTraining:
     estimator = build_part(cfg, "estimator", solver=build_part(cfg, "solver"))
     measurements = [build_part(cfg, name) for name in measurements_in(cfg)]
     adaptation, stages = build_adaptation(cfg), build_stages(cfg)
+    metrics = [
+        build_part(OmegaConf.create({f"metrics[{name}]": made}), f"metrics[{name}]")
+        for name, made in plain_config(cfg)["metrics"].items()
+    ]
     with bad_values_named():
         return MetaTraining(
             model,
@@ -65,6 +74,7 @@ def build(cfg: DictConfig) -> MetaTraining:
             measurements,
             adaptation,
             stages,
+            metrics,
         )
 
 

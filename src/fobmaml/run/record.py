@@ -86,6 +86,7 @@ class Record:
         measured = {
             "step": training.step,
             "engine": learner.used,
+            "task_chunk": training.at_once,
             **dict.fromkeys(summary_keys(training.measurements)),
             **training.latest,
         }

@@ -53,6 +53,11 @@ def measured(_root_: DictConfig) -> str:
     """The end of --help: every key of ``metrics.jsonl`` and ``summary.json``."""
     classes: list[Any] = [get_class(_root_[name]["_target_"]) for name in measurements_in(_root_)]
     keys = KEYS | {key: text for each in classes for key, text in each.keys.items()}
+    for node in _root_.metrics.values():
+        metric: Any = get_class(node["_target_"])
+        if f"test/{metric.name}" not in keys:
+            keys |= {f"{split}/{metric.name}": f"of {split} tasks, mean" for split in ("val", "test")}
+            keys |= {f"test/{metric.name}_ci95": "half width of its 95 % interval"}
     width = max(map(len, keys))
     return "== Measured ==\n" + "\n".join(f"{key:<{width}}  {text}" for key, text in keys.items())
 

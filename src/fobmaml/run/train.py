@@ -114,6 +114,8 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
             record.event(event)
             if training.step % s.checkpoint_every == 0 or training.ended:
                 record.checkpoint()
+            if training.step == first:
+                say_what_computes(training)
             if start.state and training.step == first:
                 say_if_another_engine(start.state.get("engine", ""), training.learner.used)
             bar.set_postfix(progress(training), refresh=False)
@@ -129,6 +131,19 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
     if stop.requested:
         record.checkpoint()
         raise Interrupted(f"stopped by {stop.requested} at step {training.step}")
+
+
+def say_what_computes(training: MetaTraining) -> None:
+    used, untraced = training.learner.used, training.learner.untraced
+    log.info(
+        "gradients are computed by engine %s, %s of %d tasks at once%s",
+        used,
+        training.at_once,
+        training.settings.meta_batch,
+        f"; none by hand, for the model has {untraced}"
+        if untraced and {"autograd", "loop"} & {*used.split("+")}
+        else "",
+    )
 
 
 def say_if_another_engine(before: str, now: str) -> None:

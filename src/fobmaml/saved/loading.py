@@ -48,6 +48,7 @@ class Run:
 
     @property
     def model(self) -> nn.Module:
+        """The network at the run's last checkpoint."""
         return self._learner.model
 
     def adapt(self, support_x: Any, support_y: Any) -> nn.Module:
@@ -150,7 +151,8 @@ def _built(path: Path, state: dict[str, Any], trust: bool, data: TaskSource | No
     model = _of_kind("model", model, nn.Module).to(device, dtype)
     solver = _of_kind("solver", make("solver", settings["solver"], trust), Solver)
     estimator = _of_kind("estimator", make("estimator", settings["estimator"], trust, solver=solver), Estimator)
-    learner = Learner(model, data.loss_fn)
+    adapt, support_loss = settings.get("adapt", "all"), getattr(data, "support_loss", None)
+    learner = Learner(model, data.loss_fn, adapt=adapt, support_loss=support_loss)
     Outer(learner, estimator).load_state_dict(state)
     said = evaluation_solver(settings)
     by = Adaptation(None if said is None else make("eval.solver", said, trust), settings["eval"]["lam"])

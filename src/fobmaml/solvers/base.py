@@ -30,6 +30,11 @@ class Solver(ABC):
         """Whether its steps take batches, by the keys of the tasks."""
         return bool(self.batch or self.query_batch)
 
+    @property
+    def for_all_parameters(self) -> bool:
+        """Whether it holds numbers for all of the network's parameters, and so cannot solve for some of them alone."""
+        return False
+
     @abstractmethod
     def solve(self, problem: InnerProblem) -> Solution:
         """An approximate minimiser a row, started at ``problem.theta``."""
@@ -68,6 +73,7 @@ class Iterative(Solver):
     """Whether a step makes things better; else the row with the smallest residual seen is returned."""
 
     def begin(self, problem: InnerProblem) -> Iterate:
+        """Every row at its θ, with ∇h there and what the first step needs besides."""
         return Iterate(problem.theta, problem.gradient(problem.theta))
 
     @abstractmethod

@@ -36,6 +36,10 @@ class Descent(Solver):
         self.batch = None if batch is None else whole_number("batch", batch)
         self.query_batch = None if query_batch is None else whole_number("query_batch", query_batch)
 
+    @property
+    def for_all_parameters(self) -> bool:
+        return isinstance(self.rates, Tensor)
+
     @abstractmethod
     def direction(self, gradient: Tensor, memory: Memory, step: int) -> tuple[Tensor, Memory]:
         """At step 0, 1, ..., of ∇h [R, P] and what the step before left: the direction, and what to keep."""
@@ -68,7 +72,8 @@ class Descent(Solver):
         seen, displacement = self.drawn(problem), torch.zeros_like(problem.theta)
         memory = self.memory(displacement)
         for step, rate in enumerate(_on(problem, self.rates)):
-            gradient = seen.at(step).engine().gradient(problem.theta + displacement) + problem.lam * displacement
+            gradient = problem.moved(seen.at(step).engine().gradient(problem.theta + displacement))
+            gradient += problem.lam * displacement
             direction, memory = self.direction(gradient, memory, step)
             displacement = displacement - rate * direction
         return self._solution(problem, displacement)
@@ -127,6 +132,7 @@ class Descent(Solver):
                 if hessian is None:
                     continue
                 wrt_gradient, wrt_after = self.pulled_back(*(kept or (v, ())), step, -rate * wrt_phi, wrt_after)
+                wrt_gradient = problem.moved(wrt_gradient)
                 product = seen.at(step).linearize(hessian, engine)[1] if isinstance(hessian, Tensor) else hessian
                 wrt_phi = wrt_phi + product(wrt_gradient)
                 if problem.lam:

@@ -31,7 +31,7 @@ class GradientDescent(Descent):
         self.momentum = number("momentum", momentum, at_least=0.0, below=1.0)
 
     def solve(self, problem: InnerProblem) -> Solution:
-        if isinstance(self.rates, Tensor):
+        if isinstance(self.rates, Tensor) or problem.learner.moves is not None:
             return super().solve(problem)
         seen = self.drawn(problem)
         steps = Steps(self.rates, problem.lam, self.momentum, seen.draws)

@@ -34,7 +34,7 @@ class NewtonCG(Iterative):
         # A finished row asks for nothing: its right-hand side is zero.
         target = -at.gradient * active.unsqueeze(1)
         forcing = target.norm(dim=1).sqrt().clamp(max=0.5)
-        found = conjugate_gradients(at.memory, target, self.cg_steps, forcing)
+        found = conjugate_gradients(lambda v: problem.moved(at.memory(v)), target, self.cg_steps, forcing)
         direction = torch.where(found.x.any(dim=1, keepdim=True), found.x, target)
         length = self._length(problem, at.phi, direction, at.gradient)
         phi = at.phi + length.unsqueeze(1) * direction
@@ -72,5 +72,6 @@ class Inexact(NewtonCG):
     def solve(self, problem: InnerProblem) -> Solution:
         exact = super().solve(problem)
         away = torch.randn(exact.displacement.shape, generator=self.generator, dtype=torch.float64)
+        away = problem.moved(away.to(exact.displacement)).double()
         away *= self.delta / away.norm(dim=1, keepdim=True)
         return replace(exact, displacement=exact.displacement + away.to(exact.displacement))

@@ -1,15 +1,17 @@
 """A batch of tasks, and what a source of tasks offers."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fobmaml.arguments import refuse
 
 Split = Literal["train", "validation", "test"]
+"""What tasks are for; the three share no example."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,9 @@ class TaskBatch:
     """T tasks, each with a support (training) and a query (test) set.
 
     ``support_x`` [T, S, ...], ``support_y`` [T, S, ...], ``query_x`` [T, Q, ...], ``query_y`` [T, Q, ...]. ``keys``
-    [T], integers: a task's own decides what a solver draws of it that takes batches. Raises ValueError if the tensors
-    do not belong together.
+    [T], integers: a task's own decides what a solver draws of it that takes batches. ``support_mask`` [T, S],
+    ``query_mask`` [T, Q]: of tasks with unequal numbers of examples, which there are; the others only fill the tensors
+    up (``padded``), and count in no loss and no metric. Raises ValueError if the tensors do not belong together.
     """
 
     support_x: Tensor
@@ -26,6 +29,8 @@ class TaskBatch:
     query_x: Tensor
     query_y: Tensor
     keys: Tensor | None = None
+    support_mask: Tensor | None = None
+    query_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("support_x", "support_y", "query_x", "query_y"):
@@ -52,15 +57,64 @@ class TaskBatch:
                     f"examples like support_{kind}'s: {s.dtype} [..., *{tuple(s.shape[2:])}] on {s.device}",
                 )
 
+        for part in ("support", "query"):
+            x, mask = getattr(self, f"{part}_x"), getattr(self, f"{part}_mask")
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool or mask.shape != x.shape[:2] or mask.device != x.device:
+                got = f"{mask.dtype} {tuple(mask.shape)} on {mask.device}"
+                raise refuse(f"{part}_mask", got, f"torch.bool {tuple(x.shape[:2])} on {x.device}, as {part}_x")
+            if not mask.any(1).all():
+                raise refuse(f"{part}_mask", "a task without examples", "at least one example a task")
         if self.keys is not None and (self.keys.dtype != torch.int64 or self.keys.shape != (len(self),)):
             raise refuse("keys", f"{self.keys.dtype} {tuple(self.keys.shape)}", f"torch.int64 ({len(self)},)")
 
     def __len__(self) -> int:
         return self.support_x.shape[0]
 
-    def __getitem__(self, rows: slice) -> "TaskBatch":
-        keys = None if self.keys is None else self.keys[rows]
-        return TaskBatch(self.support_x[rows], self.support_y[rows], self.query_x[rows], self.query_y[rows], keys)
+    @classmethod
+    def padded(cls, tasks: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> "TaskBatch":
+        """Tasks (support_x [S, ...], support_y, query_x [Q, ...], query_y), S and Q each task's own, as one batch: the
+        shorter ones are filled up with zeros, and masks say where. Raises ValueError if they do not belong together."""
+        parts = [list(part) for part in zip(*tasks, strict=True)]
+        support_x, support_y, query_x, query_y = (pad_sequence(part, batch_first=True) for part in parts)
+        masks = []
+        for examples, filled in ((parts[0], support_x), (parts[2], query_x)):
+            sizes = torch.tensor([len(each) for each in examples], device=filled.device)
+            places = torch.arange(filled.shape[1], device=filled.device)
+            masks.append(None if (sizes == len(places)).all() else places < sizes.unsqueeze(1))
+        return cls(support_x, support_y, query_x, query_y, support_mask=masks[0], query_mask=masks[1])
+
+    def __getitem__(self, rows: slice | Tensor) -> "TaskBatch":
+        return self._each(lambda t: t[rows])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TaskBatch":
+        """With ``change`` of every tensor that there is."""
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence["TaskBatch"]) -> "TaskBatch":
+        """The tasks of all parts. Raises ValueError unless they have the same tensors, of the same shapes."""
+        tensors = [part.tensors() for part in parts]
+        kinds = {tuple((name, *t.shape[1:]) for name, t in each.items()) for each in tensors}
+        if len(kinds) > 1:
+            raise refuse(
+                "tasks", "batches of different shapes", "equal numbers of examples, or masks (TaskBatch.padded)"
+            )
+        return cls(**{name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Of support and query examples together, [T, S + Q]; None: all are there."""
+        if self.support_mask is None and self.query_mask is None:
+            return None
+        parts = (self.support_mask, self.support_x), (self.query_mask, self.query_x)
+        return torch.cat([x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m for m, x in parts], dim=1)
 
     def keyed(self, generator: torch.Generator | None = None) -> "TaskBatch":
         """The same tasks, with new ``keys`` from ``generator``, torch's own by default."""
@@ -70,7 +124,7 @@ class TaskBatch:
     def pooled(self) -> "TaskBatch":
         """The same tasks, with all of their examples in the support set."""
         x, y = torch.cat([self.support_x, self.query_x], dim=1), torch.cat([self.support_y, self.query_y], dim=1)
-        return replace(self, support_x=x, support_y=y)
+        return replace(self, support_x=x, support_y=y, support_mask=self.mask)
 
     def split(self, count: int) -> Iterator["TaskBatch"]:
         """The tasks in order, ``count`` at a time; the last part may be smaller."""
@@ -82,12 +136,15 @@ class TaskBatch:
         def move(t: Tensor) -> Tensor:
             return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
 
-        keys = None if self.keys is None else self.keys.to(device)
-        return TaskBatch(move(self.support_x), move(self.support_y), move(self.query_x), move(self.query_y), keys)
+        return self._each(move)
 
 
 class TaskSource(Protocol):
-    """Where tasks come from. To add a data set, write a class with these members and a file in configs/dataset."""
+    """Where tasks come from. To add a data set, write a class with these members and a file in configs/dataset.
+
+    Two more, if there are: ``support_loss``, as ``loss_fn``, for the support examples; ``novel_classes``, whether
+    classes of test tasks are none of training's.
+    """
 
     input_shape: tuple[int, ...]
     """Shape of one example."""
@@ -103,3 +160,12 @@ class TaskSource(Protocol):
         """``count`` tasks of a split, on the CPU; all randomness from ``generator``. Labels of classes are 0 ...
         ``outputs`` − 1, or what the loss ignores: −100, or its ``ignore_index``."""
         ...
+
+    if not TYPE_CHECKING:  # for a type checker, a source need not have it
+
+        @staticmethod
+        def from_dataloader(*loaders, **settings):
+            """A source of batches of tasks that data loaders bring: ``fobmaml.tasks.Stream``."""
+            from fobmaml.tasks.stream import Stream
+
+            return Stream(*loaders, **settings)

@@ -39,8 +39,10 @@ def check_members(source: Any) -> None:
         if _became_a_method(source):
             name = source.loss_fn.__name__
             raise refuse("loss_fn", name, f"staticmethod({name}) in a class, where a bare function becomes a method")
-        if not _accepts(source.loss_fn, 2):
-            raise refuse("loss_fn", _named(source.loss_fn), takes["loss_fn"])
+        for name in ("loss_fn", "support_loss"):
+            loss = getattr(source, name, source.loss_fn)
+            if not _accepts(loss, 2):
+                raise refuse(name, _named(loss), takes["loss_fn"])
     except ValueError as error:
         raise ValueError(f"dataset: {error}") from None
 
@@ -94,6 +96,9 @@ def sample(source: TaskSource, split: Split, count: int, generator: torch.Genera
 def _check_labels(what: str, labels: Tensor, source: TaskSource) -> None:
     if labels.is_floating_point():  # probabilities of classes
         return
+    least, most = labels.aminmax()
+    if least >= 0 and most < source.outputs:
+        return
     labels, ignored = labels.long(), ignored_label(source.loss_fn)
     wrong = (labels != ignored) & ((labels < 0) | (labels >= source.outputs))
     if wrong.any():
@@ -105,9 +110,12 @@ def _check_labels(what: str, labels: Tensor, source: TaskSource) -> None:
 
 def check_repeats(first: TaskBatch, second: TaskBatch) -> None:
     """Raises ValueError where equal generators did not make equal tasks: such a run could not be continued."""
-    for name in ("support_x", "support_y", "query_x", "query_y"):
+    for name in ("support_x", "support_y", "query_x", "query_y", "support_mask", "query_mask"):
         one, other = getattr(first, name), getattr(second, name)
-        if one.shape != other.shape or not ((one == other) | (one != one)).all():  # NaN is a missing value
+        if one is other is None:
+            continue
+        alike = one is not None and other is not None and one.shape == other.shape
+        if not alike or not ((one == other) | (one != one)).all():  # NaN is a missing value
             raise ValueError(
                 f"dataset: sample returned another {name} with the same generator: takes all randomness "
                 "from its generator"

@@ -1,6 +1,7 @@
 """Which examples of a task the steps of an inner solver take, as a function of the task's key alone."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,9 +16,16 @@ def drawn(keys: Tensor, examples: int, batch: int, steps: int, stream: int = 0) 
     """
     batch = min(batch, examples)
     orders = math.ceil(steps * batch / examples)
-    places = torch.arange(orders * examples, device=keys.device).view(orders, examples) + (stream << 40)
-    order = _scrambled(keys.view(-1, 1, 1) + _scrambled(places)).argsort(dim=-1, stable=True)
+    places = _places(orders, examples, stream, keys.device)
+    order = _scrambled(keys.view(-1, 1, 1) + places).argsort(dim=-1, stable=True)
     return order.flatten(1)[:, : steps * batch].view(len(keys), steps, batch)
+
+
+@lru_cache(64)
+def _places(orders: int, examples: int, stream: int, device: torch.device) -> Tensor:
+    """A random number for each place in each order."""
+    with torch.inference_mode(False):
+        return _scrambled(torch.arange(orders * examples, device=device).view(orders, examples) + (stream << 40))
 
 
 def _scrambled(z: Tensor) -> Tensor:

@@ -1,155 +1,101 @@
 """N-way k-shot tasks from MNIST-1D (Greydanus & Kobak 2024, arXiv:2011.14439)."""
 
-import hashlib
-import os
 import random
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from fobmaml.arguments import one_of, refuse, whole_number
-from fobmaml.engine.losses import LossFn
-from fobmaml.files import CannotWrite, write_atomically
-from fobmaml.tasks.batch import Split, TaskBatch
+from fobmaml.arguments import one_of, whole_number
+from fobmaml.tasks.cache import Arrays, cached
+from fobmaml.tasks.few_shot import FewShot
+from fobmaml.tasks.splits import Division
 
 VALIDATION_EXAMPLES_PER_CLASS = 80
-Arrays = dict[str, NDArray[np.float64]]
+DIGITS = 10
 
 
-def mean_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(outputs − one-hot targets)², the mean over examples and classes: [N, C], [N] -> scalar."""
-    one_hot = targets.unsqueeze(-1) == torch.arange(outputs.shape[-1], device=targets.device)
-    return (outputs - one_hot.to(outputs.dtype)).square().mean()
+def made_by_the_package(examples: int, seed: int, templates: NDArray[np.float64] | None = None) -> Arrays:
+    """What the ``mnist1d`` package's pipeline makes, as published but for the number of ``examples`` and the ``seed``:
+    x [4/5, 40], y [4/5], x_test [1/5, 40], y_test [1/5].
 
-
-LOSSES: dict[str, LossFn] = {"cross_entropy": F.cross_entropy, "mse": mean_squared_error}
-
-
-def generate_arrays() -> Arrays:
-    """The published arrays from the ``mnist1d`` package: x [4000, 40], y [4000], x_test [1000, 40], y_test [1000].
-
-    The package seeds the global generators; they are put back as they were. Raises ModuleNotFoundError without it.
+    ``templates`` [classes, points]: in place of the ten digits. The package seeds the global generators; they are put
+    back as they were. Raises ModuleNotFoundError without it.
     """
     try:
-        from mnist1d.data import get_dataset_args, make_dataset
+        from mnist1d.data import get_dataset_args, get_templates, make_dataset
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "MNIST-1D is made by the package mnist1d, which is not installed: pip install 'fobmaml[run]'",
             name=error.name,
         ) from None
 
+    settings, shapes = get_dataset_args(), get_templates()
+    settings.num_samples, settings.seed = examples, seed
+    if templates is not None:
+        shapes |= {"x": templates, "y": np.arange(len(templates))}
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        made = make_dataset(get_dataset_args())
+        made = make_dataset(settings, shapes)
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
     return {name: np.asarray(made[name]) for name in ("x", "y", "x_test", "y_test")}
 
 
+def generate_arrays() -> Arrays:
+    """The published arrays: x [4000, 40], y [4000], x_test [1000, 40], y_test [1000]."""
+    return made_by_the_package(5000, 42)
+
+
 def load_arrays(cache: Path | None = None) -> Arrays:
-    """The arrays of ``generate_arrays`` from a cache file, which is made, or made again if it is damaged.
-
-    ``cache``: the folder, by default ``$XDG_CACHE_HOME/fobmaml``. No pickle is read or written, a digest guards the
-    content, and the file appears whole or not at all; without a folder that can be written to it costs a second a run.
-    """
-    try:
-        path = (cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fobmaml") / "mnist1d.npz"
-    except RuntimeError:  # a user without a home
-        return generate_arrays()
-    arrays = _stored(path)
-    if arrays is None:
-        arrays = generate_arrays()
-        with suppress(OSError, CannotWrite):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, partial(_store, arrays))
-    return arrays
+    """The arrays of ``generate_arrays``, from a file in the folder ``cache`` once they are made (``tasks.cache``)."""
+    return cached("mnist1d.npz", generate_arrays, cache)
 
 
-def _stored(path: Path) -> Arrays | None:
-    try:
-        if not path.is_file():
-            return None
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in ("x", "y", "x_test", "y_test")}
-            return arrays if str(stored["digest"]) == _digest(arrays) else None
-    except Exception:  # a damaged file ends in an error of any of the parsers in between
-        return None
+def held_out_digits(rotation: int) -> Division:
+    """Six digits to train, two to validate, two to test; each of the three rotations 0, 1, 2 tests others."""
+    digits = np.roll(np.arange(DIGITS), -4 * whole_number("rotation", rotation, at_least=0, at_most=2)).tolist()
+    return {"train": digits[:6], "validation": digits[6:8], "test": digits[8:]}
 
 
-def _store(arrays: Arrays, file: BinaryIO) -> None:
-    np.savez(file, allow_pickle=False, digest=np.array(_digest(arrays)), **arrays)
-
-
-def _digest(arrays: Arrays) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
-
-
-class MNIST1D:
+class MNIST1D(FewShot):
     """Few-shot classification of MNIST-1D's ten digits.
 
-    Each task takes ``ways`` digits in random label order, and of each digit ``shots`` support and ``queries`` query
-    examples, all distinct. Meta-test tasks come from the 1000 published test examples, meta-validation tasks from 80
-    training examples a digit (the last ones), meta-train tasks from the rest.
+    ``split_by``: ``example``: every split has all ten digits, so that the digits of test tasks were seen in training.
+    Meta-test tasks come from the 1000 published test examples, meta-validation tasks from 80 training examples a digit
+    (the last ones), meta-train tasks from the rest. ``class``: six digits to train, two each to validate and test (so
+    ``ways=2``), with all of their examples; ``rotation``, 0, 1 or 2, says which.
 
     ``loss``: ``cross_entropy``, or ``mse``: the mean squared distance of the outputs to one-hot targets.
     Raises ValueError if a split has too few classes or examples.
     """
 
-    input_shape = (40,)
-    classification = True
-
     def __init__(
-        self, ways: int = 5, shots: int = 5, queries: int = 15, loss: str = "cross_entropy", cache: Path | None = None
+        self,
+        ways: int = 5,
+        shots: int = 5,
+        queries: int = 15,
+        loss: str = "cross_entropy",
+        cache: Path | None = None,
+        split_by: str = "example",
+        rotation: int = 0,
     ):
-        self.ways = self.outputs = whole_number("ways", ways, at_least=2, at_most=10)
-        self.shots = whole_number("shots", shots)
-        self.queries = whole_number("queries", queries)
-        self.loss_fn: LossFn = LOSSES[one_of("loss", loss, tuple(LOSSES))]
+        whole_number("ways", ways, at_least=2, at_most=DIGITS)
+        one_of("split_by", split_by, ("class", "example"))
+        by_class = held_out_digits(rotation)
         arrays = load_arrays(cache)
-        held_out = VALIDATION_EXAMPLES_PER_CLASS
-        x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
-        train = [x[y == digit] for digit in range(10)]
-        x, y = torch.from_numpy(arrays["x_test"]), torch.from_numpy(arrays["y_test"])
-        self.examples = {
-            "train": [digit[:-held_out] for digit in train],
-            "validation": [digit[-held_out:] for digit in train],
-            "test": [x[y == digit] for digit in range(10)],
-        }
-        fewest = min(len(digit) for split in self.examples.values() for digit in split)
-        if shots + queries > fewest:
-            name, value = ("shots", shots) if shots >= fewest else ("queries", queries)
-            raise refuse(
-                name,
-                value,
-                f"at most {fewest} with shots and queries together, the examples that the "
-                f"smallest split has of a digit (shots={shots}, queries={queries})",
-            )
-        # One table a split, short digits padded, so that sampling is a handful of gathers.
-        self._counts = {s: torch.tensor([len(d) for d in digits]) for s, digits in self.examples.items()}
-        self._tables = {
-            s: torch.nn.utils.rnn.pad_sequence(digits, batch_first=True) for s, digits in self.examples.items()
-        }
+        x, y = (np.concatenate([arrays[name], arrays[f"{name}_test"]]) for name in ("x", "y"))
+        split = by_class if split_by == "class" else _published(y, len(arrays["y"]))
+        super().__init__(x, y, ways, shots, queries, split_by, split, loss=loss)
 
-    def sample(self, split: Split, count: int, generator: torch.Generator) -> TaskBatch:
-        table, counts = self._tables[split], self._counts[split]
-        take = self.shots + self.queries
-        digits = torch.rand(count, 10, generator=generator).argsort(dim=1)[:, : self.ways]  # [T, ways]
-        keys = torch.rand(count, self.ways, table.shape[1], generator=generator)
-        keys[torch.arange(table.shape[1]) >= counts[digits].unsqueeze(-1)] = -1.0  # never take padding
-        chosen = keys.topk(take, dim=-1).indices  # [T, ways, take], distinct
-        x = table[digits.unsqueeze(-1), chosen]  # [T, ways, take, 40]
-        labels = torch.arange(self.ways).view(1, self.ways, 1).expand(count, -1, take)
-        x_s, x_q = x[:, :, : self.shots].flatten(1, 2), x[:, :, self.shots :].flatten(1, 2)
-        y_s, y_q = labels[:, :, : self.shots].flatten(1, 2), labels[:, :, self.shots :].flatten(1, 2)
-        return TaskBatch(x_s, y_s, x_q, y_q)
+
+def _published(y: NDArray[np.int64], training: int) -> Division:
+    """Numbers of the examples of each split, of which the first ``training`` are published for training."""
+    held_out = [np.flatnonzero(y[:training] == digit)[-VALIDATION_EXAMPLES_PER_CLASS:] for digit in range(DIGITS)]
+    validation = np.concatenate(held_out)
+    return {
+        "train": np.setdiff1d(np.arange(training), validation).tolist(),
+        "validation": validation.tolist(),
+        "test": list(range(training, len(y))),
+    }

@@ -1,0 +1,167 @@
+"""One meta-gradient of Conv4, the few-shot backbone, against loops over tasks by torch's autograd: bench_conv4.csv.
+
+Four blocks of a 3 × 3 convolution of 64 channels, GroupNorm, ReLU and pooling, and a linear layer, on 28 × 28 grey
+images; 5-way 1-shot, 5 queries a class, 8 tasks, K = 5 inner steps. ``symmetric`` is ours, by the compiled kernel for
+images where it was compiled; others are peers.py's: a loop over tasks and offsets, a loop of MAML, and higher's MAML.
+Everybody takes turns, with one thread and with all of torch's, and each time is compared with the rate of fused
+multiply-adds of so many threads (timing.py, rate.py). Counted are the multiply-adds of plain convolutions, twice each
+in ``gflops``: the kernel does fewer, by Winograd's algorithm, so that its share of the rate may pass 1.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peers import higher_maml, loop_maml, loop_symmetric
+from rate import Limit
+from timing import Row, first_round, spread, take_turns
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fobmaml.engine import Learner
+from fobmaml.estimators import Symmetric, chunk_size, estimate
+from fobmaml.files import write_csv, write_json
+from fobmaml.measure import peak_bytes
+from fobmaml.run.allocator import keep_freed_memory
+from fobmaml.run.provenance import provenance
+from fobmaml.solvers import GradientDescent
+from fobmaml.tasks import TaskBatch
+
+ROOT = Path(__file__).parents[1]
+WAYS, SHOTS, QUERIES, TASKS, STEPS, WIDTH = 5, 1, 5, 8, 5, 64
+LR, LAM, NU = 0.1, 0.5, 0.05
+LONG = 50  # inner steps, for memory
+
+
+def conv4(width: int) -> nn.Sequential:
+    blocks = [
+        (nn.Conv2d(width if block else 1, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU(), nn.MaxPool2d(2))
+        for block in range(4)
+    ]
+    return nn.Sequential(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(width, WAYS))
+
+
+def random_tasks() -> TaskBatch:
+    x = torch.randn(TASKS, WAYS * (SHOTS + QUERIES), 1, 28, 28)
+    y = torch.arange(WAYS).repeat(TASKS, SHOTS + QUERIES)
+    first = WAYS * SHOTS
+    return TaskBatch(x[:, :first], y[:, :first], x[:, first:], y[:, first:])
+
+
+class Ours:
+    """Our symmetric meta-gradient, without a training run's diagnosis."""
+
+    def __init__(self, model: nn.Module, tasks: TaskBatch, steps: int = STEPS):
+        self.learner, self.tasks = Learner(model, F.cross_entropy), tasks
+        self.estimator = Symmetric(GradientDescent(steps, LR), LAM, NU)
+
+    def __call__(self) -> Tensor:
+        chunk = chunk_size(self.learner, self.tasks, self.estimator)
+        theta = self.learner.theta()
+        return estimate(self.estimator, self.learner, theta, self.tasks, chunk, diagnose=False).gradient
+
+
+def calls(model: nn.Module, tasks: TaskBatch) -> dict[str, Callable[[], object]]:
+    found: dict[str, Callable[[], object]] = {
+        "symmetric": Ours(model, tasks),
+        "loop_symmetric": partial(loop_symmetric, model, tasks, STEPS, LR, LAM, NU),
+        "loop_maml": partial(loop_maml, model, tasks, STEPS, LR),
+    }
+    if find_spec("higher"):
+        found["higher_maml"] = partial(higher_maml, model, tasks, STEPS, LR)
+    return found
+
+
+def flops_of_an_example(model: nn.Module) -> int:
+    """Of a gradient: three times a forward pass, but for the inputs' derivative."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 1, 28, 28))
+        forward = counter.get_total_flops()
+    return 3 * forward - 2 * 28 * 28 * 9 * WIDTH
+
+
+def distance(found: Tensor, model: nn.Module, tasks: TaskBatch) -> float:
+    """From the same by the loop, in float64."""
+    wanted = loop_symmetric(conv4_in_double(model), tasks.to(dtype=torch.float64), STEPS, LR, LAM, NU)
+    exact = torch.cat([part.flatten() for part in wanted])
+    return float((found - exact).norm() / exact.norm())
+
+
+def conv4_in_double(model: nn.Module) -> nn.Module:
+    double = conv4(WIDTH).double()
+    double.load_state_dict(model.state_dict())
+    return double
+
+
+def measured(threads: int, repeats: int) -> list[Row]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model, tasks, limit = conv4(WIDTH), random_tasks(), Limit(threads)
+    everybody = {name: [call] for name, call in calls(model, tasks).items()}
+    first_round(everybody)  # warms up
+    rounds = take_turns(everybody, repeats, limit)
+    gradients = 2 * STEPS * TASKS * WAYS * (SHOTS + QUERIES)
+    rows = []
+    for name, theirs in rounds.items():
+        row: Row = {"method": name, "threads": threads} | spread([each.seconds for each in theirs])
+        rate = statistics.median(each.rate for each in theirs)
+        if name.endswith("symmetric"):
+            gflops = gradients * flops_of_an_example(model) / row["seconds_median"] / 1e9
+            row |= {"gflops": round(gflops, 1), "share_of_rate": round(gflops * 1e9 / rate, 3)}
+        row |= {"rate_gflops": round(rate / 1e9, 1), "disturbed": sum(each.disturbed for each in theirs)}
+        shares = [each.others_share for each in theirs if each.others_share is not None]
+        row["others_share"] = round(max(shares), 3) if shares else None
+        rows.append(row)
+    ours = next(row for row in rows if row["method"] == "symmetric")
+    for row in rows:
+        row["times_ours"] = round(row["seconds_median"] / ours["seconds_median"], 2)
+    call = Ours(model, tasks)
+    ours |= {"distance": distance(call(), model, tasks), "engine": call.learner.used}
+    for steps in (STEPS, LONG):
+        ours[f"peak_bytes_{steps}_steps"] = peak_bytes(Ours(model, tasks, steps), torch.device("cpu"))
+    return rows
+
+
+def version_of(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=ROOT / "results")
+    arguments = parser.parse_args()
+    counts = dict.fromkeys((1, torch.get_num_threads()))
+    rows = [row for threads in counts for row in measured(threads, arguments.repeats)]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    write_csv(arguments.folder / "bench_conv4.csv", [{name: row.get(name, "") for name in columns} for row in rows])
+    write_json(
+        arguments.folder / "bench_conv4.json",
+        {
+            "command": "python benchmarks/conv4.py",
+            "ways": WAYS,
+            "shots": SHOTS,
+            "queries": QUERIES,
+            "tasks": TASKS,
+            "inner_steps": STEPS,
+            "width": WIDTH,
+            "repeats": arguments.repeats,
+            "peers": {"higher": version_of("higher")},
+            "provenance": provenance(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()

@@ -1,0 +1,114 @@
+"""Builds the site, from docs/ and from docstrings: python scripts/documentation.py [FOLDER]
+
+FOLDER is where it goes, by default outputs/site. A page of docs/ is Markdown. Between its lines it may ask for what
+others know, by a comment ``<!-- site: PART ARGUMENTS -->``, and gets it when the site is built: the functions of
+documentation_parts.py and ``reference``. A page that begins with ``executed: true`` between two lines of dashes has its
+blocks run, with what they print put below: documentation_blocks.py.
+
+Sphinx, Furo and MyST, since what they make is read without a network: search works from disk, mathematics is MathML,
+which browsers draw by themselves, fonts are the reader's own, and ``[source]`` leads to pages of the site.
+"""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import documentation_parts as parts
+from documentation_blocks import BlockFailed, executed
+from documentation_reference import method_docs, reference, undocumented
+from drawing import Missing
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MARKER = re.compile(r"^<!-- site: (\w+) ?(.*?) -->$", re.MULTILINE)
+FRONT = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
+LABEL = re.compile(r"^(Cost:|Memory:|References?:|Raises )", re.MULTILINE)
+"""What a docstring's line begins with that is a paragraph of its own."""
+PARTS: Mapping[str, Callable[..., str]] = {
+    "include": parts.include,
+    "table": parts.table,
+    "csv": parts.csv,
+    "claims": parts.claims,
+    "keys": parts.keys,
+    "settings": parts.settings,
+    "modules": parts.modules,
+    "reference": reference,
+}
+
+
+def is_executed(text: str) -> bool:
+    front = FRONT.match(text)
+    return front is not None and "executed: true" in front[1].splitlines()
+
+
+def filled(text: str) -> str:
+    """A page with what it asks for. Raises Missing."""
+    return MARKER.sub(lambda found: PARTS[found[1]](*found[2].split()), text)
+
+
+def connect(app: Any) -> None:
+    """What docs/conf.py hands over: pages, docstrings and mathematics. Raises RuntimeError for an undocumented name."""
+    if missing := undocumented():
+        raise RuntimeError(f"public names without documentation: {', '.join(missing)}")
+    app.connect("source-read", _read)
+    app.connect("autodoc-process-docstring", _describe)
+    app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
+
+
+def _read(_app: Any, name: str, source: list[str]) -> None:
+    try:
+        source[0] = filled(executed(source[0]) if is_executed(source[0]) else source[0])
+    except (Missing, BlockFailed) as error:
+        raise RuntimeError(f"docs/{name}.md: {error}") from error
+
+
+def _describe(_app: Any, what: str, name: str, value: object, _options: object, lines: list[str]) -> None:
+    kind, _, method = name.rpartition(".")
+    if not (getattr(value, "__module__", None) or "fobmaml").startswith("fobmaml"):  # torch's, as a class holds it
+        lines[:] = [f"``{getattr(value, '__module__', '')}.{getattr(value, '__name__', method)}``"]
+    elif what == "method" and not lines:
+        module, _, owner = kind.rpartition(".")
+        lines += method_docs(getattr(importlib.import_module(module), owner), method).splitlines()
+    lines[:] = LABEL.sub(lambda found: f"\n**{found[1].strip()}** ", "\n".join(lines)).split("\n")
+
+
+def _inline(translator: Any, node: Any) -> None:
+    _write(translator, node, "inline")
+
+
+def _display(translator: Any, node: Any) -> None:
+    _write(translator, node, "block")
+
+
+def _write(translator: Any, node: Any, display: str) -> None:
+    from docutils.nodes import SkipNode
+    from latex2mathml.converter import convert
+
+    drawn = convert(node.astext(), display=display)
+    if "\\" in drawn:
+        raise ValueError(f"latex2mathml does not know all commands in {node.astext()}")
+    translator.body.append(drawn)
+    raise SkipNode
+
+
+def main() -> None:
+    site = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "outputs" / "site"
+    options = ["-W", "--keep-going", "-E", "-q", "-b", "html", "-d", str(site.parent / f".{site.name}")]
+    if subprocess.run([sys.executable, "-m", "sphinx", *options, str(DOCS), str(site)], check=False).returncode:
+        sys.exit("error: the site was not built, for the reasons above")
+    page = ROOT / "outputs" / "explorer.html"
+    if not page.exists():
+        explorer = [sys.executable, str(ROOT / "scripts" / "explorer.py"), "--no-pictures", f"--page={page}"]
+        subprocess.run(explorer, check=True)
+    shutil.copy(page, site / "interactive.html")
+    print(f"{os.path.relpath(site)}/index.html opens in a browser as it is")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The reference: every public name, and which of them say nothing of themselves."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import fobmaml
+from fobmaml import engine
+from fobmaml.tasks import TaskSource
+
+
+def modules() -> list[ModuleType]:
+    """Those that are public: the package, what it names in ``__all__``, and the engine."""
+    named = [getattr(fobmaml, name) for name in fobmaml.__all__]
+    return [fobmaml, *(each for each in named if inspect.ismodule(each)), engine]
+
+
+def public(module: ModuleType) -> list[str]:
+    """Names of a module: its ``__all__``, or all that it defines; without underscore, and no modules."""
+    defined = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    names = getattr(module, "__all__", defined)
+    return [name for name in names if not name.startswith("_") and not inspect.ismodule(getattr(module, name))]
+
+
+def reference(name: str) -> str:
+    """Every public name of a module, by autodoc. What the package has from a module inside it is documented there."""
+    module = importlib.import_module(name)
+    inside = {each: other for other in modules()[1:] for each in public(other)} if module is fobmaml else {}
+    return (
+        "````{eval-rst}\n" + "\n\n".join(_entry(module, each, inside.get(each)) for each in public(module)) + "\n````"
+    )
+
+
+def _entry(module: ModuleType, name: str, elsewhere: ModuleType | None) -> str:
+    value, path = getattr(module, name), f"{module.__name__}.{name}"
+    if elsewhere is not None and getattr(elsewhere, name) is value:
+        return f".. py:data:: {path}\n   :no-index:\n\n   Short for :py:obj:`{elsewhere.__name__}.{name}`."
+    if inspect.isclass(value):
+        return f".. autoclass:: {path}\n   :members:\n   :show-inheritance:"
+    if inspect.isfunction(value):
+        return f".. autofunction:: {path}"
+    return f".. py:data:: {path}\n   :value: {str(value).replace('typing.', '')}\n\n   {data_docs(name)}"
+
+
+def data_docs(name: str) -> str:
+    """The text below the assignment of a constant, wherever in the package that is; empty if there is none."""
+    return next(_below(name), "")
+
+
+def _below(name: str) -> Iterator[str]:
+    for path in sorted(Path(fobmaml.__file__).parent.rglob("*.py")):
+        for node, after in pairwise(ast.parse(path.read_text(encoding="utf-8")).body):
+            match node, after:
+                case (
+                    ast.Assign(targets=[ast.Name(id=given)]),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ) if given == name:
+                    yield inspect.cleandoc(text)
+
+
+def undocumented() -> list[str]:
+    """Public names, and public methods of public classes, that say nothing of themselves."""
+    missing = []
+    for module in modules():
+        for name in public(module):
+            value, path = getattr(module, name), f"{module.__name__}.{name}"
+            if inspect.isclass(value):
+                made_up = (value.__doc__ or f"{name}(").startswith(f"{name}(")  # by a dataclass
+                missing += [path] * made_up
+                missing += [f"{path}.{method}" for method in _methods(value) if not method_docs(value, method)]
+            elif not (inspect.getdoc(value) if inspect.isfunction(value) else data_docs(name)):
+                missing.append(path)
+    return missing
+
+
+def _methods(kind: type) -> list[str]:
+    """Its own public methods and properties."""
+    return [
+        name
+        for name, value in vars(kind).items()
+        if not name.startswith("_")
+        and (inspect.isroutine(value) or isinstance(value, property) or hasattr(value, "func"))
+    ]
+
+
+def method_docs(kind: type, name: str) -> str:
+    """Its own, inherited, or that of the protocol ``TaskSource``, which data sets follow without being subclasses."""
+    own = inspect.getdoc(inspect.getattr_static(kind, name)) or inspect.getdoc(getattr(kind, name))
+    return own or inspect.getdoc(getattr(TaskSource, name, None)) or ""

@@ -1,0 +1,71 @@
+"""What decides on a claim: rules that return one of four verdicts, and that noise never helps.
+
+A number with its 95 % interval decides where the whole interval is on one side of a threshold; a threshold within it
+leaves the claim undecided.
+"""
+
+import math
+from collections.abc import Sequence
+from enum import StrEnum
+
+from scipy import stats
+from statistics_of_runs import interval
+
+
+class Verdict(StrEnum):
+    """On a claim."""
+
+    HOLDS = "holds"
+    IN_PART = "holds in part"
+    DOES_NOT = "does not hold"
+    NOT_DECIDED = "not decided"
+
+
+def below(value: float, limit: float, half: float = 0.0) -> Verdict:
+    """Whether ``value`` ± ``half`` is below ``limit``; not decided where ``half`` is not known."""
+    if value + half < limit:
+        return Verdict.HOLDS
+    return Verdict.DOES_NOT if value - half > limit else Verdict.NOT_DECIDED
+
+
+def above(value: float, limit: float, half: float = 0.0) -> Verdict:
+    return below(-value, -limit, half)
+
+
+def within(value: float, half: float, centre: float, margin: float) -> Verdict:
+    """Whether ``value`` ± ``half`` is within ``centre`` ± ``margin``."""
+    if abs(value - centre) + half < margin:
+        return Verdict.HOLDS
+    return Verdict.DOES_NOT if abs(value - centre) - half > margin else Verdict.NOT_DECIDED
+
+
+def of_all(parts: Sequence[Verdict]) -> Verdict:
+    """Of a claim of several parts: what they all are; holds in part where some hold; else not decided."""
+    if len({*parts}) == 1:
+        return parts[0]
+    return Verdict.IN_PART if {Verdict.HOLDS, Verdict.IN_PART} & {*parts} else Verdict.NOT_DECIDED
+
+
+def level(found: Sequence[float], margin: float) -> Verdict:
+    """Whether paired differences are equivalent to zero: two one-sided t tests at 5 % that their mean is within ±
+    ``margin``. Holds in part where only the lower one passes: no worse, and perhaps better. Does not hold where the
+    95 % interval is below −``margin``.
+
+    Reference: Schuirmann 1987. Fewer than three differences decide nothing.
+    """
+    if len(found) < 3:
+        return Verdict.NOT_DECIDED
+    mean, half = interval(found)
+    one_sided = half * float(stats.t.ppf(0.95, len(found) - 1) / stats.t.ppf(0.975, len(found) - 1))
+    if mean + half < -margin:
+        return Verdict.DOES_NOT
+    if mean - one_sided <= -margin:
+        return Verdict.NOT_DECIDED
+    return Verdict.HOLDS if mean + one_sided < margin else Verdict.IN_PART
+
+
+def over_runs(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of the 95 % interval of one number a run: the points of a run are not independent. Infinite
+    for a single run."""
+    mean, half = interval(values)
+    return mean, half if len(values) > 1 else math.inf

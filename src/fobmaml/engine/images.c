@@ -1,0 +1,1089 @@
+/* Gradients of a chain of convolutions, norms, activations and pools with a softmax cross-entropy, for many rows of
+parameters and many steps in one call.
+
+Each row has its own parameters and examples and belongs to one thread, which takes a few examples through all nodes and
+back before the next, so that their signals stay in the cache. Signals are channels-last, each channel vector filled up
+with zeros to whole vector registers, and padded as the node that reads them asks for: of a window, what lies in one
+line of the image is a run of consecutive numbers, and nothing is copied for it. The products are sums over tiles held
+in registers. A dense layer is a convolution whose window is the whole image.
+
+No intrinsics: the vector extensions that GCC and Clang share. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <omp.h>
+#ifdef __SANITIZE_ADDRESS__ /* scripts/sanitize_kernel.py */
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(from, bytes) (void)0
+#endif
+
+#if defined __AVX512F__
+enum { LANES = 16, HEIGHT = 6, WIDTH = 4 }; /* a tile is HEIGHT x WIDTH vectors: 24 of 32 registers */
+#elif defined __AVX__
+enum { LANES = 8, HEIGHT = 6, WIDTH = 2 }; /* 12 of 16 */
+#else
+enum { LANES = 4, HEIGHT = 6, WIDTH = 4 }; /* NEON has 32 */
+#endif
+enum { DEPTH = 64, WINDOWS = 64 }; /* summed at a time: what is read again and again has to stay in the first cache */
+enum { TILES = 60, PARTS = 16 };   /* transformed at a time, and places of each */
+enum { CONVOLUTION, NORM, MAXIMUM, AVERAGE };     /* kinds of nodes */
+enum { IDENTITY, SILU, RELU, TANH, GELU };        /* and of activations */
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define CEIL(a, b) (((a) + (b) - 1) / (b))
+#define ROUND(a) (CEIL(a, LANES) * LANES)
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* Cuts columns, a multiple of LANES, into panels of at most WIDTH vectors, as equal as can be; each has a first column
+and a width. */
+#define EACH_PANEL(columns, first, width)                                                                      \
+    for (int64_t all = (columns) / LANES, parts = CEIL(all, WIDTH), part = 0, first = 0, width;                \
+         part < parts && (width = (part + 1) * all / parts - part * all / parts); first += width * LANES, part++)
+enum { THREE = WIDTH < 3 ? WIDTH : 3 };
+/* CALL(width), with a width known to the compiler. */
+#define BY_WIDTH(width, CALL)              \
+    do {                                   \
+        if ((width) == 1) CALL(1);         \
+        else if ((width) == 2) CALL(2);    \
+        else if ((width) == 3) CALL(THREE); \
+        else CALL(WIDTH);                  \
+    } while (0)
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef float aliased __attribute__((vector_size(4 * LANES), may_alias));
+typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* What enters has ``in`` channels of height x width, what leaves ``out`` of height_out x width_out. A window takes
+kernel_height x kernel_width places and moves by strides; the padding is on both sides.
+
+CONVOLUTION: weights of ``out`` outputs and biases [out] at the places ``weight`` and ``bias`` of a row; a negative place
+says that there are none. From a channel's weight to the next's it is ``channel_step`` numbers, from a window's place to
+the next ``place_step``. NORM: of ``groups`` groups of channels, 0 for none, with a gain and a
+shift there, then the activation. MAXIMUM and AVERAGE of each window. */
+typedef struct {
+    int64_t kind, in, height, width, out, height_out, width_out, kernel_height, kernel_width, stride_height,
+        stride_width, pad_height, pad_width, weight, bias, channel_step, place_step, groups, activation;
+    double eps;
+} Node;
+
+/* What a thread keeps of a node, for a block of examples. Windows m go over all examples. Channels are filled up to
+whole vectors, in ``h`` of the first node's not. */
+typedef struct {
+    float *h;             /* the input, [examples][pad + height + pad][pad + width + pad][in] */
+    float *gh;            /* the loss's derivative by it */
+    int64_t *from, *to;   /* where window m starts in h, and where its outputs go in the next node's h */
+    float *weights;       /* as panels [kernel_height * kernel_width * in][up to WIDTH vectors of out]; a gain */
+    float *transposed;    /* as panels [kernel_height][.. of kernel_width * in][out][up to WIDTH vectors of them] */
+                          /* of tiles: [PARTS] such panels [in][.. of out] and [out][.. of in], g_weights [PARTS][in][out] */
+    float *bias;          /* or a shift */
+    float *g_weights;     /* the derivative by the weights, [kernel_height * kernel_width * in][out]; by the gain */
+    float *g_bias;
+    float *mean, *inverse, *factor; /* of a norm: [examples][in] each; 1 / deviation, and gain times that */
+    float *sum, *product; /* [in] each */
+    float *columns;       /* room for weights in another order, [in * kernel_height * kernel_width][LANES] */
+    float *tiles_in, *tiles_out; /* what enters and leaves tiles, transformed: [PARTS][TILES][in or out] */
+} Buffers;
+
+INLINE vec load(const float *p) { return *(const aliased *)p; }
+
+INLINE void store(float *p, vec v) { *(aliased *)p = v; }
+
+/* The first n lanes, and zeros, from any address. */
+INLINE vec load_first(const float *p, int64_t n) {
+    if (n >= LANES) return *(const unaligned *)p;
+    vec v = {0};
+    for (int64_t i = 0; i < n; i++) v[i] = p[i];
+    return v;
+}
+
+INLINE void store_first(float *p, vec v, int64_t n) {
+    if (n >= LANES) *(unaligned *)p = v;
+    else for (int64_t i = 0; i < n; i++) p[i] = v[i];
+}
+
+/* v[i][j] becomes v[j][i]: by GCC's shuffles, blocks of h x h change places, for h = LANES / 2, ..., 2, 1. */
+INLINE void transpose(vec v[LANES]) {
+#ifdef __clang__
+    vec t[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) UNROLL for (int j = 0; j < LANES; j++) t[j][i] = v[i][j];
+    UNROLL for (int i = 0; i < LANES; i++) v[i] = t[i];
+#else
+    UNROLL for (int h = LANES / 2; h; h /= 2) UNROLL for (int i = 0; i < LANES; i++) {
+        if (i & h) continue;
+        ivec upper, lower;
+        UNROLL for (int j = 0; j < LANES; j++) {
+            upper[j] = j & h ? LANES + j - h : j;
+            lower[j] = j & h ? LANES + j : j + h;
+        }
+        vec above = v[i];
+        v[i] = __builtin_shuffle(above, v[i + h], upper);
+        v[i + h] = __builtin_shuffle(above, v[i + h], lower);
+    }
+#endif
+}
+
+INLINE vec spread(float x) { return (vec){0} + x; }
+
+INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+/* e^x for |x| <= 87: 2^n e^r with |r| <= ln(2) / 2, where a polynomial is within two ulp. */
+INLINE vec exponential(vec x) {
+    const float to_integer = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded, into its last bits */
+    x = choose(x < -87.0f, spread(-87.0f), x);
+    x = choose(x > 87.0f, spread(87.0f), x);
+    vec t = x * 1.44269504f + to_integer;
+    ivec n = (ivec)t << 23;
+    t -= to_integer;
+    vec r = x - t * 0.693359375f + t * 2.12194440e-4f; /* ln(2), in two parts */
+    vec p = 1.0f / 5040 * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    return (vec)((ivec)p + n);
+}
+
+/* The normal distribution's function, within 2e-7 (Abramowitz and Stegun, 7.1.26); ``bell`` = e^(-y^2 / 2). */
+INLINE vec normal(vec y, vec bell) {
+    vec size = choose(y < 0.0f, -y, y) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * size);
+    vec p = 1.061405429f * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    vec tail = 0.5f * p * t * bell;
+    return choose(y < 0.0f, tail, 1.0f - tail);
+}
+
+INLINE vec activate(const int activation, vec y) {
+    if (activation == SILU) return y / (1.0f + exponential(-y));
+    if (activation == RELU) return choose(y <= 0.0f, spread(0.0f), y);
+    if (activation == TANH) return 1.0f - 2.0f / (1.0f + exponential(2.0f * y));
+    if (activation == GELU) return y * normal(y, exponential(-0.5f * y * y));
+    return y;
+}
+
+/* The derivative of ``activate``. */
+INLINE vec slope(const int activation, vec y) {
+    if (activation == SILU) {
+        vec s = 1.0f / (1.0f + exponential(-y));
+        return s + y * s * (1.0f - s);
+    }
+    if (activation == RELU) return choose(y <= 0.0f, spread(0.0f), spread(1.0f));
+    if (activation == TANH) {
+        vec e = exponential(2.0f * y), s = 1.0f / (1.0f + e);
+        return 4.0f * s * (1.0f - s);
+    }
+    if (activation == GELU) {
+        vec bell = exponential(-0.5f * y * y);
+        return normal(y, bell) + 0.39894228f * y * bell;
+    }
+    return spread(1.0f);
+}
+
+/* From a channel vector of the input of node l to the next. */
+INLINE int64_t pixel(const Node *nodes, int64_t l) { return l ? ROUND(nodes[l].in) : nodes->in; }
+
+/* How many tiles of 2 x 2 outputs there are in an image. */
+INLINE int64_t tiles_of(const Node *node) { return CEIL(node->height_out, 2) * CEIL(node->width_out, 2); }
+
+/* Whether a convolution is done in tiles: see ``tiles_forward``. */
+INLINE int tiled(const Node *nodes, int64_t l) {
+    const Node *node = nodes + l;
+    return l && node->kind == CONVOLUTION && node->kernel_height == 3 && node->kernel_width == 3 &&
+           node->stride_height == 1 && node->stride_width == 1 &&
+           20 * tiles_of(node) <= 9 * node->height_out * node->width_out;
+}
+
+/* With room for the last tile, of zeros. */
+INLINE int64_t line(const Node *nodes, int64_t l) {
+    int64_t room = tiled(nodes, l) ? nodes[l].width_out & 1 : 0;
+    return (nodes[l].width + 2 * nodes[l].pad_width + room) * pixel(nodes, l);
+}
+
+INLINE int64_t image(const Node *nodes, int64_t l) {
+    int64_t room = tiled(nodes, l) ? nodes[l].height_out & 1 : 0;
+    return (nodes[l].height + 2 * nodes[l].pad_height + room) * line(nodes, l);
+}
+
+/* Numbers that an output's weights take, for the products. */
+INLINE int64_t depth_of(const Node *nodes, int64_t l) {
+    return (tiled(nodes, l) ? PARTS : nodes[l].kernel_height * nodes[l].kernel_width) * pixel(nodes, l);
+}
+
+INLINE int64_t windows_of(const Node *node) { return node->height_out * node->width_out; }
+
+/* sum[i][v] += sum over p of a[i][p] * panel[p][v], for ``width`` vectors. */
+INLINE void multiply(const int width, int64_t depth, const float *const a[HEIGHT], const float *panel,
+                     vec sum[HEIGHT][WIDTH]) {
+    for (int64_t p = 0; p < depth; p++) {
+        vec b[WIDTH];
+        UNROLL for (int v = 0; v < width; v++) b[v] = load(panel + (p * width + v) * LANES);
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            float factor = a[i][p];
+            UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * b[v];
+        }
+    }
+}
+
+/* z (+)= the products of ``lines`` lines of ``run`` numbers of each window with ``panel``, from the bias on where there
+is one given. */
+INLINE void window_products(const int width, int64_t windows, const float *h, const int64_t *from, int64_t lines,
+                            int64_t line, int64_t run, const float *panel, const float *bias, float *z,
+                            const int64_t *to) {
+    for (int64_t m = 0; m < windows; m += HEIGHT) {
+        vec sum[HEIGHT][WIDTH];
+        const float *a[HEIGHT];
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            int64_t window = MIN(m + i, windows - 1);
+            a[i] = h + from[window];
+            UNROLL for (int v = 0; v < width; v++) sum[i][v] = load((bias ? bias : z + to[window]) + v * LANES);
+        }
+        for (int64_t y = 0; y < lines; y++) {
+            multiply(width, run, a, panel + y * run * width * LANES, sum);
+            UNROLL for (int i = 0; i < HEIGHT; i++) a[i] += line;
+        }
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            if (m + i == windows) break;
+            UNROLL for (int v = 0; v < width; v++) store(z + to[m + i] + v * LANES, sum[i][v]);
+        }
+    }
+}
+
+/* z = W h + b. */
+static void convolve(const Node *nodes, int64_t l, int64_t windows, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t run = node->kernel_width * pixel(nodes, l), depth = node->kernel_height * run, step = line(nodes, l);
+    int64_t lines = run < DEPTH ? MIN(DEPTH / run, node->kernel_height) : 1, some;
+    EACH_PANEL(ROUND(node->out), first, width) {
+        for (int64_t y = 0; y < node->kernel_height; y += lines) for (int64_t k = 0; k < run; k += some) {
+            some = MIN(run - k, DEPTH);
+#define PRODUCTS(width)                                                                                             \
+    window_products(width, windows, at->h + y * step + k, at->from, MIN(lines, node->kernel_height - y), step, some, \
+                    at->weights + first * depth + (y * run + k) * width * LANES, y + k ? NULL : at->bias + first,     \
+                    at[1].h + first, at->to)
+            BY_WIDTH(width, PRODUCTS);
+#undef PRODUCTS
+        }
+    }
+}
+
+/* gh += gz W, for ``width`` vectors of a line of each window. */
+INLINE void input_products(const int width, int64_t windows, int64_t out, const float *gz, const int64_t *to,
+                           const float *panel, float *gh, const int64_t *from) {
+    for (int64_t m = 0; m < windows; m += HEIGHT) {
+        vec sum[HEIGHT][WIDTH];
+        const float *a[HEIGHT];
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            a[i] = gz + to[MIN(m + i, windows - 1)];
+            UNROLL for (int v = 0; v < width; v++) sum[i][v] = spread(0.0f);
+        }
+        multiply(width, out, a, panel, sum);
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            if (m + i == windows) break;
+            float *p = gh + from[m + i];
+            UNROLL for (int v = 0; v < width; v++) store(p + v * LANES, load(p + v * LANES) + sum[i][v]);
+        }
+    }
+}
+
+static void input_gradient(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t run = node->kernel_width * pixel(nodes, l), windows = examples * windows_of(node);
+    memset(at->gh, 0, examples * image(nodes, l) * sizeof(float));
+    for (int64_t y = 0; y < node->kernel_height; y++) EACH_PANEL(run, first, width) {
+#define PRODUCTS(width)                                                                                              \
+    input_products(width, windows, node->out, at[1].gh, at->to, at->transposed + (y * run + first) * node->out,       \
+                   at->gh + y * line(nodes, l) + first, at->from)
+        BY_WIDTH(width, PRODUCTS);
+#undef PRODUCTS
+    }
+}
+
+/* g[k + i] += the sum over windows of h[i][from] gz[to], for HEIGHT rows i and ``width`` vectors; ``rows`` of them
+count. */
+INLINE void weight_products(const int width, int64_t windows, const float *const h[HEIGHT], const int64_t *from,
+                            const float *gz, const int64_t *to, float *g, int64_t stride, int64_t rows) {
+    vec sum[HEIGHT][WIDTH];
+    UNROLL for (int i = 0; i < HEIGHT; i++) UNROLL for (int v = 0; v < width; v++) sum[i][v] = spread(0.0f);
+    for (int64_t m = 0; m < windows; m++) {
+        vec b[WIDTH];
+        UNROLL for (int v = 0; v < width; v++) b[v] = load(gz + to[m] + v * LANES);
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            float factor = h[i][from[m]];
+            UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * b[v];
+        }
+    }
+    UNROLL for (int i = 0; i < HEIGHT; i++) {
+        if (i == rows) break;
+        float *p = g + i * stride;
+        UNROLL for (int v = 0; v < width; v++) store(p + v * LANES, load(p + v * LANES) + sum[i][v]);
+    }
+}
+
+static void weight_gradient(const Node *nodes, int64_t l, int64_t windows, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t run = node->kernel_width * pixel(nodes, l), depth = node->kernel_height * run, out = ROUND(node->out);
+    for (int64_t m = 0; m < windows; m += WINDOWS) {
+        int64_t some = MIN(windows - m, WINDOWS);
+        for (int64_t k = 0; k < depth; k += HEIGHT) {
+            const float *h[HEIGHT];
+            for (int i = 0; i < HEIGHT; i++) {
+                int64_t place = MIN(k + i, depth - 1);
+                h[i] = at->h + place / run * line(nodes, l) + place % run;
+            }
+            EACH_PANEL(out, first, width) {
+#define PRODUCTS(width)                                                                                             \
+    weight_products(width, some, h, at->from + m, at[1].gh + first, at->to + m, at->g_weights + k * out + first, out, \
+                    depth - k)
+                BY_WIDTH(width, PRODUCTS);
+#undef PRODUCTS
+            }
+        }
+    }
+}
+
+static void bias_gradient(const Node *node, int64_t windows, const Buffers *at) {
+    for (int64_t o = 0; o < ROUND(node->out); o += LANES) {
+        vec sum = load(at->g_bias + o);
+        for (int64_t m = 0; m < windows; m++) sum += load(at[1].gh + at->to[m] + o);
+        store(at->g_bias + o, sum);
+    }
+}
+
+/* Windows of 3 x 3 at stride 1 by Winograd's F(2 x 2, 3 x 3), as in Lavin and Gray, Fast algorithms for convolutional
+neural networks (2016): of a tile d of 4 x 4 inputs and the weights g the 2 x 2 outputs are
+A' [(G g G') * (B' d B)] A, ' for transposed: 16 products of channels in place of 36. Its derivatives are
+G' [(A gz A') * (B' d B)] G and B [(G g G') * (A gz A')] B'.
+
+B', A and G applied to a column; the others are their transposes. */
+INLINE void inputs_apart(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
+    t[0] = a - c;
+    t[step] = b + c;
+    t[2 * step] = c - b;
+    t[3 * step] = b - d;
+}
+
+INLINE void inputs_together(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
+    t[0] = a;
+    t[step] = b - c + d;
+    t[2 * step] = b + c - a;
+    t[3 * step] = -d;
+}
+
+INLINE void outputs_apart(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step];
+    t[step] = a + b;
+    t[2 * step] = a - b;
+    t[3 * step] = -b;
+}
+
+INLINE void outputs_together(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
+    t[0] = a + b + c;
+    t[step] = b - c - d;
+}
+
+INLINE void weights_apart(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step], c = t[2 * step];
+    t[step] = 0.5f * (a + c + b);
+    t[2 * step] = 0.5f * (a + c - b);
+    t[3 * step] = c;
+}
+
+INLINE void weights_together(vec t[4], int64_t step) {
+    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
+    t[0] = a + 0.5f * (b + c);
+    t[step] = 0.5f * (b - c);
+    t[2 * step] = d + 0.5f * (b + c);
+}
+
+/* CALL(t + .., ..) for the columns, then the rows, of t, ``first`` and ``second`` of them. */
+#define BOTH_WAYS(CALL, t, first, second)                        \
+    do {                                                         \
+        UNROLL for (int j = 0; j < (first); j++) CALL((t) + j, 4); \
+        UNROLL for (int i = 0; i < (second); i++) CALL((t) + 4 * i, 1); \
+    } while (0)
+
+/* Whether the output (y, x) of a tile whose first one is window m of an image is in it. */
+INLINE int within(const Node *node, int64_t m, int y, int x) {
+    int64_t place = m % windows_of(node);
+    return place / node->width_out + y < node->height_out && place % node->width_out + x < node->width_out;
+}
+
+/* Tiles ``first`` to ``first`` + ``some``: their first windows. */
+static void tile_windows(const Node *node, int64_t first, int64_t some, int64_t *window) {
+    int64_t across = CEIL(node->width_out, 2), each = tiles_of(node);
+    for (int64_t q = 0; q < some; q++) {
+        int64_t n = (first + q) / each, tile = (first + q) % each;
+        window[q] = (n * node->height_out + tile / across * 2) * node->width_out + tile % across * 2;
+    }
+}
+
+/* B' d B for some tiles, into [PARTS][TILES][in]. */
+static void enter_tiles(const Node *nodes, int64_t l, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t in = pixel(nodes, l), step = line(nodes, l);
+    for (int64_t q = 0; q < some; q++) for (int64_t c = 0; c < in; c += LANES) {
+        vec t[PARTS];
+        const float *h = at->h + at->from[window[q]] + c;
+        UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++) t[4 * i + j] = load(h + i * step + j * in);
+        BOTH_WAYS(inputs_apart, t, 4, 4);
+        UNROLL for (int k = 0; k < PARTS; k++) store(at->tiles_in + (k * TILES + q) * in + c, t[k]);
+    }
+}
+
+/* A gz A' for some tiles, into [PARTS][TILES][out]. */
+static void enter_slopes(const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t out = ROUND(node->out);
+    for (int64_t q = 0; q < some; q++) for (int64_t o = 0; o < out; o += LANES) {
+        vec t[PARTS];
+        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int j = 0; j < 2; j++) {
+            int64_t m = window[q] + i * node->width_out + j;
+            t[4 * i + j] = within(node, window[q], i, j) ? load(at[1].gh + at->to[m] + o) : spread(0.0f);
+        }
+        BOTH_WAYS(outputs_apart, t, 2, 4);
+        UNROLL for (int k = 0; k < PARTS; k++) store(at->tiles_out + (k * TILES + q) * out + o, t[k]);
+    }
+}
+
+/* z = A' [..] A + b. */
+static void leave_tiles(const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t out = ROUND(node->out);
+    for (int64_t q = 0; q < some; q++) for (int64_t o = 0; o < out; o += LANES) {
+        vec t[PARTS], bias = load(at->bias + o);
+        UNROLL for (int k = 0; k < PARTS; k++) t[k] = load(at->tiles_out + (k * TILES + q) * out + o);
+        BOTH_WAYS(outputs_together, t, 4, 2);
+        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int j = 0; j < 2; j++)
+            if (within(node, window[q], i, j))
+                store(at[1].h + at->to[window[q] + i * node->width_out + j] + o, t[4 * i + j] + bias);
+    }
+}
+
+/* gh += B [..] B'. */
+static void leave_slopes(const Node *nodes, int64_t l, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t in = pixel(nodes, l), step = line(nodes, l);
+    for (int64_t q = 0; q < some; q++) for (int64_t c = 0; c < in; c += LANES) {
+        vec t[PARTS];
+        float *gh = at->gh + at->from[window[q]] + c;
+        UNROLL for (int k = 0; k < PARTS; k++) t[k] = load(at->tiles_in + (k * TILES + q) * in + c);
+        BOTH_WAYS(inputs_together, t, 4, 4);
+        UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++)
+            store(gh + i * step + j * in, load(gh + i * step + j * in) + t[4 * i + j]);
+    }
+}
+
+/* For each place k of a tile, z[k] = a[k] times a matrix in panels, ``depth`` rows each of ``columns`` numbers. */
+static void tile_products(int64_t some, const float *a, int64_t stride, int64_t depth, const float *panels, float *z,
+                          int64_t columns) {
+    static const float zeros[WIDTH * LANES] __attribute__((aligned(64)));
+    int64_t from[TILES], to[TILES];
+    for (int64_t q = 0; q < some; q++) {
+        from[q] = q * stride;
+        to[q] = q * columns;
+    }
+    for (int64_t k = 0; k < PARTS; k++) EACH_PANEL(columns, first, width) {
+#define PRODUCTS(width)                                                                               \
+    window_products(width, some, a + k * TILES * stride, from, 1, 0, depth, panels + (k * columns + first) * depth, \
+                    zeros, z + k * TILES * columns + first, to)
+        BY_WIDTH(width, PRODUCTS);
+#undef PRODUCTS
+    }
+}
+
+/* EACH_TILES(some, window): of all tiles of the examples, TILES at a time. */
+#define EACH_TILES(node, examples, some, window)                                                                      \
+    for (int64_t first_ = 0, all_ = (examples) * tiles_of(node), some, window[TILES];                                 \
+         first_ < all_ && (some = MIN(TILES, all_ - first_)) && (tile_windows(node, first_, some, window), 1); first_ += some)
+
+/* As ``convolve``. */
+static void tiles_forward(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t in = pixel(nodes, l), out = ROUND(node->out);
+    EACH_TILES(node, examples, some, window) {
+        enter_tiles(nodes, l, at, some, window);
+        tile_products(some, at->tiles_in, in, in, at->weights, at->tiles_out, out);
+        leave_tiles(node, at, some, window);
+    }
+}
+
+/* As ``weight_gradient`` and ``input_gradient``. */
+static void tiles_backward(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t in = pixel(nodes, l), out = ROUND(node->out), from[TILES], to[TILES];
+    for (int64_t q = 0; q < TILES; q++) {
+        from[q] = q * in;
+        to[q] = q * out;
+    }
+    memset(at->gh, 0, examples * image(nodes, l) * sizeof(float));
+    EACH_TILES(node, examples, some, window) {
+        enter_tiles(nodes, l, at, some, window);
+        enter_slopes(node, at, some, window);
+        for (int64_t k = 0; k < PARTS; k++) for (int64_t c = 0; c < in; c += HEIGHT) {
+            const float *h[HEIGHT];
+            for (int i = 0; i < HEIGHT; i++) h[i] = at->tiles_in + k * TILES * in + MIN(c + i, in - 1);
+            EACH_PANEL(out, first, width) {
+#define PRODUCTS(width)                                                                                       \
+    weight_products(width, some, h, from, at->tiles_out + k * TILES * out + first, to,                         \
+                    at->g_weights + (k * in + c) * out + first, out, in - c)
+                BY_WIDTH(width, PRODUCTS);
+#undef PRODUCTS
+            }
+        }
+        tile_products(some, at->tiles_out, out, node->out, at->transposed, at->tiles_in, in);
+        leave_slopes(nodes, l, at, some, window);
+    }
+}
+
+/* The sums of ``width`` channel vectors over the windows of one example: of z, or of the squares of z - mean. */
+INLINE void channel_sums(const int width, int64_t windows, const float *z, const int64_t *from, const float *mean,
+                         float *sum) {
+    vec total[WIDTH], middle[WIDTH];
+    UNROLL for (int v = 0; v < width; v++) {
+        total[v] = spread(0.0f);
+        middle[v] = mean ? load(mean + v * LANES) : spread(0.0f);
+    }
+    for (int64_t m = 0; m < windows; m++) UNROLL for (int v = 0; v < width; v++) {
+        vec part = load(z + from[m] + v * LANES) - middle[v];
+        total[v] += mean ? part * part : part;
+    }
+    UNROLL for (int v = 0; v < width; v++) store(sum + v * LANES, total[v]);
+}
+
+/* The mean and the inverse deviation of every group of an example's channels. */
+static void statistics(const Node *node, const Buffers *at, int64_t n) {
+    int64_t windows = windows_of(node), in = ROUND(node->in), channels = node->in / node->groups;
+    const int64_t *from = at->from + n * windows;
+    float *mean = at->mean + n * in, *inverse = at->inverse + n * in, *factor = at->factor + n * in;
+    for (int second = 0; second < 2; second++) {
+        EACH_PANEL(in, first, width) {
+#define SUMS(width) \
+    channel_sums(width, windows, at->h + first, from, second ? mean + first : NULL, at->sum + first)
+            BY_WIDTH(width, SUMS);
+#undef SUMS
+        }
+        for (int64_t g = 0; g < node->in; g += channels) {
+            double total = 0.0;
+            for (int64_t c = g; c < g + channels; c++) total += at->sum[c];
+            total /= (double)(channels * windows);
+            for (int64_t c = g; c < g + channels; c++) {
+                if (second) {
+                    inverse[c] = (float)(1.0 / sqrt(total + node->eps));
+                    factor[c] = at->weights[c] * inverse[c];
+                } else {
+                    mean[c] = (float)total;
+                }
+            }
+        }
+    }
+}
+
+/* h' = a(factor * (z - mean) + shift), of one example; without a norm h' = a(z). */
+INLINE void pointwise(const int normed, const int activation, const Node *node, const Buffers *at, int64_t n) {
+    int64_t windows = windows_of(node), in = ROUND(node->in);
+    const int64_t *from = at->from + n * windows, *to = at->to + n * windows;
+    for (int64_t m = 0; m < windows; m++) {
+        const float *z = at->h + from[m];
+        float *h = at[1].h + to[m];
+        for (int64_t c = 0; c < in; c += LANES) {
+            vec y = load(z + c);
+            if (normed) y = (y - load(at->mean + n * in + c)) * load(at->factor + n * in + c) + load(at->bias + c);
+            store(h + c, activate(activation, y));
+        }
+    }
+}
+
+/* gh = a'(y) gh', and its sums for ``width`` channel vectors: over all windows of an example, as it is and times
+z - mean. */
+INLINE void pointwise_slopes(const int width, const int normed, const int activation, const Node *node,
+                             const Buffers *at, int64_t n, int64_t first) {
+    int64_t windows = windows_of(node), in = ROUND(node->in);
+    const int64_t *from = at->from + n * windows, *to = at->to + n * windows;
+    vec sum[WIDTH], product[WIDTH], mean[WIDTH], factor[WIDTH], shift[WIDTH];
+    UNROLL for (int v = 0; v < width; v++) {
+        sum[v] = product[v] = spread(0.0f);
+        if (!normed) continue;
+        mean[v] = load(at->mean + n * in + first + v * LANES);
+        factor[v] = load(at->factor + n * in + first + v * LANES);
+        shift[v] = load(at->bias + first + v * LANES);
+    }
+    for (int64_t m = 0; m < windows; m++) UNROLL for (int v = 0; v < width; v++) {
+        int64_t c = first + v * LANES;
+        vec z = load(at->h + from[m] + c);
+        if (normed) z -= mean[v];
+        vec g = load(at[1].gh + to[m] + c) * slope(activation, normed ? z * factor[v] + shift[v] : z);
+        store(at->gh + from[m] + c, g);
+        sum[v] += g;
+        product[v] += g * z;
+    }
+    UNROLL for (int v = 0; v < width; v++) {
+        store(at->sum + first + v * LANES, sum[v]);
+        store(at->product + first + v * LANES, product[v]);
+    }
+}
+
+/* gh = factor * gh - inverse * (the group's mean of gain * gh) - (z - mean) * inverse^3 * (its mean of gain * gh *
+(z - mean)), of one example, and the derivatives by gain and shift. */
+static void norm_gradient(const Node *node, const Buffers *at, int64_t n) {
+    int64_t windows = windows_of(node), in = ROUND(node->in), channels = node->in / node->groups;
+    const float *mean = at->mean + n * in, *inverse = at->inverse + n * in, *factor = at->factor + n * in;
+    for (int64_t g = 0; g < node->in; g += channels) {
+        double sum = 0.0, product = 0.0, count = (double)(channels * windows);
+        for (int64_t c = g; c < g + channels; c++) {
+            sum += at->weights[c] * at->sum[c];
+            product += at->weights[c] * at->product[c];
+            at->g_bias[c] += at->sum[c];
+            at->g_weights[c] += at->product[c] * inverse[c];
+        }
+        for (int64_t c = g; c < g + channels; c++) {
+            at->sum[c] = (float)(sum / count * inverse[c]);
+            at->product[c] = (float)(product / count * inverse[c] * inverse[c] * inverse[c]);
+        }
+    }
+    for (int64_t m = n * windows; m < (n + 1) * windows; m++) {
+        const float *z = at->h + at->from[m];
+        float *g = at->gh + at->from[m];
+        for (int64_t c = 0; c < in; c += LANES)
+            store(g + c, load(factor + c) * load(g + c) - load(at->sum + c) -
+                             load(at->product + c) * (load(z + c) - load(mean + c)));
+    }
+}
+
+#define BY_ACTIVATION(activation, CALL)            \
+    do {                                           \
+        if ((activation) == SILU) CALL(SILU);      \
+        else if ((activation) == RELU) CALL(RELU); \
+        else if ((activation) == TANH) CALL(TANH); \
+        else if ((activation) == GELU) CALL(GELU); \
+        else CALL(IDENTITY);                       \
+    } while (0)
+
+static void normalize(const Node *node, int64_t examples, const Buffers *at) {
+    for (int64_t n = 0; n < examples; n++) {
+        if (node->groups) statistics(node, at, n);
+#define VALUES(activation)                                        \
+    do {                                                          \
+        if (node->groups) pointwise(1, activation, node, at, n);  \
+        else pointwise(0, activation, node, at, n);               \
+    } while (0)
+        BY_ACTIVATION(node->activation, VALUES);
+#undef VALUES
+    }
+}
+
+static void slopes(const Node *node, const Buffers *at, int64_t n, int64_t first, int64_t width) {
+#define NORMED(width) pointwise_slopes(width, 1, kind, node, at, n, first)
+#define PLAIN(width) pointwise_slopes(width, 0, kind, node, at, n, first)
+#define SLOPES(activation)                        \
+    do {                                          \
+        enum { kind = activation };               \
+        if (node->groups) BY_WIDTH(width, NORMED); \
+        else BY_WIDTH(width, PLAIN);              \
+    } while (0)
+    BY_ACTIVATION(node->activation, SLOPES);
+#undef SLOPES
+#undef PLAIN
+#undef NORMED
+}
+
+static void normalize_back(const Node *node, int64_t examples, const Buffers *at) {
+    for (int64_t n = 0; n < examples; n++) {
+        EACH_PANEL(ROUND(node->in), first, width) slopes(node, at, n, first, width);
+        if (node->groups) norm_gradient(node, at, n);
+    }
+}
+
+/* The maximum, which may be no number, or the mean of each window. */
+static void pool(const Node *nodes, int64_t l, int64_t windows, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t in = ROUND(node->in), step = line(nodes, l);
+    float share = 1.0f / (float)(node->kernel_height * node->kernel_width);
+    for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < in; c += LANES) {
+        const float *h = at->h + at->from[m] + c;
+        vec found = node->kind == MAXIMUM ? load(h) : spread(0.0f);
+        for (int64_t y = 0; y < node->kernel_height; y++) for (int64_t x = 0; x < node->kernel_width; x++) {
+            vec other = load(h + y * step + x * in);
+            if (node->kind == MAXIMUM) found = choose((other > found) | (other != other), other, found);
+            else found += other;
+        }
+        store(at[1].h + at->to[m] + c, node->kind == MAXIMUM ? found : found * share);
+    }
+}
+
+/* To the first of equal maxima, as in torch; or to all alike. */
+INLINE void pool_panel(const int maximum, const int apart, const Node *node, int64_t in, int64_t step, const float *h,
+                       float *gh, vec g, vec found) {
+    ivec open = (ivec){0} - 1;
+    for (int64_t y = 0; y < node->kernel_height; y++) for (int64_t x = 0; x < node->kernel_width; x++) {
+        int64_t place = y * step + x * in;
+        vec part = g;
+        if (maximum) {
+            ivec here = open & (load(h + place) == found);
+            open &= ~here;
+            part = (vec)(here & (ivec)g);
+        }
+        store(gh + place, apart ? part : load(gh + place) + part);
+    }
+}
+
+static void pool_back(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t in = ROUND(node->in), step = line(nodes, l), windows = examples * windows_of(node);
+    int apart = node->kernel_height <= node->stride_height && node->kernel_width <= node->stride_width;
+    int whole = apart && node->height_out * node->kernel_height * node->width_out * node->kernel_width * in ==
+                             image(nodes, l);
+    float share = 1.0f / (float)(node->kernel_height * node->kernel_width);
+    if (!whole) memset(at->gh, 0, examples * image(nodes, l) * sizeof(float));
+    for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < in; c += LANES) {
+        const float *h = at->h + at->from[m] + c;
+        float *gh = at->gh + at->from[m] + c;
+        vec g = load(at[1].gh + at->to[m] + c), found = load(at[1].h + at->to[m] + c);
+        if (node->kind == AVERAGE) {
+            if (apart) pool_panel(0, 1, node, in, step, h, gh, share * g, found);
+            else pool_panel(0, 0, node, in, step, h, gh, share * g, found);
+        } else {
+            if (apart) pool_panel(1, 1, node, in, step, h, gh, g, found);
+            else pool_panel(1, 0, node, in, step, h, gh, g, found);
+        }
+    }
+}
+
+/* p = softmax(outputs) in their place, and the derivative by them = weight * (p - targets). */
+static void loss_gradient(int64_t examples, int64_t classes, const float *targets, const int64_t *order,
+                          const float *weights, const Buffers *outputs) {
+    for (int64_t n = 0; n < examples; n++) {
+        const float *target = targets + (order ? order[n] : n) * classes;
+        float *p = outputs->h + n * ROUND(classes), *g = outputs->gh + n * ROUND(classes), top = p[0], sum = 0.0f;
+        for (int64_t c = 1; c < classes; c++) top = p[c] > top ? p[c] : top;
+        for (int64_t c = 0; c < classes; c++) sum += p[c] = expf(p[c] - top);
+        for (int64_t c = 0; c < classes; c++) {
+            p[c] /= sum;
+            g[c] = weights[n] * (p[c] - target[c]);
+        }
+    }
+}
+
+/* Copies images [channels][height][width] into the first signal. */
+static void enter(const Node *nodes, int64_t examples, const float *x, const int64_t *order, const Buffers *at) {
+    int64_t in = nodes->in, places = nodes->height * nodes->width;
+    for (int64_t n = 0; n < examples; n++) {
+        const float *own = x + (order ? order[n] : n) * in * places;
+        for (int64_t i = 0; i < nodes->height; i++) {
+            float *h = at->h + n * image(nodes, 0) + (nodes->pad_height + i) * line(nodes, 0) + nodes->pad_width * in;
+            for (int64_t j = 0; j < nodes->width; j++) for (int64_t c = 0; c < in; c++)
+                h[j * in + c] = own[c * places + i * nodes->width + j];
+        }
+    }
+}
+
+static void forward(const Node *nodes, int64_t count, int64_t examples, const Buffers *at) {
+    for (int64_t l = 0; l < count; l++) {
+        int64_t windows = examples * windows_of(nodes + l);
+        if (tiled(nodes, l)) tiles_forward(nodes, l, examples, at + l);
+        else if (nodes[l].kind == CONVOLUTION) convolve(nodes, l, windows, at + l);
+        else if (nodes[l].kind == NORM) normalize(nodes + l, examples, at + l);
+        else pool(nodes, l, windows, at + l);
+    }
+}
+
+static void backward(const Node *nodes, int64_t count, int64_t examples, const Buffers *at) {
+    for (int64_t l = count - 1; l >= 0; l--) {
+        if (nodes[l].kind == CONVOLUTION) {
+            int64_t windows = examples * windows_of(nodes + l);
+            if (nodes[l].bias >= 0) bias_gradient(nodes + l, windows, at + l);
+            if (tiled(nodes, l)) {
+                tiles_backward(nodes, l, examples, at + l);
+                continue;
+            }
+            weight_gradient(nodes, l, windows, at + l);
+            if (l) input_gradient(nodes, l, examples, at + l); /* nobody asks for that of the inputs */
+        } else if (nodes[l].kind == NORM) {
+            normalize_back(nodes + l, examples, at + l);
+        } else {
+            pool_back(nodes, l, examples, at + l);
+        }
+    }
+}
+
+/* For LANES outputs from ``o`` on, columns[u] = the u-th weight of each. */
+static void columns_of(const Node *node, const float *a, const float *b, int64_t o, float *columns) {
+    int64_t each = node->in * node->kernel_height * node->kernel_width, rows = MIN(LANES, node->out - o);
+    for (int64_t u = 0; u < each; u += LANES) {
+        vec v[LANES];
+        UNROLL for (int i = 0; i < LANES; i++) {
+            int64_t place = (o + i) * each + u;
+            v[i] = i < rows ? load_first(a + place, each - u) : spread(0.0f);
+            if (b && i < rows) v[i] += load_first(b + place, each - u);
+        }
+        transpose(v);
+        UNROLL for (int i = 0; i < LANES; i++) store(columns + (u + i) * LANES, v[i]);
+    }
+}
+
+/* The other way round: into = scale * into + step * columns. */
+static void update_columns(const Node *node, float *into, float scale, float step, int64_t o, const float *columns) {
+    int64_t each = node->in * node->kernel_height * node->kernel_width, rows = MIN(LANES, node->out - o);
+    for (int64_t u = 0; u < each; u += LANES) {
+        vec v[LANES];
+        UNROLL for (int i = 0; i < LANES; i++) v[i] = load(columns + (u + i) * LANES);
+        transpose(v);
+        UNROLL for (int i = 0; i < LANES; i++) {
+            float *p = into + (o + i) * each + u;
+            if (i == rows) break;
+            vec old = scale == 0.0f ? spread(0.0f) : scale * load_first(p, each - u);
+            store_first(p, old + step * v[i], each - u);
+        }
+    }
+}
+
+/* From panels [deep][up to WIDTH vectors of columns], ``rows`` of them, a multiple of LANES, from the ``skip``-th on: such
+panels of the other way round, [some][up to WIDTH vectors of rows], of the first ``some`` columns. */
+static void turn(const float *from, int64_t deep, int64_t skip, int64_t rows, int64_t columns, int64_t some, float *to) {
+    EACH_PANEL(columns, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
+        const float *panel = from + first * deep + skip * width * LANES + o - first;
+        EACH_PANEL(rows, top, height) for (int64_t c = top; c < top + height * LANES; c += LANES) {
+            vec v[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) v[i] = load(panel + (c + i) * width * LANES);
+            transpose(v);
+            for (int64_t i = 0; i < MIN(LANES, some - o); i++)
+                store(to + top * some + (o + i) * height * LANES + c - top, v[i]);
+        }
+    }
+}
+
+/* to = a + b, or what is ``missing``; b may be NULL. */
+static void take(float *to, const float *a, const float *b, int64_t place, int64_t number, float missing) {
+    for (int64_t i = 0; i < number; i++) to[i] = place < 0 ? missing : a[place + i] + (b ? b[place + i] : 0.0f);
+}
+
+/* Lays out the parameters start + moved for the products. What fills vectors up stays zero. */
+static void pack(const Node *nodes, int64_t l, const float *start, const float *moved, const Buffers *at) {
+    const Node *node = nodes + l;
+    int64_t in = pixel(nodes, l), out = ROUND(node->out), area = node->kernel_height * node->kernel_width;
+    take(at->bias, start, moved, node->bias, node->out, 0.0f);
+    if (node->kind == NORM) {
+        take(at->weights, start, moved, node->weight, node->out, 1.0f);
+        return;
+    }
+    EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
+        columns_of(node, start + node->weight, moved ? moved + node->weight : NULL, o, at->columns);
+        for (int64_t c = 0; c < node->in; c++) {
+            float *to = at->weights + c * width * LANES + o - first;
+            const float *from = at->columns + c * node->channel_step * LANES;
+            if (tiled(nodes, l)) {
+                vec t[PARTS];
+                UNROLL for (int k = 0; k < 9; k++) t[k / 3 * 4 + k % 3] = load(from + k * node->place_step * LANES);
+                BOTH_WAYS(weights_apart, t, 3, 4);
+                for (int64_t k = 0; k < PARTS; k++) store(to + (k * out + first) * in, t[k]);
+            } else {
+                for (int64_t k = 0; k < area; k++)
+                    store(to + first * area * in + k * in * width * LANES, load(from + k * node->place_step * LANES));
+            }
+        }
+    }
+    if (!l) return;
+    int64_t stacks = tiled(nodes, l) ? PARTS : node->kernel_height, rows = tiled(nodes, l) ? in : node->kernel_width * in;
+    for (int64_t k = 0; k < stacks; k++) {
+        float *to = at->transposed + k * rows * node->out;
+        if (tiled(nodes, l)) turn(at->weights + k * out * in, in, 0, in, out, node->out, to);
+        else turn(at->weights, area * in, k * rows, rows, out, node->out, to);
+    }
+}
+
+/* into = scale * into + step * g. */
+static void update(float *into, const float *g, int64_t number, float scale, float step) {
+    for (int64_t i = 0; i < number; i++) into[i] = (scale == 0.0f ? 0.0f : scale * into[i]) + step * g[i];
+}
+
+static void unpack(const Node *nodes, int64_t l, const Buffers *at, float *into, float scale, float step) {
+    const Node *node = nodes + l;
+    int64_t in = pixel(nodes, l), out = ROUND(node->out), area = node->kernel_height * node->kernel_width;
+    if (node->bias >= 0) update(into + node->bias, at->g_bias, node->out, scale, step);
+    if (node->weight < 0) return;
+    into += node->weight;
+    if (node->kind == NORM) {
+        update(into, at->g_weights, node->out, scale, step);
+        return;
+    }
+    for (int64_t o = 0; o < out; o += LANES) {
+        for (int64_t c = 0; c < node->in; c++) {
+            const float *from = at->g_weights + c * out + o;
+            float *to = at->columns + c * node->channel_step * LANES;
+            if (tiled(nodes, l)) {
+                vec t[PARTS];
+                UNROLL for (int k = 0; k < PARTS; k++) t[k] = load(from + k * in * out);
+                BOTH_WAYS(weights_together, t, 4, 3);
+                UNROLL for (int k = 0; k < 9; k++) store(to + k * node->place_step * LANES, t[k / 3 * 4 + k % 3]);
+            } else {
+                for (int64_t k = 0; k < area; k++) store(to + k * node->place_step * LANES, load(from + k * in * out));
+            }
+        }
+        update_columns(node, into, scale, step, o, at->columns);
+    }
+}
+
+/* Zeros what backward sums up. */
+static void clear(const Node *nodes, int64_t l, const Buffers *at) {
+    int64_t out = ROUND(nodes[l].out);
+    if (nodes[l].kind > NORM) return;
+    memset(at->g_bias, 0, out * sizeof(float));
+    memset(at->g_weights, 0, (nodes[l].kind == NORM ? 1 : depth_of(nodes, l)) * out * sizeof(float));
+}
+
+/* Whether a norm's derivative can take the place of what it is computed from. */
+INLINE int in_place(const Node *nodes, int64_t count, int64_t l) {
+    return nodes[l].kind == NORM && l && l + 1 < count && image(nodes, l) == image(nodes, l + 1);
+}
+
+#define PLACE(pointer, number)                                                   \
+    do {                                                                         \
+        if (memory) (pointer) = (void *)(memory + used);                         \
+        used += (CEIL((number) * (int64_t)sizeof *(pointer), 64) + 1) * 64;      \
+        if (memory) ASAN_POISON_MEMORY_REGION(memory + used - 64, 64);           \
+    } while (0)
+
+/* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. */
+static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *memory, Buffers *at) {
+    int64_t used = 0, widest = 0, most = 0;
+    float *tiles_in = NULL, *tiles_out = NULL, *columns = NULL;
+    for (int64_t l = 0; l < count; l++) {
+        const Node *node = nodes + l;
+        Buffers *b = at + l;
+        int64_t out = ROUND(node->out), depth = depth_of(nodes, l);
+        *b = (Buffers){0};
+        most = MAX(most, node->in * node->kernel_height * node->kernel_width);
+        if (tiled(nodes, l)) widest = MAX(widest, MAX(pixel(nodes, l), out));
+        PLACE(b->h, block * image(nodes, l));
+        if (l && !in_place(nodes, count, l)) PLACE(b->gh, block * image(nodes, l));
+        PLACE(b->from, block * windows_of(node));
+        PLACE(b->to, block * windows_of(node));
+        if (node->kind > NORM) continue;
+        PLACE(b->weights, node->kind == NORM ? out : depth * out);
+        PLACE(b->g_weights, node->kind == NORM ? out : depth * out);
+        PLACE(b->bias, out);
+        PLACE(b->g_bias, out);
+        if (node->kind == CONVOLUTION && l) PLACE(b->transposed, depth * node->out);
+        if (node->kind == CONVOLUTION) continue;
+        PLACE(b->mean, block * out);
+        PLACE(b->inverse, block * out);
+        PLACE(b->factor, block * out);
+        PLACE(b->sum, out);
+        PLACE(b->product, out);
+    }
+    PLACE(at[count].h, block * ROUND(nodes[count - 1].out)); /* the outputs, then their softmax */
+    PLACE(at[count].gh, block * ROUND(nodes[count - 1].out));
+    PLACE(tiles_in, PARTS * TILES * widest);
+    PLACE(tiles_out, PARTS * TILES * widest);
+    PLACE(columns, ROUND(most) * LANES);
+    for (int64_t l = count - 1; memory && l >= 0; l--) {
+        at[l].tiles_in = tiles_in;
+        at[l].tiles_out = tiles_out;
+        at[l].columns = columns;
+        if (in_place(nodes, count, l)) at[l].gh = at[l + 1].gh;
+    }
+    return used;
+}
+#undef PLACE
+
+/* How many bytes of scratch memory a thread needs. */
+int64_t images_scratch(const Node *nodes, int64_t count, int64_t block) {
+    Buffers at[count + 1];
+    return arrange(nodes, count, block, NULL, at);
+}
+
+/* Makes zeroed scratch memory ready. What pads a signal stays what it is from then on. */
+void images_prepare(const Node *nodes, int64_t count, int64_t block, char *scratch, int threads) {
+    Buffers at[count + 1];
+    for (int thread = 0; thread < threads; thread++) {
+        scratch += arrange(nodes, count, block, scratch, at);
+        for (int64_t l = 0; l < count; l++) {
+            const Node *node = nodes + l;
+            int64_t next = l + 1 < count ? pixel(nodes, l + 1) : ROUND(node->out), m = 0;
+            int64_t pad_height = l + 1 < count ? node[1].pad_height : 0, pad_width = l + 1 < count ? node[1].pad_width : 0;
+            int64_t next_line = l + 1 < count ? line(nodes, l + 1) : next; /* the outputs are one vector */
+            int64_t next_image = l + 1 < count ? image(nodes, l + 1) : next;
+            for (int64_t n = 0; n < block; n++)
+                for (int64_t i = 0; i < node->height_out; i++) for (int64_t j = 0; j < node->width_out; j++, m++) {
+                    at[l].from[m] = n * image(nodes, l) + i * node->stride_height * line(nodes, l) +
+                                    j * node->stride_width * pixel(nodes, l);
+                    at[l].to[m] = n * next_image + (pad_height + i) * next_line + (pad_width + j) * next;
+                }
+            if (node->kind == MAXIMUM && (node->pad_height || node->pad_width)) /* signals are written over the rest */
+                for (int64_t i = 0; i < block * image(nodes, l); i++) at[l].h[i] = -INFINITY;
+        }
+    }
+}
+
+/* At t = 0, ..., times - 1: into[r] = scale[t] * into[r] + step[t] * the gradient at phi[r] of the sum over n of
+weights[r][n] * cross-entropy.
+
+phi[r] = start[r] + moved[r], or start[r] where ``moved`` is NULL; ``into`` may be ``moved``, which makes it gradient
+descent, without a thread waiting for another between the steps. start [rows][parameters], with ``stride`` numbers from
+a row to the next, moved and into [rows][parameters]; x [rows][examples][channels][height][width];
+targets [rows][examples][classes], one-hot; weights [rows][examples].
+
+Where ``order`` [rows][times][chosen] is given, the examples at time t are those at order[r][t] of x and targets, and
+weights are [rows][times][chosen]; otherwise chosen = examples. Examples are taken in blocks of ``block``. ``scratch``:
+threads * images_scratch(nodes, count, block) prepared bytes, aligned to 64. What it returns does not depend on the
+number of threads. */
+void images_gradient(const Node *nodes, int64_t count, int64_t rows, int64_t examples, int64_t chosen, int64_t block,
+                     int64_t parameters, const float *start, int64_t stride, const float *moved, const float *x,
+                     const float *targets, const float *weights, const int64_t *order, int64_t times,
+                     const float *scale, const float *step, float *into, char *scratch, int threads) {
+    int64_t bytes = images_scratch(nodes, count, block), inputs = nodes->in * nodes->height * nodes->width;
+    int64_t classes = nodes[count - 1].out;
+#pragma omp parallel num_threads(threads)
+    {
+        Buffers at[count + 1];
+        arrange(nodes, count, block, scratch + omp_get_thread_num() * bytes, at);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t r = 0; r < rows; r++) for (int64_t t = 0; t < times; t++) {
+            for (int64_t l = 0; l < count; l++) {
+                clear(nodes, l, at + l);
+                if (nodes[l].kind <= NORM)
+                    pack(nodes, l, start + r * stride, moved ? moved + r * parameters : NULL, at + l);
+            }
+            for (int64_t n = 0; n < chosen; n += block) {
+                int64_t some = MIN(block, chosen - n), first = r * examples + (order ? 0 : n);
+                int64_t weight = (order ? r * times + t : r) * chosen + n;
+                const int64_t *which = order ? order + weight : NULL;
+                enter(nodes, some, x + first * inputs, which, at);
+                forward(nodes, count, some, at);
+                loss_gradient(some, classes, targets + first * classes, which, weights + weight, at + count);
+                backward(nodes, count, some, at);
+            }
+            for (int64_t l = 0; l < count; l++)
+                if (nodes[l].kind <= NORM) unpack(nodes, l, at + l, into + r * parameters, scale[t], step[t]);
+        }
+    }
+}
+
+/* outputs [rows][examples][classes] at the parameters start[r]; all else is as there. */
+void images_outputs(const Node *nodes, int64_t count, int64_t rows, int64_t examples, int64_t block, const float *start,
+                    int64_t stride, const float *x, float *outputs, char *scratch, int threads) {
+    int64_t bytes = images_scratch(nodes, count, block), inputs = nodes->in * nodes->height * nodes->width;
+    int64_t classes = nodes[count - 1].out;
+#pragma omp parallel num_threads(threads)
+    {
+        Buffers at[count + 1];
+        arrange(nodes, count, block, scratch + omp_get_thread_num() * bytes, at);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t r = 0; r < rows; r++) {
+            for (int64_t l = 0; l < count; l++)
+                if (nodes[l].kind <= NORM) pack(nodes, l, start + r * stride, NULL, at + l);
+            for (int64_t n = 0; n < examples; n += block) {
+                int64_t some = MIN(block, examples - n), first = r * examples + n;
+                enter(nodes, some, x + first * inputs, NULL, at);
+                forward(nodes, count, some, at);
+                for (int64_t i = 0; i < some; i++)
+                    memcpy(outputs + (first + i) * classes, at[count].h + i * ROUND(classes), classes * sizeof(float));
+            }
+        }
+    }
+}

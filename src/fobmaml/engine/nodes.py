@@ -1,0 +1,113 @@
+"""What a network of known operations is: one node an operation, applied one after another.
+
+Parameters are named as the module names them and have the module's own layout. A one-dimensional operation is a
+two-dimensional one of height 1; its weight may be [out, in, kernel width].
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fobmaml.engine.activations import activation_function
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution: ``weight`` [out, in / groups, (kernel height,) kernel width], ``bias`` [out]."""
+
+    weight: str
+    bias: str | None
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of an example's values, one vector: ``weight`` [out, in], ``bias`` [out]."""
+
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class GroupNorm:
+    """Each group of channels, at all places together, is brought to mean 0 and variance 1; ``weight`` and ``bias``, if
+    any, [channels]."""
+
+    groups: int
+    weight: str | None
+    bias: str | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Activate:
+    """An elementwise function, by its name in ``engine.activations``."""
+
+    activation: str
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Of each window the largest value, or the average, which counts the zeros of the padding."""
+
+    kind: str  # "max" or "average"
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The values of an example, in their order, in another shape."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """The values of an example, in their order, as one vector: of channels, the places of the first come first."""
+
+
+Node = Conv | Linear | GroupNorm | Activate | Pool | Reshape | Flatten
+Module = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+def as_module(nodes: Sequence[Node]) -> Module:
+    """(parameters, examples [N, ...]) -> [N, ...]: what the nodes say, by torch's own operators."""
+
+    def call(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        for node in nodes:
+            x = _applied(node, parameters, x)
+        return x
+
+    return call
+
+
+def _applied(node: Node, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    match node:
+        case Conv(weight, bias, stride, padding, dilation, groups):
+            w, b = parameters[weight], None if bias is None else parameters[bias]
+            if w.dim() == 4:
+                return F.conv2d(x, w, b, stride, padding, dilation, groups)
+            return F.conv1d(x, w, b, stride[1], padding[1], dilation[1], groups)
+        case Linear(weight, bias):
+            return F.linear(x, parameters[weight], None if bias is None else parameters[bias])
+        case GroupNorm(groups, weight, bias, eps):
+            scale, shift = (None if name is None else parameters[name] for name in (weight, bias))
+            return F.group_norm(x, groups, scale, shift, eps)
+        case Activate(activation):
+            return activation_function(activation)(x)
+        case Pool(kind, kernel, stride, padding):
+            of_height_1 = x.unsqueeze(2) if x.dim() == 3 else x
+            pool = F.max_pool2d if kind == "max" else F.avg_pool2d
+            pooled = pool(of_height_1, kernel, stride, padding)
+            return pooled.squeeze(2) if x.dim() == 3 else pooled
+        case Reshape(shape):
+            return x.reshape(-1, *shape)
+        case Flatten():
+            return x.flatten(1)

@@ -1,0 +1,249 @@
+"""N-way k-shot tasks from labelled examples."""
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fobmaml.arguments import one_of, refuse, whole_number
+from fobmaml.engine.losses import LossFn
+from fobmaml.tasks.batch import Split, TaskBatch
+from fobmaml.tasks.splits import SPLITS, Division, Pool, pools
+
+Transform = Callable[[Tensor], Tensor]
+FRACTIONS = (0.64, 0.16, 0.2)
+
+
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """(outputs − one-hot targets)², the mean over examples and classes: [N, C], [N] -> scalar."""
+    one_hot = targets.unsqueeze(-1) == torch.arange(outputs.shape[-1], device=targets.device)
+    return (outputs - one_hot.to(outputs.dtype)).square().mean()
+
+
+LOSSES: dict[str, LossFn] = {"cross_entropy": F.cross_entropy, "mse": mean_squared_error}
+
+
+class FewShot:
+    """Each task takes ``ways`` classes in random label order, and of each class ``shots`` support and ``queries`` query
+    examples, all distinct and every choice uniform.
+
+    ``x``: the examples, a tensor or an array [N, ...], with their labels ``y`` [N], numbers or words; or, without
+    ``y``, any ``torch.utils.data.Dataset`` of pairs (example, label), which is read once, whole. uint8 is taken for
+    images [N, H, W] or [N, channels, H, W]; tasks have floats from 0 to 1, and at least one channel. Tasks are where
+    ``x`` is (``to``), their random numbers always from a generator on the CPU, so that they are the same everywhere.
+
+    ``split_by``: ``class``: test tasks are of classes that training has not seen, the standard of few-shot learning.
+    ``example``: every split has all classes, and examples of its own. ``split``: what train, validation and test get
+    of the classes, in the order of their labels, or of the examples of each class, in the order of ``x``: three
+    fractions, or three counts, or a mapping of these names to lists of labels or of numbers of examples; None: 64, 16
+    and 20 %. A split may be empty, as long as nothing is drawn from it.
+
+    ``rotations``: each class of a training task is turned by a random multiple of 90°, so that there are four times as
+    many classes. ``transform``: what drawn examples [n, ...] go through, in all splits, or a mapping of the splits in
+    which they do to functions; its random choices, if they are by torch's own generator, are a function of the task's.
+    ``loss``: ``cross_entropy``, or ``mse``, the mean squared distance of the outputs to one-hot targets.
+
+    Cost: gathers of the drawn examples, and one random number for each example of the classes drawn.
+    Raises ValueError for examples and labels that do not belong together, and for a split with too few classes or
+    too few examples of a class.
+    """
+
+    classification = True
+
+    def __init__(
+        self,
+        x: Tensor | NDArray[Any] | Dataset[Any],
+        y: Any = None,
+        ways: int = 5,
+        shots: int = 5,
+        queries: int = 15,
+        split_by: str = "class",
+        split: Division | None = None,
+        rotations: bool = False,
+        transform: Transform | Mapping[Split, Transform] | None = None,
+        loss: str = "cross_entropy",
+    ):
+        self.ways = self.outputs = whole_number("ways", ways, at_least=2)
+        self.shots = whole_number("shots", shots)
+        self.queries = whole_number("queries", queries)
+        self.loss_fn = LOSSES[one_of("loss", loss, tuple(LOSSES))]
+        self.rotations = rotations
+        self._transforms = _transforms(transform)
+        self._x, labels = _examples(x, y)
+        classes, numbers = np.unique(labels, return_inverse=True)
+        self.classes: list[Any] = classes.tolist()
+        self._pools = pools(self.classes, numbers, split_by, FRACTIONS if split is None else split)
+        self._check_sizes()
+        seen = self._pools["train"], self._pools["test"]
+        self.novel_classes = not (seen[0] and seen[1] and set(seen[0].classes) & set(seen[1].classes))
+        """Whether test classes are none of the classes that training sees."""
+        if rotations and (self._x.dim() < 3 or self._x.shape[-1] != self._x.shape[-2]):
+            raise refuse("rotations", rotations, f"square images, and examples are {list(self._x.shape[1:])}")
+        self.input_shape = self._input_shape()
+
+    def _check_sizes(self) -> None:
+        if self._pools["train"] is None:
+            raise refuse("split", "nothing to train", "one with classes for training")
+        found = {split: pool for split, pool in self._pools.items() if pool is not None}
+        for split, pool in found.items():
+            if len(pool.classes) < self.ways:
+                raise refuse("ways", self.ways, f"at most {len(pool.classes)}, the classes of the split {split}")
+        split, pool = min(found.items(), key=lambda item: item[1].fewest)
+        if self.shots + self.queries > pool.fewest:
+            name, value = ("shots", self.shots) if self.shots >= pool.fewest else ("queries", self.queries)
+            smallest = self.classes[pool.classes[int(pool.counts.argmin())]]
+            raise refuse(
+                name,
+                value,
+                f"at most {pool.fewest} with shots and queries together, the examples of class {smallest} in the split "
+                f"{split} (shots={self.shots}, queries={self.queries})",
+            )
+
+    def _input_shape(self) -> tuple[int, ...]:
+        """Of an example as it is drawn."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = {
+            split: tuple(self._transformed(self._x[pool.order[:1]], split, generator).shape[1:])
+            for split, pool in self._pools.items()
+            if pool is not None
+        }
+        if len(set(shapes.values())) > 1:
+            raise refuse("transform", shapes, "one that gives examples of all splits the same shape")
+        return shapes["train"]
+
+    @property
+    def examples(self) -> dict[Split, list[Tensor]]:
+        """Of each split the examples of its classes, before any transform."""
+        return {
+            split: [self._x[numbers] for numbers in pool.examples()] if pool else []
+            for split, pool in self._pools.items()
+        }
+
+    def classes_of(self, split: Split) -> list[Any]:
+        """The labels of the classes of a split."""
+        pool = self._pools[split]
+        return [] if pool is None else [self.classes[number] for number in pool.classes]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same with its examples on ``device``, where tasks are then gathered."""
+        other = copy(self)
+        other._x = self._x.to(device)
+        return other
+
+    def sample(self, split: Split, count: int, generator: torch.Generator) -> TaskBatch:
+        one_of("split", split, SPLITS)
+        if (pool := self._pools[split]) is None:
+            raise refuse("split", split, "one that has classes, and this has none")
+        classes = torch.rand(count, len(pool.counts), generator=generator).topk(self.ways, largest=False).indices
+        chosen = self._chosen(pool, classes, generator)
+        turned = self.rotations and split == "train"
+        turns = torch.randint(4, (count, self.ways, 1), generator=generator) if turned else None
+        parts: list[Tensor] = []
+        for places, each in ((slice(self.shots), self.shots), (slice(self.shots, None), self.queries)):
+            numbers = chosen[:, :, places].reshape(-1)
+            x = self._x.index_select(0, numbers.to(self._x.device))
+            if turns is not None:
+                x = _turned(x, turns.expand(-1, -1, each).flatten())
+            x = self._transformed(x, split, generator)
+            labels = torch.arange(self.ways, device=x.device).view(1, -1, 1).expand(count, -1, each).flatten(1)
+            parts += [x.view(*labels.shape, *x.shape[1:]), labels]
+        return TaskBatch(*parts)
+
+    def _chosen(self, pool: Pool, classes: Tensor, generator: torch.Generator) -> Tensor:
+        """Numbers of as many examples as a task takes of each of ``classes`` [T, ways], distinct: [T, ways, take]."""
+        keys = torch.rand(*classes.shape, pool.most, generator=generator)
+        if pool.beyond is not None:
+            keys[..., pool.fewest :].masked_fill_(pool.beyond[classes], -1.0)
+        places = largest(keys.flatten(0, 1), self.shots + self.queries).view(*classes.shape, -1)
+        return pool.order[pool.starts[classes].unsqueeze(-1) + places]
+
+    def _transformed(self, x: Tensor, split: Split, generator: torch.Generator) -> Tensor:
+        """Drawn examples [n, ...] as floats, through the split's transform."""
+        if x.dtype == torch.uint8:
+            x = x.to(torch.float32).div_(255.0)
+        if (transform := self._transforms.get(split)) is None:
+            return x
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            torch.manual_seed(seed)
+            found = transform(x)
+        if not isinstance(found, Tensor) or len(found) != len(x):
+            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise refuse("transform", got, f"a function that returns as many examples as it gets, here {len(x)}")
+        return found
+
+
+def largest(keys: Tensor, count: int) -> Tensor:
+    """Where the ``count`` largest numbers of each row stand, from the largest on: [n, m] -> [n, count].
+
+    What ``keys.topk(count)`` gives, in half the time: NumPy's partition takes all of a processor's lanes.
+    """
+    rows = keys.numpy()
+    least = np.partition(rows, -count, axis=1)[:, -count, None]
+    places = np.flatnonzero(rows >= least)
+    if len(places) == len(rows) * count:
+        values = rows.ravel()[places].reshape(-1, count)
+        order = np.argsort(-values, axis=1)
+        values = np.take_along_axis(values, order, axis=1)
+        if (values[:, 1:] < values[:, :-1]).all():
+            return torch.from_numpy(np.take_along_axis(places.reshape(-1, count), order, axis=1) % rows.shape[1])
+    return keys.topk(count).indices  # numbers that are equal, which it is left to
+
+
+def _turned(images: Tensor, turns: Tensor) -> Tensor:
+    """Images [n, ..., size, size], each by so many times 90° [n]."""
+    turned = images.clone()
+    for times in (1, 2, 3):
+        some = (turns == times).nonzero().flatten().to(images.device)
+        turned[some] = images[some].rot90(times, (-2, -1))
+    return turned
+
+
+def _transforms(transform: Transform | Mapping[Split, Transform] | None) -> Mapping[Split, Transform]:
+    """By split."""
+    if not isinstance(transform, Mapping):
+        transform = {} if transform is None else dict.fromkeys(SPLITS, transform)
+    for split, each in transform.items():
+        if split not in SPLITS or not callable(each):
+            takes = f"a function, or a mapping of {', '.join(SPLITS)} to functions"
+            raise refuse("transform", f"{{{split}: {each}}}", takes)
+    return transform
+
+
+def _examples(x: Any, y: Any) -> tuple[Tensor, NDArray[Any]]:
+    """Examples [N, ...] and labels [N]."""
+    if y is None:
+        x, y = _read(x)
+    x = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise refuse("x", got, "a tensor or an array [N, ...], or with y=None a torch.utils.data.Dataset")
+    labels = y.cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    if labels.shape != x.shape[:1] or labels.dtype.kind not in "biuUS":
+        takes = f"a class label, a whole number or a word, for each of {len(x)} examples"
+        raise refuse("y", f"{labels.dtype} {list(labels.shape)}", takes)
+    return x.unsqueeze(1) if x.dtype == torch.uint8 and x.dim() == 3 else x, labels
+
+
+def _read(dataset: Any) -> tuple[Tensor, NDArray[Any]]:
+    """All pairs of a dataset."""
+    if isinstance(dataset, Tensor | np.ndarray) or not isinstance(dataset, Dataset):
+        raise refuse("y", None, "labels, unless x is a torch.utils.data.Dataset of pairs (example, label)")
+    pairs = dataset if hasattr(dataset, "__iter__") else (dataset[i] for i in range(len(dataset)))  # type: ignore[arg-type]
+    examples, labels = [], []
+    for pair in pairs:
+        parts = pair if isinstance(pair, tuple | list) else [pair]
+        if len(parts) != 2 or not isinstance(parts[0], Tensor | np.ndarray):
+            got = ", ".join(type(part).__name__ for part in parts)
+            raise refuse("x", f"a dataset of ({got})", "one of pairs (tensor or array, label)")
+        examples.append(torch.as_tensor(pair[0]))
+        labels.append(pair[1].item() if isinstance(pair[1], Tensor | np.generic) else pair[1])
+    if len({example.shape for example in examples}) != 1:
+        raise refuse("x", f"a dataset of {len(examples)} examples", "one of examples of one shape")
+    return torch.stack(examples), np.asarray(labels)

@@ -1,0 +1,332 @@
+"""Verdicts: every claim's rule returns each of its outcomes on tables made for it, and noise never helps."""
+
+import math
+
+import pytest
+from claims import CLAIMS
+from conftest import ROOT
+from verdicts import Verdict, above, below, level, of_all, over_runs, within
+
+HOLDS, IN_PART, DOES_NOT, NOT_DECIDED = Verdict
+EXAMINE = {claim.title: claim.examine for claim in CLAIMS}
+
+
+class Made:
+    """Tables by name."""
+
+    def __init__(self, **tables):
+        self.tables = tables
+
+    def rows(self, name, made_by=None):
+        return self.tables[name]
+
+    def settings(self, name):
+        return {"solver.lr": 0.1}
+
+
+def _accuracies(*of_steps):
+    """Rows of both methods, a seed each, of pairs (symmetric, MAML) in per cent; None: the run stopped."""
+    return [
+        {
+            "estimator": name,
+            "seed": seed,
+            "solver.steps": steps,
+            "test/accuracy": None if value is None else value / 100,
+            "status": "diverged" if value is None else "completed",
+        }
+        for steps, pairs in enumerate(of_steps)
+        for seed, pair in enumerate(pairs)
+        for name, value in zip(("symmetric", "maml"), pair, strict=True)
+    ]
+
+
+SAME = [(93.0, 93.5), (93.2, 92.9), (92.8, 93.1), (93.1, 93.0)]
+BETTER = [(93.0, 85.0), (93.2, 86.0), (92.8, 84.0), (93.1, 85.5)]
+WORSE = [(b, a) for a, b in BETTER]
+NOISY = [(93.0, 85.0), (93.2, 99.0), (70.0, 84.0), (93.1, 60.0)]
+
+
+def _memory(symmetric, maml, most=200):
+    rows = [
+        {"estimator": name, "width": 64, "solver.steps": steps, "memory/peak_bytes": size}
+        for name, growth in {"symmetric": symmetric, "maml": maml, "maml_checkpoint": 2.0}.items()
+        for steps, size in ((10, 1.0), (most, growth))
+    ]
+    return {"memory_steps": rows, "memory": rows}
+
+
+def _deep(symmetric, maml, steps=(5, 10, 50)):
+    """Growth of symmetric's memory, and MAML's over it."""
+    rows = [
+        {
+            "depth": 3,
+            "width": width,
+            "dataset.dimension": 16,
+            "estimator": name,
+            "solver.steps": count,
+            "memory/peak_bytes": (1.0 if name == "symmetric" else maml) * (symmetric if count == steps[-1] else 1.0),
+        }
+        for name in ("symmetric", "maml", "maml_checkpoint", "imaml", "tangent")
+        for width in (32, 250)
+        for count in steps
+    ]
+    return {"memory_deep": rows, "memory_transformer": rows}
+
+
+def _bench(*ratios, spread=0.01):
+    rows = []
+    for width, ratio in enumerate(ratios):
+        for name, seconds in (("symmetric", ratio), ("maml", 1.0), ("higher", 9.0)):
+            quartiles = {f"seconds_{q}": seconds * (1 + sign * spread) for q, sign in (("q25", -1), ("q75", 1))}
+            rows.append(
+                {
+                    "estimator": name,
+                    "width": width,
+                    "inner_steps": 10,
+                    "tasks": 16,
+                    "seconds_median": seconds,
+                    **quartiles,
+                }
+            )
+    return {"bench": rows}
+
+
+def _bias(off=0.0, floor=0.5, noise=0.0, nus=(1, 2, 3, 4, 5), best=3):
+    powers = {"forward": 1 / 2, "symmetric": 2 / 3, "central4": 4 / 5}
+    delta = [
+        {
+            "estimator": name,
+            "solver.delta": d,
+            "estimator.nu": nu,
+            "bias/relative_error": d ** (power + off) * math.exp(noise * (-1) ** k) * (1 + abs(nu - best)),
+        }
+        for name, power in powers.items()
+        for k, d in enumerate((1e-6, 1e-5, 1e-4, 1e-3))
+        for nu in nus
+    ]
+    kept = [
+        {"estimator": name, "bias/relative_error": floor, "bias/cosine": 0.9, "solver.delta": 1e-6}
+        for name in ("fomaml", "reptile")
+    ]
+    nu = [{"estimator": "symmetric", "dtype": "float64", "estimator.nu": 1e-3, "bias/relative_error": 1e-6}]
+    return {"bias_delta": delta, "bias_floor": kept, "nu": nu}
+
+
+def _bias_steps(symmetric, others):
+    return {
+        "bias_steps": [
+            {"estimator": name, "solver.steps": steps, "bias/relative_error": value if steps == 500 else 0.9}
+            for name, value in (("symmetric", symmetric), ("fomaml", others), ("reptile", others))
+            for steps in (5, 500)
+        ]
+    }
+
+
+def _smoothness(first, second):
+    """Of each data set, the power in each run."""
+    return {
+        name: [
+            {"run": run, "smoothness/gradient_norm": norm, "smoothness/local": norm**power}
+            for run, power in enumerate(powers)
+            for norm in (0.1, 1.0, 10.0)
+        ]
+        for name, powers in (("smoothness_curves", first), ("smoothness_logistic_curves", second))
+    }
+
+
+def _optimizers(**good):
+    """Of each optimizer, the rates with which it does well, of 1 to 6."""
+    return {
+        "optimizers": [
+            {
+                "estimator": "symmetric",
+                "optimizer": name,
+                "optimizer.lr": rate,
+                "status": "completed",
+                "test/accuracy": 0.5,
+                "val/loss": 1.0 if rate in rates else 1.5,
+            }
+            for name, rates in good.items()
+            for rate in range(1, 7)
+        ]
+    }
+
+
+def _convergence(symmetric, others, reptile=None):
+    return {
+        "convergence_curves": [
+            {"estimator": name, "step": step, "bias/exact_norm": value if step else 1.0}
+            for name, value in (("symmetric", symmetric), ("fomaml", others), ("reptile", reptile or others))
+            for step in (0, 400)
+        ]
+    }
+
+
+def _curvature(*of_losses):
+    """Of each loss the difference of the two errors in each run."""
+    return {
+        "curvature_curves": [
+            {
+                "dataset.loss": str(loss),
+                "run": run,
+                "step": step,
+                **dict.fromkeys((f"curvature/{key}" for key in ("hessian", "gauss_newton", "network")), 1.0),
+                "curvature/fomaml_error": 1.0 + difference,
+                "curvature/gauss_newton_error": 1.0,
+            }
+            for loss, differences in enumerate(of_losses)
+            for run, difference in enumerate(differences)
+            for step in (0, 400)
+        ]
+    }
+
+
+CASES = {
+    "Accuracy": [
+        (HOLDS, {"accuracy": _accuracies(SAME)}),
+        (IN_PART, {"accuracy": _accuracies(BETTER)}),
+        (DOES_NOT, {"accuracy": _accuracies(WORSE)}),
+        (NOT_DECIDED, {"accuracy": _accuracies(NOISY)}),
+        (NOT_DECIDED, {"accuracy": _accuracies([*SAME, (93.0, None)])}),  # a run that stopped is none to drop
+        (NOT_DECIDED, {"accuracy": _accuracies(SAME[:2])}),
+    ],
+    "Accuracy, one shot": [
+        (HOLDS, {"accuracy_1shot": _accuracies(SAME)}),
+        (IN_PART, {"accuracy_1shot": _accuracies(BETTER)}),
+        (DOES_NOT, {"accuracy_1shot": _accuracies(WORSE)}),
+        (NOT_DECIDED, {"accuracy_1shot": _accuracies(NOISY)}),
+    ],
+    "Longer inner loops": [
+        (HOLDS, {"inner_steps": _accuracies(SAME, SAME)}),
+        (IN_PART, {"inner_steps": _accuracies(SAME, WORSE)}),
+        (DOES_NOT, {"inner_steps": _accuracies(WORSE, WORSE)}),
+        (NOT_DECIDED, {"inner_steps": _accuracies(NOISY, WORSE)}),
+    ],
+    "Memory": [
+        (HOLDS, _memory(1.01, 9.0)),
+        (IN_PART, _memory(1.01, 1.2)),
+        (DOES_NOT, _memory(1.5, 1.2)),
+        (NOT_DECIDED, _memory(1.01, 9.0, most=20)),
+    ],
+    "Memory of deep and wide networks": [
+        (HOLDS, _deep(1.01, 3.0)),
+        (IN_PART, _deep(1.01, 0.9)),
+        (DOES_NOT, _deep(1.2, 0.9)),
+        (NOT_DECIDED, _deep(1.01, 3.0, steps=(10, 20))),
+    ],
+    "Memory of Transformers": [
+        (HOLDS, _deep(1.01, 3.0)),
+        (IN_PART, _deep(1.01, 0.9)),
+        (DOES_NOT, _deep(1.2, 0.9)),
+        (NOT_DECIDED, _deep(1.01, 3.0, steps=(10, 20))),
+    ],
+    "Time": [
+        (HOLDS, _bench(1.0, 1.4)),
+        (IN_PART, _bench(1.0, 1.6)),
+        (DOES_NOT, _bench(1.6, 1.7)),
+        (NOT_DECIDED, _bench(1.4, 1.6, spread=0.1)),
+    ],
+    "Bias against inner precision": [
+        (HOLDS, _bias()),
+        (IN_PART, _bias(off=0.3)),
+        (DOES_NOT, _bias(off=0.3, floor=1e-3)),
+        (NOT_DECIDED, _bias(noise=1.0, floor=1e-3)),
+    ],
+    "Bias against inner steps": [
+        (HOLDS, _bias_steps(1e-4, 0.5)),
+        (IN_PART, _bias_steps(1e-4, 0.05)),
+        (DOES_NOT, _bias_steps(0.2, 0.05)),
+        (NOT_DECIDED, _bias_steps(None, None)),
+    ],
+    "Bias against ν": [
+        (HOLDS, _bias()),
+        (DOES_NOT, _bias(best=5)),
+        (NOT_DECIDED, _bias(nus=(2, 3, 4))),
+        (IN_PART, {**_bias(), "bias_delta": _bias(best=5)["bias_delta"][5:] + _bias()["bias_delta"][:5]}),
+    ],
+    "Smoothness": [
+        (HOLDS, _smoothness([1.0, 1.1, 0.9], [0.8, 0.81, 0.82])),
+        (IN_PART, _smoothness([1.0, 1.1, 0.9], [0.1, 0.5, -0.3])),
+        (DOES_NOT, _smoothness([-1.0, -1.1, -0.9], [-0.8, -0.81, -0.82])),
+        (NOT_DECIDED, _smoothness([1.0, -1.0, 0.5], [1.0, -1.0, 0.5])),
+        (NOT_DECIDED, _smoothness([1.0], [1.0])),  # one run says nothing of others
+    ],
+    "Outer optimizers": [
+        (HOLDS, _optimizers(sgd={3}, sngdm={2, 3, 4}, clipped_sgd={3, 4})),
+        (IN_PART, _optimizers(sgd={3, 4}, sngdm={2, 3, 4, 5}, clipped_sgd={3})),
+        (DOES_NOT, _optimizers(sgd={2, 3, 4}, sngdm={3, 4}, clipped_sgd={3})),
+        (NOT_DECIDED, _optimizers(sgd={3}, sngdm={3}, clipped_sgd={4})),
+        (NOT_DECIDED, _optimizers(sgd={3}, sngdm={4, 5, 6}, clipped_sgd={4, 5, 6})),
+    ],
+    "Convergence": [
+        (HOLDS, _convergence(1e-5, 1e-2)),
+        (IN_PART, _convergence(1e-3, 1e-1, reptile=1e-4)),
+        (DOES_NOT, _convergence(1e-2, 1e-3)),
+        (NOT_DECIDED, _convergence(1e-2, 2e-2)),
+    ],
+    "What FO-MAML drops": [
+        (HOLDS, _curvature([0.5, 0.6, 0.4], [1.0, 1.1, 0.9])),
+        (IN_PART, _curvature([0.5, 0.6, 0.4], [1.0, -1.0, 0.3])),
+        (DOES_NOT, _curvature([-0.5, -0.6, -0.4], [-1.0, -1.1, -0.9])),
+        (NOT_DECIDED, _curvature([0.5, -0.5], [1.0, -1.0])),
+        (NOT_DECIDED, _curvature([0.5], [0.5])),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("title", "verdict", "made"), [(title, *case) for title, cases in CASES.items() for case in cases]
+)
+def test_each_outcome(title, verdict, made):
+    assert EXAMINE[title](Made(**made)).verdict == verdict
+
+
+def test_every_claim_is_here_with_each_outcome():
+    assert CASES.keys() == EXAMINE.keys()
+    for title, cases in CASES.items():
+        assert {verdict for verdict, _ in cases} == {*Verdict}, title
+
+
+def test_the_protocol_has_the_rules():
+    protocol = (ROOT / "results" / "protocol.md").read_text()
+    for claim in CLAIMS:
+        assert f"- **{claim.title}**: {claim.paper} *Holds if:* {claim.rule}\n" in protocol
+
+
+def test_noise_never_helps():
+    """With a wider interval a verdict becomes not decided, or stays."""
+    for value in (-3.0, 0.0, 0.5, 3.0):
+        for rule in (lambda v, h: below(v, 1.0, h), lambda v, h: above(v, 1.0, h), lambda v, h: within(v, h, 0.0, 1.0)):
+            verdicts = [rule(value, half) for half in (0.0, 0.1, 1.0, 3.0, 10.0)]
+            decided = [verdict for verdict in verdicts if verdict != NOT_DECIDED]
+            assert verdicts == decided + [NOT_DECIDED] * (len(verdicts) - len(decided))
+            assert len({*decided}) == 1
+    around = [-1.0, 1.0, -0.5, 0.5]
+    for centre in (0.0, 5.0, -5.0):
+        spreads = [level([centre + spread * each for each in around], 2.0) for spread in (0.01, 0.1, 1.0, 10.0, 100.0)]
+        assert spreads[-1] == NOT_DECIDED
+        assert len({*spreads} - {NOT_DECIDED}) == 1
+    assert over_runs([1.0]) == (1.0, math.inf)
+
+
+def test_the_verdict_of_several_parts():
+    assert of_all([HOLDS, HOLDS]) == HOLDS
+    assert of_all([DOES_NOT, DOES_NOT]) == DOES_NOT
+    assert of_all([HOLDS, DOES_NOT]) == of_all([HOLDS, NOT_DECIDED]) == of_all([IN_PART, DOES_NOT]) == IN_PART
+    assert of_all([NOT_DECIDED, DOES_NOT]) == NOT_DECIDED
+
+
+def test_level_is_what_two_t_tests_say():
+    """By scipy's tests of the same differences."""
+    from scipy import stats
+
+    found = [0.5, -0.3, 1.4, 0.2, -1.1]
+    larger = stats.ttest_1samp(found, -2.0, alternative="greater").pvalue
+    smaller = stats.ttest_1samp(found, 2.0, alternative="less").pvalue
+    assert (level(found, 2.0) == HOLDS) == (max(larger, smaller) < 0.05)
+    for margin in (0.5, 0.9, 1.0, 1.1, 1.3, 2.0):
+        passes = max(
+            stats.ttest_1samp(found, -margin, alternative="greater").pvalue,
+            stats.ttest_1samp(found, margin, alternative="less").pvalue,
+        )
+        assert (level(found, margin) == HOLDS) == (passes < 0.05)

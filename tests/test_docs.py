@@ -1,0 +1,288 @@
+"""The site: its pages hold what they say they hold, their blocks run, and a browser has nothing to complain of."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import documentation
+import documentation_blocks as blocks
+import documentation_parts as parts
+import documentation_reference as names
+import pytest
+from conftest import ROOT
+
+import fobmaml
+from fobmaml.files import read_csv
+
+DOCS = ROOT / "docs"
+SOURCES = sorted(DOCS.rglob("*.md"))
+GENERATED = ("modules", "reference")
+"""Parts that take long, or are Sphinx's to read."""
+ids = pytest.mark.parametrize("path", SOURCES, ids=[path.relative_to(DOCS).as_posix() for path in SOURCES])
+has_sphinx = pytest.mark.skipif(
+    not (find_spec("sphinx") and find_spec("furo") and find_spec("myst_parser")), reason="sphinx: make docs installs it"
+)
+
+
+def _filled(path: Path) -> str:
+    """A page as Sphinx gets it, but for outputs of its blocks and what takes long."""
+    text = path.read_text(encoding="utf-8")
+    return documentation.filled(documentation.MARKER.sub(lambda m: "" if m[1] in GENERATED else m[0], text))
+
+
+def _anchors(text: str) -> set[str]:
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^(`{3,}).*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    slugs = {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading).lower()).replace(" ", "-") for heading in headings}
+    return slugs | {*re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE)}
+
+
+class TestPages:
+    @ids
+    def test_links_lead_somewhere(self, path):
+        text = re.sub(r"^(`{3,}).*?^\1$", "", _filled(path), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"https?:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            there = (path.parent / name).resolve() if name else path
+            assert there.exists(), target
+            if anchor:
+                assert anchor in _anchors(_filled(there)), target
+
+    def test_every_page_is_in_the_contents(self):
+        listed = {DOCS / "index.md"}
+        for path in SOURCES:
+            for tree in re.findall(r"^```\{toctree\}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
+                entries = [line for line in tree.splitlines() if line and not line.startswith(":")]
+                listed |= {path.parent / f"{entry}.md" for entry in entries}
+        assert listed == {*SOURCES}
+
+    def test_no_number_of_a_table_is_typed(self):
+        markers = [found.groups() for path in SOURCES for found in documentation.MARKER.finditer(path.read_text())]
+        assert {name for part, name in markers if part == "table"} == {"accuracy", "race", "speed", "gpu"}
+        assert len(documentation.MARKER.findall("\n".join(map(Path.read_text, SOURCES)))) == sum(
+            path.read_text().count("<!-- site:") for path in SOURCES
+        )
+
+    def test_columns_of_a_table(self):
+        found = [line.split(" | ") for line in parts.csv("bench_processes", "width", "seconds").splitlines()]
+        rows = read_csv(ROOT / "results" / "bench_processes.csv")
+        assert [line[0] for line in found[2:]] == [f"| {row['width']}" for row in rows]
+        shown = [float(line[1].removesuffix(" |")) for line in found[2:]]
+        assert shown == pytest.approx([float(row["seconds"]) for row in rows], rel=1e-3)
+
+    def test_each_claim_says_what_measures_it_again(self):
+        import reproduce
+
+        again = re.findall(r"make reproduce ARGS=(\w+)", parts.claims())
+        assert {*again} <= {*reproduce.EXPERIMENTS}
+        verdicts = [line.split(" | ")[2] for line in parts.claims().splitlines()[2:]]
+        measured = re.findall(r"^\| [^|]+ \| ([^|]+) \|$", (ROOT / "results" / "README.md").read_text(), re.MULTILINE)
+        assert measured == ["verdict", *verdicts]
+
+    def test_links_of_included_files(self):
+        text = parts.include("results/README.md")
+        assert "](protocol.md)" in text
+        assert "](../results/figures/accuracy.png)" in text
+        assert "](../results/bias_delta.csv)" in text
+
+
+class TestReference:
+    def test_every_public_name_says_what_it_is(self):
+        assert names.undocumented() == []
+
+    def test_names_without_a_word_are_found(self, monkeypatch):
+        class Silent:
+            def speak(self): ...
+
+        monkeypatch.setattr(fobmaml.optim, "__all__", ["Silent", "mute", "CONSTANT"], raising=False)
+        for name, value in {"Silent": Silent, "mute": lambda: None, "CONSTANT": 1}.items():
+            monkeypatch.setattr(fobmaml.optim, name, value, raising=False)
+        paths = [f"fobmaml.optim.{name}" for name in ("Silent", "Silent.speak", "mute", "CONSTANT")]
+        assert names.undocumented() == paths
+
+    def test_every_public_module_has_a_page(self):
+        asked = [found.groups() for path in SOURCES for found in documentation.MARKER.finditer(path.read_text())]
+        assert {name for part, name in asked if part == "reference"} == {each.__name__ for each in names.modules()}
+        for module in names.modules():
+            text = names.reference(module.__name__)
+            for name in names.public(module):
+                assert re.search(rf"^\.\. \S+:: {module.__name__}\.{name}$", text, re.MULTILINE)
+
+
+class TestBlocks:
+    def test_a_page_of_blocks(self, tmp_path):
+        page = """
+```python
+# own/thing.py
+VALUE = 3
+```
+```python
+from own.thing import VALUE
+print(VALUE)
+```
+```sh
+echo $((1 + 1)); ls
+```
+```console
+false
+```
+```yaml
+key: shown
+```
+```python
+print(VALUE + 1)
+```
+"""
+        printed = [*blocks.run_blocks(page, tmp_path)]
+        assert [output.split() for output in printed] == [[], ["3"], ["2", "own"], ["4"]]
+        assert "own.thing" not in sys.modules
+        text = blocks.executed(page)
+        assert text.count(":class: output") == 3
+        assert documentation.is_executed("---\nexecuted: true\n---\n" + page)
+        assert not documentation.is_executed(page)
+
+    @pytest.mark.parametrize("block", ["```python\n1 / 0\n```", "```sh\nfalse\ntrue\n```"])
+    def test_a_block_that_fails(self, block):
+        with pytest.raises(blocks.BlockFailed):
+            blocks.executed(f"{block}\n")
+
+    def test_the_start_page(self, tmp_path):
+        """With less training than the site has it."""
+        text = (DOCS / "start.md").read_text()
+        for more, less in (("width=16 steps=150", "width=4 steps=4 bias.every=0"), ("range(200)", "range(60)")):
+            assert more in text
+            text = text.replace(more, less)
+        assert documentation.is_executed(text)
+        printed = [*blocks.run_blocks(text, tmp_path)]
+        assert re.search(r"meta-test accuracy +\d", printed[0])
+        losses = [float(line.split()[1]) for line in printed[-2].splitlines()]
+        assert losses[-1] < 0.7 * losses[0]
+        errors = [float(line.split()[1]) for line in printed[-1].splitlines()]
+        assert errors[0] / errors[1] == pytest.approx(100, rel=0.2)
+        assert errors[1] / errors[2] == pytest.approx(100, rel=0.2)
+        self._keys_are_listed(tmp_path / "first")
+
+    def _keys_are_listed(self, folder: Path) -> None:
+        """Every key of the run's files stands on the page that says what they are."""
+        page = _filled(DOCS / "files.md")
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        written = {key for event in events for key in event} | json.loads((folder / "summary.json").read_text()).keys()
+        assert not [key for key in written if f"| `{key}` |" not in page]
+
+
+LIMITS = re.compile(r"^```(?:python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "tutorials").glob("*.md")), ids=lambda path: path.stem)
+def test_tutorials_are_short(path):
+    code = "".join(LIMITS.findall(path.read_text()))
+    assert len([line for line in code.splitlines() if line.strip()]) < 60
+    assert path.stem == "index" or documentation.is_executed(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """Built with all warnings as errors, every tutorial run."""
+    folder = tmp_path_factory.mktemp("site") / "site"
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(folder)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, text=True, capture_output=True, env=env, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    (folder / "interactive.html").write_text("<!doctype html><html lang='en'><title>in its place</title></html>")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page asks for, where it links to, and the places in it."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.asked, self.linked, self.places = set(), set(), set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.places |= {given[key] for key in ("id", "name") if given.get(key)}
+        if tag == "a" and given.get("href"):
+            self.linked.add(given["href"])
+        elif tag == "link" and given.get("rel") in ("stylesheet", "icon", "preload"):
+            self.asked.add(given["href"])
+        elif given.get("src"):
+            self.asked.add(given["src"])
+
+
+@pytest.mark.slow
+@has_sphinx
+class TestSite:
+    def test_links_are_alive_and_nothing_comes_from_elsewhere(self, site):
+        pages = {path.resolve(): Page(path) for path in site.rglob("*.html")}
+        reached = {(site / "index.html").resolve()}
+        for path, page in pages.items():
+            for target in page.asked:
+                assert not urlsplit(target).netloc, f"{path}: {target}"
+            for target in page.asked | page.linked:
+                parts = urlsplit(target)
+                if parts.scheme or parts.netloc:
+                    continue
+                there = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+                assert there.exists(), f"{path.name}: {target}"
+                reached.add(there)
+                if parts.fragment and there in pages and there.name != "search.html":
+                    assert unquote(parts.fragment) in pages[there].places, f"{path.name}: {target}"
+        assert {*pages} <= reached
+
+    def test_style_sheets_ask_for_nothing_elsewhere(self, site):
+        for path in site.rglob("*.css"):
+            assert not re.findall(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//", path.read_text(errors="ignore")), path
+
+    def test_formulas_lead_to_their_source(self, site):
+        method = (site / "method.html").read_text()
+        for name in ("Symmetric", "Tangent", "Exact", "Reptile"):
+            assert f'href="reference/estimators.html#fobmaml.estimators.{name}"' in method
+            reference = (site / "reference" / "estimators.html").read_text()
+            (line,) = {*re.findall(rf'href="\.\./(_modules/[\w/]+\.html#{name})"', reference)}
+            file, _, anchor = line.partition("#")
+            assert f'id="{anchor}"' in (site / file).read_text()
+        assert "<math" in method
+
+    @pytest.mark.parametrize("width", [390, 1280])
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_in_a_browser(self, site, width, scheme):
+        explorer = pytest.importorskip("explorer", reason="the packages of `make explorer` are not installed")
+        axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+        if explorer.chromium() is None:
+            pytest.skip("there is no Chromium: apt-get install chromium")
+        pages = [path for path in site.rglob("*.html") if "_modules" not in path.parts and path.stem != "interactive"]
+        with explorer.browser() as started:
+            tab = started.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            said, asked = [], []
+            tab.on("console", lambda message: said.append(message.text))
+            tab.on("pageerror", lambda error: said.append(str(error)))
+            tab.on("request", lambda request: asked.append(request.url))
+            for path in pages:
+                tab.goto(path.as_uri())
+                tab.wait_for_load_state("load")
+                assert not said, f"{path.name}: {said}"
+                found = axe.run(tab, options={"preload": False})  # which would fetch style sheets
+                assert not found.response["violations"], f"{path.name}: {found.generate_report()}"
+                assert tab.evaluate("document.documentElement.scrollWidth") <= width, path.name
+            assert all(url.startswith(("file:", "data:")) for url in asked)
+
+    def test_search_works_from_disk(self, site):
+        explorer = pytest.importorskip("explorer", reason="the packages of `make explorer` are not installed")
+        if explorer.chromium() is None:
+            pytest.skip("there is no Chromium: apt-get install chromium")
+        with explorer.browser() as started:
+            tab = started.new_page()
+            tab.goto((site / "search.html").as_uri() + "?q=truncation")
+            tab.wait_for_selector("#search-results li a")
+            assert any("method" in link.get_attribute("href") for link in tab.locator("#search-results li a").all())

@@ -1,0 +1,256 @@
+"""Plain modules become nodes, and the engines by hand compute what autograd does on the module itself."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fobmaml import Learner, TaskBatch
+from fobmaml.engine import library
+from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Pool, Reshape, as_module
+from fobmaml.engine.trial import Trial
+from fobmaml.estimators import FOMAML, IMAML, MAML, Symmetric, estimate
+from fobmaml.solvers import GradientDescent
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+class Of(nn.Module):
+    """A forward in one line, of layers by name."""
+
+    def __init__(self, call, **layers):
+        super().__init__()
+        self.call = call
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def _nodes(model, *shape):
+    """The nodes, and why there are none."""
+    trial = Trial(Learner(model, F.cross_entropy), "auto")
+    return trial.nodes(torch.randn(2, 3, *shape)), trial.untraced
+
+
+def _line(**options):
+    return nn.Conv1d(1, 4, 3, **options), nn.Linear(4 * 8, 5)
+
+
+CONV = Conv("a.weight", "a.bias", (1, 1), (0, 1), (1, 1), 1)
+ENDS = [Flatten(), Linear("b.weight", "b.bias")]
+WAYS = {
+    "unsqueeze": lambda m, x: m.b(m.a(x.unsqueeze(1)).flatten(1)),
+    "index": lambda m, x: m.b(m.a(x[:, None]).reshape(len(x), -1)),
+    "view": lambda m, x: m.b(m.a(x.view(x.shape[0], 1, -1)).view(x.size(0), 32)),
+    "back and forth": lambda m, x: m.b(m.a(x.view(-1, 2, 4).flatten(1).unsqueeze(-2)).contiguous().flatten(1)),
+    "functions": lambda m, x: F.linear(
+        F.conv1d(x[:, None], m.a.weight, m.a.bias, padding=1).flatten(1), m.b.weight, m.b.bias
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_however_it_is_written(way):
+    a, b = _line(padding=1)
+    assert _nodes(Of(WAYS[way], a=a, b=b), 8) == ([Reshape((1, 8)), CONV, *ENDS], "")
+
+
+def test_images():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, (3, 2), (2, 1), (1, 0), (1, 2), bias=False),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2, 1, 1),
+        nn.Conv2d(4, 4, 3, padding="same", groups=2),
+        nn.GELU(),
+        nn.AvgPool2d((2, 1)),
+        nn.GroupNorm(4, 4, affine=False, eps=1e-3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+    nodes, why = _nodes(model, 2, 9, 8)
+    assert why == ""
+    assert nodes == [
+        Conv("0.weight", None, (2, 1), (1, 0), (1, 2), 1),
+        GroupNorm(2, "1.weight", "1.bias", 1e-5),
+        Activate("relu"),
+        Pool("max", (2, 2), (1, 1), (1, 1)),
+        Conv("4.weight", "4.bias", (1, 1), (1, 1), (1, 1), 2),
+        Activate("gelu"),
+        Pool("average", (2, 1), (2, 1), (0, 0)),
+        GroupNorm(4, None, None, 1e-3),
+        Pool("average", (3, 7), (3, 7), (0, 0)),
+        Flatten(),
+        Linear("10.weight", "10.bias"),
+    ]
+    x = torch.randn(3, 2, 9, 8)
+    torch.testing.assert_close(as_module(nodes)(dict(model.named_parameters()), x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "node"),
+    [
+        (nn.MaxPool1d(2), Pool("max", (1, 2), (1, 2), (0, 0))),
+        (nn.AvgPool1d(3, 2, 1), Pool("average", (1, 3), (1, 2), (0, 1))),
+        (nn.AdaptiveAvgPool1d(2), Pool("average", (1, 4), (1, 4), (0, 0))),
+        (Of(lambda m, x: x.mean(-1)), Pool("average", (1, 8), (1, 8), (0, 0))),
+    ],
+)
+def test_pools_of_sequences_have_height_1(layer, node):
+    nodes, why = _nodes(nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 4, 3, padding=1), layer, nn.Flatten()), 8)
+    assert why == ""
+    assert [part for part in nodes if isinstance(part, Pool)] == [node]
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return F.silu(x)
+
+    @staticmethod
+    def backward(context, g):
+        return -g
+
+
+def _constant(layer, x):
+    with torch.no_grad():
+        return layer(x)
+
+
+def _frozen():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 5))
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def _tied():
+    model = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    return model
+
+
+def _hooked():
+    model = nn.Sequential(nn.Linear(8, 5))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+UNKNOWN = {
+    "a layer": (nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "LayerNorm '1' (aten.native_layer_norm.default)"),
+    "a residual sum": (Of(lambda m, x: x + m.a(x), a=nn.Linear(8, 8)), "Linear 'a' (whose inputs go elsewhere, too)"),
+    "a factor": (Of(lambda m, x: 2 * m.a(x), a=nn.Linear(8, 8)), "Of '' (aten.mul.Tensor)"),
+    "an activation's setting": (
+        nn.Sequential(nn.Linear(8, 8), nn.Softplus(2.0)),
+        "Softplus '1' (aten.softplus.default)",
+    ),
+    "other padding": (
+        nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 2, 3, padding=1, padding_mode="circular")),
+        "Conv1d '1' (whose inputs go elsewhere, too)",
+    ),
+    "places": (nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 5)), "Linear '1' (aten.view.default)"),
+    "frozen": (_frozen(), "Linear '0' ("),
+    "tied": (_tied(), "Linear '2' ("),
+    "hooked": (_hooked(), "Linear '0' has hooks"),
+    "unused": (Of(lambda m, x: m.a(x), a=nn.Linear(8, 8), b=nn.Linear(2, 2)), "parameter 'b.weight' is not used"),
+    "its own backward": (Of(lambda m, x: Reversed.apply(m.a(x)), a=nn.Linear(8, 8)), ""),
+    "a constant": (
+        Of(lambda m, x: m.b(_constant(m.a, x)), a=nn.Linear(8, 8), b=nn.Linear(8, 8)),
+        "One of the differentiated|a forward or backward that",
+    ),
+    "no backward": (
+        Of(lambda m, x: m.b(m.a(x).detach()), a=nn.Linear(8, 8), b=nn.Linear(8, 8)),
+        "Of '' (aten.detach.default)",
+    ),
+    "a question": (
+        Of(lambda m, x: m.a(x) if m.a(x).sum() > 0 else m.b(x), a=nn.Linear(8, 8), b=nn.Linear(8, 8)),
+        "It appears that you're trying to get value out of",
+    ),
+    "the whole set": (Of(lambda m, x: m.a(x).view(-1, 4), a=nn.Linear(8, 8)), "Of '' (aten.view.default)"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_is_not_known_is_not_traced(case):
+    model, why = UNKNOWN[case]
+    nodes, said = _nodes(model, 8)
+    assert nodes is None
+    assert said.startswith(tuple(why.split("|"))), said
+
+
+def _random(choose):
+    """A sequence of layers as a user writes it, the shape of its examples, and whether the kernel takes it."""
+
+    def size(low, high):
+        return int(choose.integers(low, high + 1))
+
+    channels, length = size(1, 3), size(6, 30)
+    shape = [(channels, length), (channels * length,), (length,)][size(0, 2)]
+    kinds = [nn.SiLU, nn.SiLU, nn.Tanh, nn.Softplus, nn.GELU]
+    same = bool(size(0, 1))
+    layers = [] if len(shape) == 2 else [nn.Unflatten(1, (-1, length))]
+    channels = channels if len(shape) == 2 else shape[0] // length
+    for _ in range(size(0, 3)):
+        out, places, stride, padding = size(1, 7), size(1, 5), size(1, 3), 1 if same else size(0, 4)
+        if length + 2 * padding < places:
+            break
+        layers.append(nn.Conv1d(channels, out, places, stride, padding, bias=same or bool(size(0, 1))))
+        length, channels = (length + 2 * padding - places) // stride + 1, out
+        layers.append(nn.SiLU() if same else kinds[size(0, 4)]())
+    layers.append(nn.Flatten())
+    values = channels * length
+    for _ in range(size(0, 2)):
+        out = size(1, 9)
+        layers += [nn.Linear(values, out, same or bool(size(0, 1))), nn.SiLU() if same else kinds[size(0, 4)]()]
+        values = out
+    layers.append(nn.Linear(values, 5))
+    return nn.Sequential(*layers), shape, same
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_sequences_equal_autograd_on_the_module(seed):
+    choose = np.random.default_rng(seed)
+    model, shape, known = _random(choose)
+    support, query, count = 4, 3, 2
+    batch = TaskBatch(
+        torch.randn(count, support, *shape),
+        torch.randint(5, (count, support)),
+        torch.randn(count, query, *shape),
+        torch.randint(5, (count, query)),
+    )
+    solver = GradientDescent(3, 0.1, momentum=(0.0, 0.5)[seed % 2])
+    for dtype, tol in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        model, tasks = model.to(dtype), batch.to(dtype=dtype)
+        plain = Learner(model, F.cross_entropy, "loop")
+        for estimator in (Symmetric(solver, 0.5), MAML(solver), IMAML(solver, 0.5), FOMAML(solver)):
+            learner = Learner(model, F.cross_entropy)
+            found, wanted = (estimate(estimator, ours, ours.theta(), tasks).gradient for ours in (learner, plain))
+            assert (found - wanted).norm() <= tol * wanted.norm(), (model, dtype)
+            assert learner.used in ("stacked", f"fused-{library.instructions()}")
+            if known and dtype == torch.float32 and library.kernel() is not None:
+                assert learner.used != "stacked"
+
+
+def test_a_weight_that_is_no_layers_own_is_read_by_torch():
+    """A row has it in the module's order, which the kernel does not read."""
+    model = Of(
+        lambda m, x: m.b(F.silu(F.conv1d(x.view(-1, 2, 4), m.w, m.a.bias, padding=1)).flatten(1)),
+        a=nn.Linear(2, 4),
+        b=nn.Linear(16, 5),
+    )
+    del model.a.weight
+    model.a.weight = None
+    model.w = nn.Parameter(torch.randn(4, 2, 3))
+    x, y = torch.randn(2, 6, 8), torch.randint(5, (2, 6))
+    rows = []
+    for engine in ("auto", "loop"):
+        learner = Learner(model, F.cross_entropy, engine)
+        rows.append(learner.engine_for(x, learner.row_loss(y)).gradient(learner.theta().expand(2, -1)))
+        assert learner.used == ("stacked" if engine == "auto" else "loop")
+    torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-6)
