@@ -303,7 +303,7 @@ def test_what_is_there_survives_bad_sweeps(run_train, tmp_path, wrong):
     assert "Traceback" not in done.stderr
     after = _content(tmp_path)
     assert {name: after.get(name, b"gone") for name in before} == before
-    assert after.keys() - before.keys() <= {"keep/multirun.yaml", "keep/failed.jsonl"}
+    assert after.keys() - before.keys() <= {"keep/multirun.yaml", "keep/failed.jsonl", "keep/jobs.jsonl"}
 
 
 @pytest.mark.parametrize(

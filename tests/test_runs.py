@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import re
 import sys
@@ -9,10 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import fobmaml
+from fobmaml import Learner
+from fobmaml.estimators import MAML
+from fobmaml.outer import Outer
+from fobmaml.run import commands
 from fobmaml.saved.checkpoints import save_checkpoint
 from fobmaml.saved.results import read_run, table
+from fobmaml.solvers import GradientDescent
 
 QUICK = ("width=4", "steps=3", "eval.tasks=20", "eval.validation_tasks=0", "bias.every=0", "wandb.mode=disabled")
 
@@ -33,99 +41,130 @@ def _ran(done) -> str:
 def test_a_run_starts_from_anothers_parameters(run_train, tmp_path):
     _ran(run_train(*QUICK, "estimator=symmetric", "hydra.run.dir=first"))
     first = _state(tmp_path / "first")
-    other = ("estimator=fomaml", "optimizer=adam", "seed=5", "solver.steps=3", "init=first")
-    _ran(run_train(*QUICK, *other, "steps=0", "hydra.run.dir=second"))
+    other = (*QUICK, "estimator=fomaml", "optimizer=adam", "seed=5", "init=first", "steps=1", "hydra.run.dir=second")
+    _ran(run_train(*other))
     second = _state(tmp_path / "second")
-    assert second["step"] == 0
-    assert all(torch.equal(values, first["model"][name]) for name, values in second["model"].items())
-    _ran(run_train(*QUICK, *other, "hydra.run.dir=third"))
-    third = _state(tmp_path / "third")
-    assert third["step"] == 3
-    assert not any(torch.equal(values, first["model"][name]) for name, values in third["model"].items())
-    (tmp_path / "first" / "checkpoint.pt").rename(tmp_path / "first.pt")
-    assert "is complete" in _ran(run_train(*QUICK, *other, "hydra.run.dir=third"))  # it has no more need of it
-    _ran(run_train(*QUICK, "steps=0", "init=first.pt", "hydra.run.dir=fourth"))  # a file will do
-    assert torch.equal(_state(tmp_path / "fourth")["model"]["biases.0"], first["model"]["biases.0"])
+    assert second["step"] == 1
+    for name, values in second["model"].items():  # Adam's first step is as long as its rate, 0.3
+        moved = (values - first["model"][name]).abs()
+        assert 0.0 < moved.max() <= 0.3001, name
+    (tmp_path / "first" / "checkpoint.pt").unlink()
+    assert "is complete" in _ran(run_train(*other))  # it has no more need of it
 
 
-def test_a_run_of_another_network_is_refused_by_name(run_train, tmp_path):
-    _ran(run_train(*QUICK, "hydra.run.dir=first"))
-    for settings, wrong in (
-        (("dataset.ways=3",), "weights.3 is [3, 5, 4] (there [5, 5, 4]), biases.3 is [3] (there [5])"),
-        (
-            ("width=5",),
-            "weights.0 is [5, 5, 1] (there [4, 5, 1]), weights.1 is [5, 3, 5] (there [4, 3, 4]), weights.2 is",
-        ),
-        (("model=linear",), "is not there (there"),
-    ):
-        done = run_train(*QUICK, *settings, "init=first", "hydra.run.dir=second")
-        assert done.returncode == 1
-        assert done.stderr.startswith("error: init=first: takes a run of the same network, and here "), done.stderr
-        assert wrong in done.stderr
-        assert len(done.stderr.splitlines()) == 1
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "checkpoint.pt").write_text("hello")
-    assert re.match(
-        "error: init=bad: bad/checkpoint.pt: takes a whole checkpoint",
-        run_train(*QUICK, "init=bad", "hydra.run.dir=second").stderr,
+def test_a_run_that_does_not_fit_is_refused_by_name(run_train, tmp_path):
+    _ran(run_train(*QUICK, "steps=0", "eval.tasks=0", "hydra.run.dir=first"))
+    done = run_train(*QUICK, "dataset.ways=3", "init=first/checkpoint.pt", "hydra.run.dir=second")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: init=first/checkpoint\.pt: takes a run of the same network, and here "
+        r"\S+ is \[3, .*\] \(there \[5, .*\]\), \S+ is \[3\] \(there \[5\]\)\n",
+        done.stderr,
     )
+    (tmp_path / "first" / "checkpoint.pt").write_text("hello")
+    done = run_train(*QUICK, "init=first", "hydra.run.dir=second")
+    assert done.stderr.startswith("error: init=first: first/checkpoint.pt: takes a whole checkpoint")
     assert not (tmp_path / "second").exists()
 
 
-def test_learned_step_lengths_come_along(run_train, tmp_path):
-    learned = ("estimator=maml", "estimator.learn_lr=1", "steps=2")
-    _ran(run_train(*QUICK, *learned, "hydra.run.dir=first"))
-    rates = _state(tmp_path / "first")["variables"]["solver.lr"]
-    assert len(rates.unique()) > 1
-    _ran(run_train(*QUICK, *learned, "init=first", "steps=0", "hydra.run.dir=second"))
-    assert torch.equal(_state(tmp_path / "second")["variables"]["solver.lr"], rates)
-    done = run_train(*QUICK, *learned, "init=first", "solver.steps=4", "hydra.run.dir=third")
-    assert "solver.lr is [4, 8] (there [10, 8])" in done.stderr
+def _outer(steps: int = 3, learn_lr: float = 0.5, width: int = 3, depth: int = 1) -> Outer:
+    sizes = [2, *[width] * depth, 2]
+    network = nn.Sequential(*(nn.Linear(*pair) for pair in itertools.pairwise(sizes)))
+    return Outer(Learner(network, F.cross_entropy), MAML(GradientDescent(steps=steps), learn_lr=learn_lr))
+
+
+def test_learned_step_lengths_come_along():
+    first, second = _outer(), _outer()
+    first.variables["solver.lr"].data.uniform_()
+    second.begin_from(first.state_dict())
+    assert torch.equal(second.vector(), first.vector())
+    parameters = second.learner.theta()
+    plain = _outer(learn_lr=0.0)
+    plain.begin_from(first.state_dict())  # it has none of its own
+    assert torch.equal(plain.vector(), parameters)
+    before = _outer()
+    rates = before.variables["solver.lr"].clone()
+    before.begin_from(plain.state_dict())  # and here there are none to take
+    assert torch.equal(before.learner.theta(), parameters)
+    assert torch.equal(before.variables["solver.lr"], rates)
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (
+            {"width": 4},
+            r"0\.weight is \[4, 2\] \(there \[3, 2\]\), 0\.bias is .*, 1\.weight is \[2, 4\] \(there \[2, 3\]\)",
+        ),
+        ({"depth": 2}, r"and here 1\.weight is .*, 1\.bias is .*, 2\.weight is \[2, 3\] \(there none\) and 2 more$"),
+        ({"depth": 0}, r"0\.bias is \[2\] \(there \[3\]\), 1\.weight is none \(there \[2, 3\]\) and 2 more$"),
+        ({"steps": 5}, r"network, and here solver\.lr is \[5, 4\] \(there \[3, 4\]\)$"),
+    ],
+)
+def test_shapes_that_differ_are_named(other, text):
+    outer = _outer(**other)
+    before = outer.vector()
+    with pytest.raises(ValueError, match=text):
+        outer.begin_from(_outer().state_dict())
+    assert torch.equal(outer.vector(), before)
 
 
 def test_evaluate_measures_a_run_again(run_train, tmp_path):
     _ran(run_train(*QUICK, "estimator=symmetric", "solver.steps=4", "hydra.run.dir=run"))
     (tmp_path / "run").rename(tmp_path / "it's, a=run")
     trained = _summary(tmp_path / "it's, a=run")
-    _ran(run_train("evaluate", "it's, a=run", "hydra.run.dir=same"))
-    same = _summary(tmp_path / "same")
-    assert same["step"] == 0
-    assert same["test/loss"] == trained["test/loss"]
+    done = run_train("evaluate", "it's, a=run", "solver.steps=2,4", "-m", "hydra.sweep.dir=sweep")
+    header, other, same = (line.split() for line in _ran(done).strip().splitlines()[-3:])
+    assert header[:2] == ["solver.steps", "status"]
+    assert [other[:3], same[:3]] == [["2", "completed", "0"], ["4", "completed", "0"]]
+    other, same = (row for row in sorted(fobmaml.read_runs(tmp_path / "sweep"), key=lambda row: row["solver.steps"]))
+    assert same["test/loss"] == trained["test/loss"] != other["test/loss"]
     assert same["test/accuracy"] == trained["test/accuracy"]
-    assert same["config"]["solver"] == trained["config"]["solver"]
-    _ran(run_train("evaluate", "it's, a=run", "solver.steps=2", "dataset.shots=1", "hydra.run.dir=other"))
-    other = _summary(tmp_path / "other")
-    assert other["config"]["solver"]["steps"] == 2
-    assert other["choices"]["estimator"] == "symmetric"
-    assert other["test/loss"] != trained["test/loss"]
-    for wrong in ((), ("--help",), ("nowhere",), (".",)):
-        done = run_train("evaluate", *wrong)
-        assert done.returncode == 1
-        assert re.match(r"error: .* evaluate FOLDER \[settings\]: takes the folder of a run.*\n$", done.stderr)
+    for row in (other, same):
+        assert (row["width"], row["estimator"], row["step"]) == (4, "symmetric", 0)
 
 
-def test_a_sweep_ends_with_its_results_and_runs_lists_them(run_train, tmp_path):
-    sweep = ("-m", *QUICK, "estimator=symmetric,fomaml", "optimizer.lr=-1,0.1", "hydra.sweep.dir=sweep")
-    done = run_train(*sweep)
+def test_what_evaluate_asks_for(tmp_path):
+    for wrong in ([], ["--help"], [str(tmp_path)]):
+        with pytest.raises(SystemExit, match=r"error: .* evaluate FOLDER \[settings\]: takes the folder of a run"):
+            commands.evaluation(wrong)
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("[solver=gd, seed=3, +a=1, ~b, resume=x, steps=9, width=4]")
+    sources = "[{path: pkg, provider: main}, {path: /mine, provider: command-line}]"
+    hydra = f"hydra: {{runtime: {{config_sources: {sources}}}, job: {{config_name: mine}}}}"
+    (tmp_path / ".hydra" / "hydra.yaml").write_text(hydra)
+    places, kept = ["--config-dir=/mine", "--config-name=mine"], ["solver=gd", "seed=3", "+a=1", "~b", "width=4"]
+    own = [f"init='{tmp_path}'", "steps=0"]
+    assert commands.evaluation([str(tmp_path)]) == [*places, *kept, *own]
+    given = ["width=8", "--config-dir", "/other", "-m", "~a", "b=1"]
+    assert commands.evaluation([str(tmp_path), *given]) == [
+        *("--config-name=mine", "--config-dir", "/other", "-m"),
+        *("solver=gd", "seed=3", *own, "width=8", "~a", "b=1"),
+    ]
+
+
+def test_a_sweep_ends_with_its_results_and_runs_lists_them(run_train, tmp_path, capsys):
+    done = run_train("-m", *QUICK, "estimator=symmetric,fomaml", "optimizer.lr=-1,0.1", "hydra.sweep.dir=sweep")
     assert done.returncode == 1
-    *_, header, first, second, third, fourth = done.stdout.strip().splitlines()
-    assert header.split() == ["estimator", "optimizer.lr", "status", "step", "accuracy", "bias", "seconds"]
-    assert [line.split()[:3] for line in (first, second, third, fourth)] == [
+    header, *jobs = (line.split() for line in done.stdout.strip().splitlines()[-5:])
+    assert header == ["estimator", "optimizer.lr", "status", "step", "accuracy", "bias", "seconds"]
+    assert [job[:3] for job in jobs] == [
         ["symmetric", "-1", "failed"],
         ["symmetric", "0.1", "completed"],
         ["fomaml", "-1", "failed"],
         ["fomaml", "0.1", "completed"],
     ]
-    accuracies = [f"{100 * _summary(path.parent)['test/accuracy']:.1f} ±" for path in tmp_path.rglob("summary.json")]
-    assert all(text in done.stdout for text in accuracies)
-    assert run_train(*sweep).stdout.strip().splitlines()[-1] == fourth  # of what was complete, too
-
-    listed = _ran(run_train("runs", "sweep")).splitlines()
-    assert [line.split()[0] for line in listed] == ["estimator", "fomaml", "symmetric"]  # the others left no results
-    assert listed[0].split() == ["estimator", "status", "step", "accuracy", "bias", "seconds", "folder"]
-    rows = list(csv.DictReader(io.StringIO(_ran(run_train("runs", "sweep", "--csv")))))
     found = fobmaml.read_runs(tmp_path / "sweep")
-    assert [row["estimator"] for row in found] == ["fomaml", "symmetric"] == [row["estimator"] for row in rows]
+    assert [row["estimator"] for row in found] == ["fomaml", "symmetric"]  # the others left no results
+    accuracies = [f"{100 * row['test/accuracy']:.1f}" for row in found]
+    assert [job[4] for job in jobs if len(job) > 3] == accuracies[::-1]
+
+    commands.runs([str(tmp_path / "sweep")])
+    header, *lines = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert header == ["estimator", "status", "step", "accuracy", "bias", "seconds", "folder"]
+    assert [(line[0], line[3]) for line in lines] == list(zip(("fomaml", "symmetric"), accuracies, strict=True))
+    commands.runs([str(tmp_path / "sweep"), "--csv"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     for row, text in zip(found, rows, strict=True):
         summary = _summary(tmp_path / "sweep" / row["folder"])
         assert row["test/accuracy"] == summary["test/accuracy"] == float(text["test/accuracy"])
@@ -134,10 +173,10 @@ def test_a_sweep_ends_with_its_results_and_runs_lists_them(run_train, tmp_path):
         assert json.loads(text["overrides"]) == row["overrides"]
         assert row["bias/relative_error"] is None
         assert text["bias/relative_error"] == ""
-    for wrong, text in (("sweep/none", "takes a folder"), (".hydra", "takes a folder")):
-        assert run_train("runs", wrong).stderr.startswith(f"error: folder={wrong}: {text}")
     (tmp_path / "empty").mkdir()
-    assert "and there are none" in run_train("runs", "empty").stderr
+    for wrong, text in (("none", "takes a folder with"), ("empty", "and there are none")):
+        with pytest.raises(SystemExit, match=f"error: folder=.*{wrong}: .*{text}"):
+            commands.runs([str(tmp_path / wrong)])
 
 
 def _saved(folder: Path, summary: dict) -> None:

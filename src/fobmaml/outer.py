@@ -67,7 +67,7 @@ class Outer:
         """
         ours, there = self.learner.model.state_dict(), state["model"]
         known = [name for name in self.variables if name in state["variables"]]
-        pairs = {name: (ours.get(name), there.get(name)) for name in (*ours, *(there.keys() - ours.keys()))}
+        pairs = {name: (ours.get(name), there.get(name)) for name in dict.fromkeys((*ours, *there))}
         pairs |= {name: (self.variables[name], state["variables"][name]) for name in known}
         if differing := [name for name, (a, b) in pairs.items() if _shape(a) != _shape(b)]:
             shapes = [f"{name} is {_shape(pairs[name][0])} (there {_shape(pairs[name][1])})" for name in differing[:3]]
@@ -79,4 +79,4 @@ class Outer:
 
 
 def _shape(tensor: Tensor | None) -> str:
-    return "not there" if tensor is None else str(list(tensor.shape))
+    return "none" if tensor is None else str(list(tensor.shape))

@@ -59,4 +59,6 @@ def evaluation(given: Sequence[str]) -> list[str]:
     places = [place for place in places if not any(each.startswith(place.split("=")[0]) for each in more)]
     taken = {"init", "resume", "steps", *spoken(more)}
     kept = [override for override in said if not taken & spoken([override]).keys()]
-    return [*places, *kept, f"init={quoted(folder)}", "steps=0", *more]
+    settings = [each for each in more if not each.startswith("-") and ("=" in each or each.startswith("~"))]
+    options = [each for each in more if each not in settings]  # with their values; they come before all settings
+    return [*places, *options, *kept, f"init={quoted(folder)}", "steps=0", *settings]

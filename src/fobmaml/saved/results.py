@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from fobmaml.arguments import refuse
 from fobmaml.saved.checkpoints import CheckpointError, read_checkpoint
@@ -16,6 +16,14 @@ NOT_SETTINGS = ("wandb.", "resume")
 """What of a configuration does not tell runs apart."""
 RESULTS = ("status", "step", "accuracy", "loss", "bias", "seconds")
 """The columns of ``table`` behind the settings."""
+
+
+@overload
+def read_runs(folder: str | PathLike[str], frame: Literal[False] = False) -> list[Row]: ...
+
+
+@overload
+def read_runs(folder: str | PathLike[str], frame: Literal[True]) -> Any: ...
 
 
 def read_runs(folder: str | PathLike[str], frame: bool = False) -> Any:
