@@ -19,6 +19,7 @@ from fobmaml.engine.stacked import Stacked
 from fobmaml.engine.trial import Trial
 from fobmaml.engine.work import Counted, Counter
 from fobmaml.tasks.batch import TaskBatch
+from fobmaml.tasks.layout import Layout
 
 WORK_AT_ONCE = 2**25
 """Rows × parameters × examples of a gradient by hand that hides the cost of calling torch's operators: with less, calls
@@ -67,6 +68,7 @@ class Learner(Network):
         self._trial = Trial(self, engine)
         self._used: dict[str, None] = {}
         self.work = Counter()
+        self.layout: Layout | None = None
 
     @property
     def used(self) -> str:
@@ -78,7 +80,24 @@ class Learner(Network):
         model = private_copy(self.model, share=False).double()
         support_loss = None if self.support_loss is None else self.support_loss.to(torch.float64)
         engine = "auto" if self.engine == "fused" else self.engine
-        return Learner(model, self.loss.to(torch.float64), engine, support_loss)
+        double = Learner(model, self.loss.to(torch.float64), engine, support_loss)
+        double.take(self.layout)
+        return double
+
+    def take(self, layout: Layout | None) -> None:
+        """From now on, inputs are rows of numbers that the model gets as ``layout`` says. None: as they are.
+
+        Raises ValueError once gradients have been computed with another one, and where an engine, or a dtype, cannot.
+        """
+        if layout == self.layout:
+            return
+        if self._used or layout is None:
+            raise refuse("tasks", "inputs of another layout", "the same tensors in all tasks of a model")
+        if self.engine in ("stacked", "fused"):
+            raise refuse("engine", self.engine, "inputs that are one tensor; auto takes any")
+        if any(layout.dtypes) and self.dtype not in (torch.float32, torch.float64):
+            raise refuse("model", self.dtype, "float32 or float64 parameters, beside inputs of whole numbers")
+        self.layout, self.module.unpack = layout, layout.unpack
 
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
         """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].
@@ -105,7 +124,7 @@ class Learner(Network):
         return Counted(engine, self.work)
 
     def _chosen(self, x: Tensor, loss: RowLoss, second_order: bool) -> tuple[str, Engine]:
-        if self.lists_layers and self._trial.listed(x):
+        if self.layout is None and self.lists_layers and self._trial.listed(x):
             if self.fused and isinstance(loss, CrossEntropy):
                 return f"fused-{library.instructions()}", fused.Fused(self, x, loss)
             return "stacked", Stacked(self, x, loss)
@@ -122,7 +141,7 @@ class Learner(Network):
         More take more memory, and no less time.
         """
         x = x[[0, -1]].to(self.dtype if x.is_floating_point() else x.dtype)
-        if self.lists_layers and self._trial.listed(x):
+        if self.layout is None and self.lists_layers and self._trial.listed(x):
             rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
             a_thread = fused.KEPT_ROWS_A_THREAD if second_order else fused.ROWS_A_THREAD
             return max(rows, a_thread * torch.get_num_threads()) if self.fused else rows
@@ -141,6 +160,7 @@ class Learner(Network):
 
     def check(self, tasks: TaskBatch) -> TaskBatch:
         """``tasks``, once they are known to fit the model. Raises ValueError naming what does not."""
+        self.take(tasks.layout)
         tensors = {}
         for name in ("support_x", "support_y", "query_x", "query_y"):
             t = getattr(tasks, name)
