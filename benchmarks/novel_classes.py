@@ -30,9 +30,9 @@ from fobmaml.training import MetaTraining
 ROOT = Path(__file__).parents[1]
 COMMON = "dataset=shapes1d width=32 device=cpu measure=[] eval.validation_tasks=0 eval.tasks=0"
 METHODS = {
-    "symmetric": "estimator=symmetric solver=gd_few task_clip=1 optimizer.lr=0.3 meta_batch=16 steps=4500",
-    "maml": "estimator=maml task_clip=1 optimizer=sngdm optimizer.lr=0.3 meta_batch=8 steps=2500",
-    "reptile": "estimator=reptile optimizer.lr=0.3 meta_batch=8 steps=12000",
+    "symmetric": "estimator=symmetric solver=gd_few task_clip=1 optimizer.lr=0.3 meta_batch=16 steps=3000",
+    "maml": "estimator=maml task_clip=1 optimizer=sngdm optimizer.lr=0.3 meta_batch=8 steps=1800",
+    "reptile": "estimator=reptile optimizer.lr=0.3 meta_batch=8 steps=8000",
 }
 STEPS = (10, 20, 50)
 """Of gradient descent at test time, those of training and more."""

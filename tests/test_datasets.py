@@ -85,8 +85,12 @@ def test_templates_are_scaled_as_mnist1ds():
     np.testing.assert_allclose(ours.std(axis=1), theirs.std(axis=1).mean())
     assert not ours[:, 0].any()
     assert np.abs(ours[:, -1]).max() < 1e-12
-    apart = np.linalg.norm(ours[:, None] - ours[None], axis=2)[~np.eye(50, dtype=bool)]
-    assert apart.min() > 0.1  # no shape twice
+    shapes = (ours - ours.mean(axis=1, keepdims=True)) / ours.std(axis=1, keepdims=True)
+    apart = np.linalg.norm(shapes[:, None] - shapes[None], axis=2)[~np.eye(50, dtype=bool)]
+    assert 2.5 <= apart.min() < 2.8
+    assert len(templates(300, 1)) == 300
+    with pytest.raises(ValueError, match=r"^classes=5000: takes at most \d+, as many as differ enough"):
+        templates(5000, 0)
 
 
 def test_shapes_follow_their_templates(tmp_path):

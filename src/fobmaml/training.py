@@ -145,6 +145,7 @@ class MetaTraining:
         return self.tasks(split, count, EVALUATION_SEED, stream)
 
     def placed(self, tasks: TaskBatch) -> TaskBatch:
+        self.learner.take(tasks.layout)
         return tasks.to(self.learner.device, self.learner.dtype)
 
     def chunk(self, tasks: TaskBatch, estimator: Estimator | None = None) -> int:

@@ -23,6 +23,7 @@ from fobmaml.engine.stacked import Stacked
 from fobmaml.engine.trial import Trial
 from fobmaml.engine.work import Counted, Counter
 from fobmaml.tasks.batch import TaskBatch
+from fobmaml.tasks.layout import Layout
 
 WORK_AT_ONCE = 2**25
 """Rows × parameters × examples of a gradient by hand that hides the cost of calling torch's operators: with less, calls
@@ -74,6 +75,7 @@ class Learner(Network):
         self._trial = Trial(self, engine)
         self._used: dict[str, None] = {}
         self.work = Counter()
+        self.layout: Layout | None = None
         self.adapt, self.adapted = adapt, adapted_names(model, self.shapes, adapt)
         self.moves: Tensor | None = None
         if len(self.adapted) < len(self.shapes):
@@ -93,7 +95,24 @@ class Learner(Network):
         model = private_copy(self.model, share=False).double()
         support_loss = None if self.support_loss is None else self.support_loss.to(torch.float64)
         engine = "auto" if self.engine == "fused" else self.engine
-        return Learner(model, self.loss.to(torch.float64), engine, self.adapt, support_loss)
+        double = Learner(model, self.loss.to(torch.float64), engine, self.adapt, support_loss)
+        double.take(self.layout)
+        return double
+
+    def take(self, layout: Layout | None) -> None:
+        """From now on, inputs are rows of numbers that the model gets as ``layout`` says. None: as they are.
+
+        Raises ValueError once gradients have been computed with another one, and where an engine, or a dtype, cannot.
+        """
+        if layout == self.layout:
+            return
+        if self._used or layout is None:
+            raise refuse("tasks", "inputs of another layout", "the same tensors in all tasks of a model")
+        if self.engine in ("stacked", "fused"):
+            raise refuse("engine", self.engine, "inputs that are one tensor; auto takes any")
+        if any(layout.dtypes) and self.dtype not in (torch.float32, torch.float64):
+            raise refuse("model", self.dtype, "float32 or float64 parameters, beside inputs of whole numbers")
+        self.layout, self.module.unpack = layout, layout.unpack
 
     def outputs(self, phi: Tensor, x: Tensor) -> Tensor:
         """The network with parameters phi[r] on the examples x[r]: [R, P], [R, N, ...] -> [R, N, ...].
@@ -122,7 +141,7 @@ class Learner(Network):
         return Counted(engine, self.work)
 
     def _chosen(self, x: Tensor, loss: RowLoss, second_order: bool) -> tuple[str, Engine]:
-        if chain := self._trial.chain(x):
+        if chain := self._chain(x):
             if self.fuses(chain) and isinstance(loss, CrossEntropy):
                 return f"fused-{library.instructions()}", fused.Fused(self, x, loss, chain)
             return "stacked", Stacked(self, x, loss, chain)
@@ -135,9 +154,13 @@ class Learner(Network):
         apart = parts if len(parts) > 1 and not self._trial.joint(x, parts) else WHOLE
         return ("autograd", Autograd(self, x, loss, apart)) if batched else ("loop", Loop(self, x, loss, apart))
 
+    def _chain(self, x: Tensor) -> Chain | None:
+        """The network as the engines by hand take it, or None."""
+        return None if self.layout else self._trial.chain(x)
+
     def _of_images(self, x: Tensor) -> Sequence[Node] | None:
         """The network as the kernel for images takes it, or None; what other engines by hand take is theirs."""
-        if self.engine != "auto" or x.dtype != torch.float32 or x.device.type != "cpu" or self._trial.chain(x):
+        if self.engine != "auto" or x.dtype != torch.float32 or x.device.type != "cpu" or self.layout or self._chain(x):
             return None
         nodes = self._trial.nodes(x)
         return nodes if nodes and images.knows(nodes, self, x.shape[2:]) else None
@@ -164,7 +187,7 @@ class Learner(Network):
         More take more memory, and no less time.
         """
         x = x[[0, -1]].to(self.dtype if x.is_floating_point() else x.dtype)
-        if chain := self._trial.chain(x):
+        if chain := self._chain(x):
             rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
             a_thread = fused.KEPT_ROWS_A_THREAD if second_order else fused.ROWS_A_THREAD
             return max(rows, a_thread * torch.get_num_threads()) if self.fuses(chain) else rows
@@ -207,10 +230,11 @@ class Learner(Network):
             return self._head, TaskBatch(support, tasks.support_y, support, tasks.support_y, tasks.keys, mask, mask)
         asked = self._body(theta, tasks.query_x)
         self.work.forward(*asked.shape[:2])
-        return self._head, replace(tasks, support_x=support, query_x=asked)
+        return self._head, replace(tasks, support_x=support, query_x=asked, layout=None)
 
     def check(self, tasks: TaskBatch) -> TaskBatch:
         """``tasks``, once they are known to fit the model. Raises ValueError naming what does not."""
+        self.take(tasks.layout)
         tensors = {}
         for name in ("support_x", "support_y", "query_x", "query_y"):
             t = getattr(tasks, name)

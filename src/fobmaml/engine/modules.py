@@ -60,6 +60,7 @@ class PureModule:
         self.model, self.trainable = model, trainable.keys()
         self._all_trainable = dict(model.named_parameters()).keys() == trainable.keys() and not list(model.buffers())
         self.copy = private_copy(model)
+        self.unpack: Callable[[Tensor], Any] = _as_it_is
         self._tied = _names_beyond_the_first(self.copy)
         for module in self.copy.modules():
             _made_differentiable(module)
@@ -70,14 +71,14 @@ class PureModule:
             **{name: parameters[first] for name, first in self._tied.items() if first in parameters},
         }
         if self._all_trainable:
-            return functional_call(self.copy, parameters, (x,), tie_weights=False)
+            return functional_call(self.copy, parameters, (self.unpack(x),), tie_weights=False)
         state = {
             name: p.clone() if p.is_inference() else p
             for name, p in self.model.named_parameters()
             if name not in self.trainable
         }
         state |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # forward may write to them
-        return functional_call(self.copy, {**state, **parameters}, (x,), tie_weights=False)
+        return functional_call(self.copy, {**state, **parameters}, (self.unpack(x),), tie_weights=False)
 
     def foreign(self, outputs: Tensor) -> str:
         """A trainable parameter of the caller's that ``outputs`` were computed with, reached around the call; or ''."""
@@ -157,6 +158,10 @@ class PureModule:
             for handle in handles:
                 handle.remove()
         return ""
+
+
+def _as_it_is(x: Tensor) -> Any:
+    return x
 
 
 def _names_beyond_the_first(model: nn.Module) -> dict[str, str]:

@@ -1,14 +1,14 @@
 """A batch of tasks, and what a source of tasks offers."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fobmaml.arguments import refuse
+from fobmaml.tasks.layout import Layout, packed
 
 Split = Literal["train", "validation", "test"]
 """What tasks are for; the three share no example."""
@@ -18,7 +18,9 @@ Split = Literal["train", "validation", "test"]
 class TaskBatch:
     """T tasks, each with a support (training) and a query (test) set.
 
-    ``support_x`` [T, S, ...], ``support_y`` [T, S, ...], ``query_x`` [T, Q, ...], ``query_y`` [T, Q, ...]. ``keys``
+    ``support_x`` [T, S, ...], ``support_y`` [T, S, ...], ``query_x`` [T, Q, ...], ``query_y`` [T, Q, ...]. Inputs may
+    also be dictionaries or tuples of such tensors, which the model is then called with; here they are kept as the
+    numbers of each example in one row, and ``layout`` says how to get them back. ``keys``
     [T], integers: a task's own decides what a solver draws of it that takes batches. ``support_mask`` [T, S],
     ``query_mask`` [T, Q]: of tasks with unequal numbers of examples, which there are; the others only fill the tensors
     up (``padded``), and count in no loss and no metric. Raises ValueError if the tensors do not belong together.
@@ -31,8 +33,16 @@ class TaskBatch:
     keys: Tensor | None = None
     support_mask: Tensor | None = None
     query_mask: Tensor | None = None
+    layout: Layout | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.support_x, Tensor):
+            support, layout = packed("support_x", self.support_x)
+            query, other = packed("query_x", self.query_x)
+            if layout != other:
+                raise refuse("query_x", other, f"tensors like support_x's: {layout}")
+            for name, value in (("support_x", support), ("query_x", query), ("layout", layout)):
+                object.__setattr__(self, name, value)
         for name in ("support_x", "support_y", "query_x", "query_y"):
             tensor = getattr(self, name)
             if not isinstance(tensor, Tensor) or tensor.dim() < 2:
@@ -75,38 +85,48 @@ class TaskBatch:
     @classmethod
     def padded(cls, tasks: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> "TaskBatch":
         """Tasks (support_x [S, ...], support_y, query_x [Q, ...], query_y), S and Q each task's own, as one batch: the
-        shorter ones are filled up with zeros, and masks say where. Raises ValueError if they do not belong together."""
-        parts = [list(part) for part in zip(*tasks, strict=True)]
-        support_x, support_y, query_x, query_y = (pad_sequence(part, batch_first=True) for part in parts)
-        masks = []
-        for examples, filled in ((parts[0], support_x), (parts[2], query_x)):
-            sizes = torch.tensor([len(each) for each in examples], device=filled.device)
-            places = torch.arange(filled.shape[1], device=filled.device)
+        shorter ones are filled up with copies of their last example, and masks say where. Raises ValueError if they do
+        not belong together."""
+        layout = None
+        if not isinstance(tasks[0][0], Tensor):
+            rows = [(packed("support_x", s_x, 1), s_y, packed("query_x", q_x, 1), q_y) for s_x, s_y, q_x, q_y in tasks]
+            layout = rows[0][0][1]
+            if any(part[1] != layout for row in rows for part in (row[0], row[2])):
+                raise refuse("tasks", "inputs of different layouts", "the same tensors in every task")
+            tasks = [(s_x[0], s_y, q_x[0], q_y) for s_x, s_y, q_x, q_y in rows]
+        tensors, masks = [], []
+        for part in zip(*tasks, strict=True):
+            sizes = torch.tensor([len(each) for each in part], device=part[0].device)
+            places = torch.arange(int(sizes.max()), device=sizes.device)
+            tensors.append(torch.stack([each[places.clamp(max=len(each) - 1)] for each in part]))
             masks.append(None if (sizes == len(places)).all() else places < sizes.unsqueeze(1))
-        return cls(support_x, support_y, query_x, query_y, support_mask=masks[0], query_mask=masks[1])
+        support_x, support_y, query_x, query_y = tensors
+        return cls(support_x, support_y, query_x, query_y, None, masks[0], masks[2], layout=layout)
 
     def __getitem__(self, rows: slice | Tensor) -> "TaskBatch":
         return self._each(lambda t: t[rows])
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by name."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "TaskBatch":
         """With ``change`` of every tensor that there is."""
-        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
     @classmethod
     def joined(cls, parts: Sequence["TaskBatch"]) -> "TaskBatch":
         """The tasks of all parts. Raises ValueError unless they have the same tensors, of the same shapes."""
         tensors = [part.tensors() for part in parts]
-        kinds = {tuple((name, *t.shape[1:]) for name, t in each.items()) for each in tensors}
+        kinds = {(part.layout, *((name, *t.shape[1:]) for name, t in part.tensors().items())) for part in parts}
         if len(kinds) > 1:
             raise refuse(
                 "tasks", "batches of different shapes", "equal numbers of examples, or masks (TaskBatch.padded)"
             )
-        return cls(**{name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
+        joined: dict[str, Any] = {name: torch.cat([each[name] for each in tensors]) for name in tensors[0]}
+        return replace(parts[0], **joined)
 
     @property
     def mask(self) -> Tensor | None:
@@ -147,7 +167,7 @@ class TaskSource(Protocol):
     """
 
     input_shape: tuple[int, ...]
-    """Shape of one example."""
+    """Shape of one example; of several tensors, as ``tasks.layout.Layout.input_shape``."""
     outputs: int
     """Number of values that the network returns for one example: classes, where ``classification``."""
     classification: bool

@@ -1,7 +1,7 @@
 """Whether a source of tasks is what ``TaskSource`` says; what is not gets one line that names the member."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,10 +29,11 @@ def check_members(source: Any) -> None:
     try:
         if not _accepts(source.sample, 3):
             raise refuse("sample", _named(source.sample), takes["sample"])
-        if isinstance(shape, str) or not isinstance(shape, Sequence):
-            raise refuse("input_shape", shape, takes["input_shape"])
-        for size in shape:
-            whole_number("input_shape", size)
+        for each in _shapes(shape):
+            if isinstance(each, str) or not isinstance(each, Sequence):
+                raise refuse("input_shape", each, takes["input_shape"])
+            for size in each:
+                whole_number("input_shape", size)
         if not isinstance(source.classification, bool):
             raise refuse("classification", source.classification, takes["classification"])
         whole_number("outputs", source.outputs, at_least=2 if source.classification else 1)
@@ -45,6 +46,14 @@ def check_members(source: Any) -> None:
                 raise refuse(name, _named(loss), takes["loss_fn"])
     except ValueError as error:
         raise ValueError(f"dataset: {error}") from None
+
+
+def _shapes(shape: Any) -> list[Any]:
+    """One for each tensor of an example."""
+    if isinstance(shape, Mapping):
+        return list(shape.values())
+    several = isinstance(shape, tuple | list) and any(isinstance(part, tuple | list) for part in shape)
+    return list(shape) if several else [shape]
 
 
 def _became_a_method(source: Any) -> bool:
@@ -82,11 +91,12 @@ def sample(source: TaskSource, split: Split, count: int, generator: torch.Genera
         raise ValueError(f"{what} returned a {type(tasks).__name__}: takes a fobmaml.TaskBatch")
     if len(tasks) != count:
         raise ValueError(f"{what} returned {len(tasks)} tasks: takes {count}")
-    if tasks.support_x.shape[2:] != torch.Size(source.input_shape):
-        raise ValueError(
-            f"{what} returned examples of shape {tuple(tasks.support_x.shape[2:])}: takes input_shape, "
-            f"{tuple(source.input_shape)}"
-        )
+    found: Any = tuple(tasks.support_x.shape[2:]) if tasks.layout is None else tasks.layout.input_shape
+    wanted: Any = source.input_shape
+    if tasks.layout is None or tasks.layout.names is None:
+        wanted = tuple(tuple(part) if isinstance(part, Sequence) else part for part in wanted)
+    if found != wanted:
+        raise ValueError(f"{what} returned examples of shape {found}: takes input_shape, {wanted}")
     if source.classification:
         for name in ("support_y", "query_y"):
             _check_labels(f"{what}: {name}", getattr(tasks, name), source)

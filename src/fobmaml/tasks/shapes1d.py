@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fobmaml.arguments import whole_number
+from fobmaml.arguments import refuse, whole_number
 from fobmaml.tasks.cache import Arrays, cached
 from fobmaml.tasks.few_shot import FewShot
 from fobmaml.tasks.mnist1d import made_by_the_package
@@ -14,14 +14,25 @@ from fobmaml.tasks.splits import Division
 
 POINTS = 12
 """Of a template, as MNIST-1D's have."""
+APART = 2.5
+"""Least distance of two templates of mean 0 and variance 1, whose norm is √12: that of the ten digits to the nearest
+other one, on average."""
+TRIES = 20_000
 
 
 def templates(classes: int, seed: int) -> NDArray[np.float64]:
-    """[classes, 12]: random walks that end where they began, scaled as MNIST-1D's templates are."""
-    steps = np.random.default_rng(seed).standard_normal((classes, POINTS - 1))
-    walk = np.cumsum(steps - steps.mean(axis=1, keepdims=True), axis=1)
-    x = np.concatenate([np.zeros((classes, 1)), walk], axis=1)
-    return x / x.std(axis=1, keepdims=True) / 6.0
+    """[classes, 12]: random walks that end where they began, scaled as MNIST-1D's templates are, no two of them closer
+    than ``APART``. Raises ValueError for more classes than are found so."""
+    random, kept = np.random.default_rng(seed), np.empty((0, POINTS))
+    for _ in range(TRIES):
+        steps = random.standard_normal(POINTS - 1)
+        walk = np.concatenate([[0.0], np.cumsum(steps - steps.mean())])
+        shape = (walk - walk.mean()) / walk.std()
+        if (np.linalg.norm(kept - shape, axis=1) >= APART).all():
+            kept = np.concatenate([kept, shape[None]])
+        if len(kept) == classes:
+            return (kept - kept[:, :1]) / 6.0
+    raise refuse("classes", classes, f"at most {len(kept)}, as many as differ enough")
 
 
 def generate_shapes(classes: int, examples: int, seed: int) -> Arrays:

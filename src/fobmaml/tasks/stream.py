@@ -46,7 +46,8 @@ class Stream:
         self._loaders: dict[Split, Iterable[Any] | None] = {"train": train, "validation": validation, "test": test}
         self._kept: dict[Split, list[TaskBatch]] = {"train": [], "validation": [], "test": []}
         self._wanted, self._flow = 0, _Flow(train, self._seed)
-        self.input_shape = tuple(self._first("train", 1).support_x.shape[2:])
+        first = self._first("train", 1)
+        self.input_shape = tuple(first.support_x.shape[2:]) if first.layout is None else first.layout.input_shape
 
     def seek(self, position: int) -> None:
         """The next training tasks that are drawn are those from number ``position`` on."""
@@ -130,7 +131,7 @@ class _Flow:
 
 
 def _batch(found: Any) -> TaskBatch:
-    if not isinstance(found, Sequence) or len(found) != 4 or not all(isinstance(t, Tensor) for t in found):
+    if not isinstance(found, Sequence) or len(found) != 4:
         got = f"{type(found).__name__}" + (f" of {len(found)}" if isinstance(found, Sequence) else "")
         raise refuse("train", got, TAKES)
     return TaskBatch(*found)
