@@ -1,5 +1,6 @@
 """Plain modules become nodes, and the engines by hand compute what autograd does on the module itself."""
 
+import networks
 import numpy as np
 import pytest
 import torch
@@ -254,3 +255,8 @@ def test_a_weight_that_is_no_layers_own_is_read_by_torch():
         rows.append(learner.engine_for(x, learner.row_loss(y)).gradient(learner.theta().expand(2, -1)))
         assert learner.used == ("stacked" if engine == "auto" else "loop")
     torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "embedding", "convolutions with group norm"])
+def test_the_loop_that_we_are_compared_with_computes_the_same(name):
+    assert float(networks.measured(name, 1)["relative_difference"]) < 1e-2  # of differences, in float32
