@@ -235,6 +235,8 @@ def test_the_table_shows_what_commands_said():
     for each in rows:  # as before commands were kept
         each["overrides"] = None
     assert table(rows).split("\n")[0].split()[:3] == ["width", "estimator", "estimator.lam"]
-    rows[0] |= {"test/accuracy": None, "seconds": 1.25}
-    assert "loss" in table(rows)
-    assert "1.2 " in table(rows)
+    rows[0] |= {"test/accuracy": None, "seconds": 1.25, "test/r2": 0.75, "test/r2_ci95": 0.0312}
+    header, first, second = (line.split() for line in table(rows).splitlines())
+    assert header[-6:] == ["accuracy", "r2", "loss", "bias", "seconds", "folder"]
+    assert first[-6:] == ["0.75", "±", "0.0312", "1", "1.2", "a"]
+    assert second[-4:] == ["50.0", "%", "0.123", "b"]

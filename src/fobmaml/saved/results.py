@@ -14,8 +14,6 @@ Row = dict[str, Any]
 
 NOT_SETTINGS = ("wandb.", "resume")
 """What of a configuration does not tell runs apart."""
-RESULTS = ("status", "step", "accuracy", "loss", "bias", "seconds")
-"""The columns of ``table`` behind the settings."""
 
 
 @overload
@@ -96,21 +94,39 @@ def flat(settings: Mapping[str, Any], above: str = "") -> Row:
 
 
 def table(rows: Sequence[Row], folders: bool = True) -> str:
-    """The runs as text: the settings in which they differ, status, step, accuracy, bias and seconds, and ``folders``.
+    """The runs as text: the settings in which they differ, status, step, the metrics of meta-test tasks (the loss,
+    where there is no accuracy), bias and seconds, and ``folders``.
 
     Of the settings those that a command said (``overrides``), for an estimator brings others along; of runs made before
     that was kept, all.
     """
-    columns = [*differing(rows), *(name for name in RESULTS if name != "loss" or _only_losses(rows))]
-    lines = [columns, *([cell(row, column) for column in columns] for row in rows)]
-    if folders:
-        lines = [[*line, last] for line, last in zip(lines, ["folder", *(row["folder"] for row in rows)], strict=True)]
+    settings, found = differing(rows), [_measured(row) for row in rows]
+    names = dict.fromkeys(["accuracy", *(name for each in found for name in each)])
+    lines = [[*settings, "status", "step", *names, "bias", "seconds", *["folder"] * folders]]
+    for row, measured in zip(rows, found, strict=True):
+        line = [*(setting(row, key) for key in settings), row["status"], _number(row, "step", "d")]
+        line += [*(measured.get(name, "") for name in names), _number(row, "bias/relative_error", ".3g")]
+        lines.append([*line, _number(row, "seconds", ".1f"), *[row["folder"]] * folders])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(f"{text:<{w}}" for text, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _only_losses(rows: Sequence[Row]) -> bool:
-    return any(row.get("test/accuracy") is None and row.get("test/loss") is not None for row in rows)
+def _measured(row: Row) -> dict[str, str]:
+    """The metrics of meta-test tasks, with their intervals."""
+    found = {}
+    for key, value in row.items():
+        if key.startswith("test/") and f"{key}_ci95" in row and value is not None:
+            form, scale, unit = (".1f", 100, " %") if key.endswith("accuracy") else (".3g", 1, "")
+            half = _number(row, f"{key}_ci95", form, scale)
+            found[key.removeprefix("test/")] = _number(row, key, form, scale) + (f" ± {half}" if half else "") + unit
+    if "accuracy" not in found and (loss := _number(row, "test/loss", ".3g")):
+        found["loss"] = loss
+    return found
+
+
+def _number(row: Row, key: str, form: str, scale: float = 1) -> str:
+    value = row.get(key)
+    return "" if value is None else format(scale * value, form)
 
 
 def differing(rows: Sequence[Row]) -> list[str]:
@@ -120,27 +136,18 @@ def differing(rows: Sequence[Row]) -> list[str]:
         names = [key for key in row if "/" not in key] if row.get("overrides") is None else spoken(row["overrides"])
         said |= dict.fromkeys(key for key in names if not key.startswith(NOT_SETTINGS) and "_target_" not in key)
     about = ("folder", "status", "reason", "overrides", "step", "seconds", "engine")
-    return [key for key in said if key not in about and len({cell(row, key) for row in rows}) > 1]
+    return [key for key in said if key not in about and len({setting(row, key) for row in rows}) > 1]
+
+
+def setting(row: Row, key: str) -> str:
+    """Of a run, as text: its value, or, of what chooses others, as experiment=, what the command said."""
+    value = row.get(key)
+    if value is None:
+        value = spoken(row.get("overrides") or ()).get(key)
+    return "" if value is None else str(value)
 
 
 def spoken(overrides: Iterable[str]) -> dict[str, str]:
     """The settings that a command says, with their values: +a.b=1 as {"a.b": "1"}; what it takes away has none."""
     pairs = (text.lstrip("+~").partition("=") for text in overrides)
     return {key: value for key, _, value in pairs}
-
-
-def cell(row: Row, column: str) -> str:
-    """What a table shows of a run."""
-    if column == "accuracy":
-        accuracy, half = row.get("test/accuracy"), row.get("test/accuracy_ci95")
-        return (
-            ""
-            if accuracy is None
-            else f"{100 * accuracy:.1f}" + ("" if half is None else f" ± {100 * half:.1f}") + " %"
-        )
-    value = row.get({"bias": "bias/relative_error", "loss": "test/loss"}.get(column, column))
-    if value is None and column not in RESULTS:  # what chooses others, as experiment=, is no setting itself
-        value = spoken(row.get("overrides") or ()).get(column)
-    if column in RESULTS and isinstance(value, float):
-        return f"{value:.1f}" if column == "seconds" else f"{value:.3g}"
-    return "" if value is None else str(value)
