@@ -87,7 +87,7 @@ def test_templates_are_scaled_as_mnist1ds():
     assert np.abs(ours[:, -1]).max() < 1e-12
     shapes = (ours - ours.mean(axis=1, keepdims=True)) / ours.std(axis=1, keepdims=True)
     apart = np.linalg.norm(shapes[:, None] - shapes[None], axis=2)[~np.eye(50, dtype=bool)]
-    assert 2.5 <= apart.min() < 2.8
+    assert 1.3 <= apart.min() < 1.6
     assert len(templates(300, 1)) == 300
     with pytest.raises(ValueError, match=r"^classes=5000: takes at most \d+, as many as differ enough"):
         templates(5000, 0)

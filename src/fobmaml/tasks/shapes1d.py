@@ -14,20 +14,23 @@ from fobmaml.tasks.splits import Division
 
 POINTS = 12
 """Of a template, as MNIST-1D's have."""
-APART = 2.5
-"""Least distance of two templates of mean 0 and variance 1, whose norm is √12: that of the ten digits to the nearest
-other one, on average."""
+APART = 1.3
+"""Least distance of two templates of mean 0 and variance 1, whose norm is √12: that of the two closest digits."""
 TRIES = 20_000
 
 
 def templates(classes: int, seed: int) -> NDArray[np.float64]:
-    """[classes, 12]: random walks that end where they began, scaled as MNIST-1D's templates are, no two of them closer
-    than ``APART``. Raises ValueError for more classes than are found so."""
-    random, kept = np.random.default_rng(seed), np.empty((0, POINTS))
+    """[classes, 12]: smooth random curves that end where they began, scaled as MNIST-1D's templates are, no two of them
+    closer than ``APART``. Raises ValueError for more classes than are found so.
+
+    White noise, smoothed by a Gaussian of standard deviation 1, has most nearly the spectrum of the ten digits.
+    """
+    random, kept, places = np.random.default_rng(seed), np.empty((0, POINTS)), np.arange(POINTS)
+    smoothing = np.exp(-0.5 * (places[:, None] - places) ** 2)
     for _ in range(TRIES):
-        steps = random.standard_normal(POINTS - 1)
-        walk = np.concatenate([[0.0], np.cumsum(steps - steps.mean())])
-        shape = (walk - walk.mean()) / walk.std()
+        curve = smoothing @ random.standard_normal(POINTS)
+        curve -= np.linspace(curve[0], curve[-1], POINTS)
+        shape = (curve - curve.mean()) / curve.std()
         if (np.linalg.norm(kept - shape, axis=1) >= APART).all():
             kept = np.concatenate([kept, shape[None]])
         if len(kept) == classes:
