@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 WAYS, SHOTS, QUERIES, TASKS, STEPS, WIDTH = 5, 1, 5, 8, 5, 64
 LR, LAM, NU = 0.1, 0.5, 0.05
 LONG = 50  # inner steps, for memory
+RATES = 20  # measured before each call: the highest of all is the machine's, where others share it
 
 
 def conv4(width: int) -> nn.Sequential:
@@ -91,7 +92,7 @@ def flops_of_an_example(model: nn.Module) -> int:
 
 
 def distance(found: Tensor, model: nn.Module, tasks: TaskBatch) -> float:
-    """From the same by the loop, in float64."""
+    """From the same by the loop, in float64: ReLU and pooling have kinks, at which roundings decide."""
     wanted = loop_symmetric(conv4_in_double(model), tasks.to(dtype=torch.float64), STEPS, LR, LAM, NU)
     exact = torch.cat([part.flatten() for part in wanted])
     return float((found - exact).norm() / exact.norm())
@@ -112,7 +113,8 @@ def measured(threads: int, repeats: int) -> list[Row]:
     began = spent()
     for _ in range(repeats + 1):
         for name, call in everybody.items():
-            limit.rate()
+            for _ in range(RATES):
+                limit.rate()
             before = time.process_time()
             times[name].append((seconds(call), time.process_time() - before))
     others = others_share(began, spent())
@@ -126,10 +128,11 @@ def measured(threads: int, repeats: int) -> list[Row]:
             row[f"{column}_over_ours"] = round(row[column] / (rows[0] if rows else row)[column], 2)
         if name.endswith("symmetric"):
             rate = flops * threads / row["cpu_seconds_median"]
-            row |= {"gflops": round(rate / 1e9, 1), "share_of_rate": round(rate / limit.usual(), 3)}
-        rows.append(row | {"rate_gflops": round(limit.usual() / 1e9, 1), "others_share": others and round(others, 3)})
-    call = Ours(model, tasks)
-    rows[0] |= {"distance": distance(call(), model, tasks), "engine": call.learner.used}
+            row |= {"gflops": round(rate / 1e9, 1), "share_of_rate": round(rate / max(limit.seen), 3)}
+        rows.append(row | {"rate_gflops": round(max(limit.seen) / 1e9, 1), "others_share": others and round(others, 3)})
+    ours, loop = Ours(model, tasks), loop_symmetric(model, tasks, STEPS, LR, LAM, NU)
+    rows[0] |= {"distance": distance(ours(), model, tasks), "engine": ours.learner.used}
+    rows[1]["distance"] = distance(torch.cat([part.flatten() for part in loop]), model, tasks)
     for steps in (STEPS, LONG):
         rows[0][f"peak_bytes_{steps}_steps"] = peak_bytes(Ours(model, tasks, steps), torch.device("cpu"))
     return rows
