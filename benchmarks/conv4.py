@@ -3,14 +3,16 @@
 Four blocks of a 3 × 3 convolution of 64 channels, GroupNorm, ReLU and pooling, and a linear layer, on 28 × 28 grey
 images; 5-way 1-shot, 5 queries a class, 8 tasks, K = 5 inner steps. ``symmetric`` is ours, by the compiled kernel for
 images where it was compiled; others are peers.py's: a loop over tasks and offsets, a loop of MAML, and higher's MAML.
-Everybody takes turns, with one thread and with all of torch's, and each time is compared with the rate of fused
-multiply-adds of so many threads (timing.py, rate.py). Counted are the multiply-adds of plain convolutions, twice each
-in ``gflops``: the kernel does fewer, by Winograd's algorithm, so that its share of the rate may pass 1.
+Everybody takes turns, with one thread and with all of torch's. Where other processes take a share of the processors
+(``others_share``), the time by the clock is longer by chance: the processors' own time, all threads together, is less
+disturbed, and ``gflops`` are by it. Counted are the multiply-adds of plain convolutions, two operations each: the
+kernel does fewer, by Winograd's algorithm, so that its share of the rate of fused multiply-adds (rate.py) may pass 1.
 """
 
 import argparse
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peers import higher_maml, loop_maml, loop_symmetric
-from rate import Limit
-from timing import Row, first_round, spread, take_turns
+from processors import others_share, spent
+from rate import Limit, seconds
+from timing import Row, spread
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 WAYS, SHOTS, QUERIES, TASKS, STEPS, WIDTH = 5, 1, 5, 8, 5, 64
 LR, LAM, NU = 0.1, 0.5, 0.05
 LONG = 50  # inner steps, for memory
+RATES = 20  # measured before each call: the highest of all is the machine's, where others share it
 
 
 def conv4(width: int) -> nn.Sequential:
@@ -88,7 +92,7 @@ def flops_of_an_example(model: nn.Module) -> int:
 
 
 def distance(found: Tensor, model: nn.Module, tasks: TaskBatch) -> float:
-    """From the same by the loop, in float64."""
+    """From the same by the loop, in float64: ReLU and pooling have kinks, at which roundings decide."""
     wanted = loop_symmetric(conv4_in_double(model), tasks.to(dtype=torch.float64), STEPS, LR, LAM, NU)
     exact = torch.cat([part.flatten() for part in wanted])
     return float((found - exact).norm() / exact.norm())
@@ -104,28 +108,33 @@ def measured(threads: int, repeats: int) -> list[Row]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model, tasks, limit = conv4(WIDTH), random_tasks(), Limit(threads)
-    everybody = {name: [call] for name, call in calls(model, tasks).items()}
-    first_round(everybody)  # warms up
-    rounds = take_turns(everybody, repeats, limit)
-    gradients = 2 * STEPS * TASKS * WAYS * (SHOTS + QUERIES)
-    rows = []
-    for name, theirs in rounds.items():
-        row: Row = {"method": name, "threads": threads} | spread([each.seconds for each in theirs])
-        rate = statistics.median(each.rate for each in theirs)
+    everybody = calls(model, tasks)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in everybody}
+    began = spent()
+    for _ in range(repeats + 1):
+        for name, call in everybody.items():
+            for _ in range(RATES):
+                limit.rate()
+            before = time.process_time()
+            times[name].append((seconds(call), time.process_time() - before))
+    others = others_share(began, spent())
+    flops = 2 * STEPS * TASKS * WAYS * (SHOTS + QUERIES) * flops_of_an_example(model)
+    rows: list[Row] = []
+    for name, theirs in times.items():
+        clock, own = zip(*theirs[1:], strict=True)  # the first warms up
+        row: Row = {"method": name, "threads": threads} | spread(clock)
+        row["cpu_seconds_median"] = round(statistics.median(own), 5)
+        for column in ("seconds_median", "cpu_seconds_median"):
+            row[f"{column}_over_ours"] = round(row[column] / (rows[0] if rows else row)[column], 2)
         if name.endswith("symmetric"):
-            gflops = gradients * flops_of_an_example(model) / row["seconds_median"] / 1e9
-            row |= {"gflops": round(gflops, 1), "share_of_rate": round(gflops * 1e9 / rate, 3)}
-        row |= {"rate_gflops": round(rate / 1e9, 1), "disturbed": sum(each.disturbed for each in theirs)}
-        shares = [each.others_share for each in theirs if each.others_share is not None]
-        row["others_share"] = round(max(shares), 3) if shares else None
-        rows.append(row)
-    ours = next(row for row in rows if row["method"] == "symmetric")
-    for row in rows:
-        row["times_ours"] = round(row["seconds_median"] / ours["seconds_median"], 2)
-    call = Ours(model, tasks)
-    ours |= {"distance": distance(call(), model, tasks), "engine": call.learner.used}
+            rate = flops * threads / row["cpu_seconds_median"]
+            row |= {"gflops": round(rate / 1e9, 1), "share_of_rate": round(rate / max(limit.seen), 3)}
+        rows.append(row | {"rate_gflops": round(max(limit.seen) / 1e9, 1), "others_share": others and round(others, 3)})
+    ours, loop = Ours(model, tasks), loop_symmetric(model, tasks, STEPS, LR, LAM, NU)
+    rows[0] |= {"distance": distance(ours(), model, tasks), "engine": ours.learner.used}
+    rows[1]["distance"] = distance(torch.cat([part.flatten() for part in loop]), model, tasks)
     for steps in (STEPS, LONG):
-        ours[f"peak_bytes_{steps}_steps"] = peak_bytes(Ours(model, tasks, steps), torch.device("cpu"))
+        rows[0][f"peak_bytes_{steps}_steps"] = peak_bytes(Ours(model, tasks, steps), torch.device("cpu"))
     return rows
 
 
