@@ -1,5 +1,6 @@
 """The site: its pages hold what they say they hold, their blocks run, and a browser has nothing to complain of."""
 
+import fcntl
 import json
 import os
 import re
@@ -191,13 +192,18 @@ def test_tutorials_are_short(path):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """Built with all warnings as errors, every tutorial run."""
-    folder = tmp_path_factory.mktemp("site") / "site"
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(folder)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, text=True, capture_output=True, env=env, timeout=1500)
-    assert done.returncode == 0, done.stderr
-    (folder / "interactive.html").write_text("<!doctype html><html lang='en'><title>in its place</title></html>")
+    """Built once for all processes of the test run, with all warnings as errors and every tutorial run."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", tmp_path_factory.getbasetemp().name)
+    folder = tmp_path_factory.getbasetemp().parent / f"site-{run}"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "interactive.html").exists():
+            command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(folder)]
+            done = subprocess.run(command, text=True, capture_output=True, timeout=1500)
+            assert done.returncode == 0, done.stderr
+            (folder / "interactive.html").write_text(
+                "<!doctype html><html lang='en'><title>in its place</title></html>"
+            )
     return folder
 
 
