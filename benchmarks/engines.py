@@ -77,13 +77,12 @@ def measured(setting: tuple[str, int, int, int], repeats: int) -> Row:
     model, x, y = make(width), torch.randn(rows, examples, *shape), torch.randint(CLASSES, (rows, examples))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x[0])
-    calls, chosen = {}, ""
+    calls: dict[str, Callable[[], object]] = {}
     for engine in ("auto", "autograd", "loop"):
         learner = Learner(model, F.cross_entropy, engine)
         evaluation = learner.engine_for(x, learner.row_loss(y))
-        chosen = chosen or learner.used
-        if engine != "auto":
-            calls[engine] = partial(evaluation.gradient, learner.theta().expand(rows, -1))
+        calls.setdefault(learner.used, partial(evaluation.gradient, learner.theta().expand(rows, -1)))
+    chosen = next(iter(calls))
     times: dict[str, list[float]] = {engine: [] for engine in calls}
     for _ in range(repeats + 1):
         for engine, call in calls.items():

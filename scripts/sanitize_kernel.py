@@ -116,11 +116,12 @@ class Description:
         """[N, ...] -> [N, classes], by torch's operators."""
         h = x.mT  # [N, channels, length]
         for layer in self.layers:
-            weight, bias = parameters[layer.weight], parameters[layer.bias]
+            weight, bias = parameters[layer.weight], parameters[str(layer.bias)]
             if isinstance(layer, Convolution):
                 h = F.conv1d(h, weight.mT, bias, stride=layer.stride, padding=1)
             else:
-                h = F.linear(h.mT.flatten(1), weight.flatten(1), bias).unsqueeze(2)
+                signal = h if layer.turned else h.mT
+                h = F.linear(signal.flatten(1), weight.flatten(1), bias).unsqueeze(2)
             h = F.silu(h) if layer is not self.layers[-1] else h
         return h[:, :, 0]
 
@@ -148,7 +149,7 @@ class Random(random.Random):
             else:
                 shape = torch.Size(self.choice([(out, length, channels), (out, length * channels)]))
                 length = 1
-                layers.append(Dense(f"w{i}", f"b{i}", None if last else SILU))
+                layers.append(Dense(f"w{i}", f"b{i}", None if last else SILU, turned=self.random() < 0.3))
             shapes |= {f"w{i}": shape, f"b{i}": torch.Size((out,))}
             channels = out
         shapes = dict(self.sample(list(shapes.items()), len(shapes)))  # a row has them in any order
@@ -264,7 +265,7 @@ class Random(random.Random):
     def _layers(self, d: Description, _: str) -> str:
         i = self.randrange(len(d.layers))
         layer, *others = d.layers[i:] + d.layers[:i]
-        named = [name for other in others for name in (other.weight, other.bias)] + ["none"]
+        named = [name for other in others for name in (other.weight, str(other.bias))] + ["none"]
         ways = [
             [],
             others,

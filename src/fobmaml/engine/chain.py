@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fobmaml.engine.activations import activation_function
-from fobmaml.engine.layers import Convolution, Dense
+from fobmaml.engine.layers import Convolution, Dense, check_chain
 from fobmaml.engine.network import Network
 from fobmaml.engine.nodes import Activate, Conv, Flatten, Linear, Node, Reshape
 
@@ -41,12 +41,13 @@ class Chain:
         return folded
 
 
-def chain_of(nodes: Sequence[Node], network: Network, example: Sequence[int]) -> Chain | str:
-    """The same as layers; text, which of the nodes is none, if it is another. ``example``: the shape of an input."""
+def chain_of(nodes: Sequence[Node], network: Network, x: Tensor) -> Chain | str:
+    """The same as layers, for inputs like ``x`` [R, N, ...]; text, which of the nodes is none of them, if it is
+    another."""
     shapes = network.shapes
     layers: list[Convolution | Dense] = []
     folded = dict(shapes)
-    dims, channels = len(example), 0  # of a signal, [channels, length] or [values]
+    dims, channels = x.dim() - 2, 0  # of a signal, [channels, length] or [values]
     for node in nodes:
         match node:
             case Flatten():
@@ -55,12 +56,12 @@ def chain_of(nodes: Sequence[Node], network: Network, example: Sequence[int]) ->
                 dims = len(shape)
             case Activate(name) if layers and layers[-1].activation is None:
                 layers[-1] = replace(layers[-1], activation=activation_function(name))
-            case Conv(weight, str(bias), (1, stride), (0, 1), (1, 1), 1) if dims == 2 and len(shapes[weight]) == 3:
+            case Conv(weight, bias, (1, stride), (0, padding), (1, 1), 1) if dims == 2 and len(shapes[weight]) == 3:
                 out, into, size = shapes[weight]
                 channels = channels or into
                 folded[weight] = torch.Size((out, size, into))
-                layers.append(Convolution(weight, bias, stride, None))
-            case Linear(weight, str(bias)) if dims == 1:
+                layers.append(Convolution(weight, bias, stride, None, padding))
+            case Linear(weight, bias) if dims == 1:
                 out, values = shapes[weight]
                 below = shapes[layers[-1].weight][0] if layers else values
                 if values % below:
@@ -75,4 +76,9 @@ def chain_of(nodes: Sequence[Node], network: Network, example: Sequence[int]) ->
         return "a last layer that is not linear"
     turned = [layer.weight for layer in layers if isinstance(layer, Convolution) and min(shapes[layer.weight][1:]) > 1]
     as_stored = network.turned.issuperset(turned)
-    return Chain(tuple(layers), folded, channels, as_stored)
+    chain = Chain(tuple(layers), folded, channels, as_stored)
+    try:
+        check_chain(layers, folded, chain.signals(x))
+    except ValueError as error:
+        return str(error)
+    return chain

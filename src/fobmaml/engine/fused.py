@@ -83,7 +83,7 @@ class FusedGradient(RowGradient):
                     dense,
                     getattr(layer, "turned", False),
                     starts[layer.weight],
-                    starts[layer.bias],
+                    starts[str(layer.bias)],
                 )
             )
             if max(parameters, at_once * max((length + 2) * channels, after * outputs)) > MOST_NUMBERS:

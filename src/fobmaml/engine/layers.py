@@ -13,37 +13,41 @@ from fobmaml.engine.activations import Activation
 
 @dataclass(frozen=True)
 class Convolution:
-    """A 1-d convolution, padded by one: ``weight`` and ``bias`` name parameters [out, kernel_size, in] and [out]."""
+    """A 1-d convolution: ``weight`` and ``bias``, if any, name parameters [out, kernel_size, in] and [out]."""
 
     weight: str
-    bias: str
+    bias: str | None
     stride: int
     activation: Activation | None
+    padding: int = 1
 
     def __post_init__(self) -> None:
         whole_number("stride", self.stride)
+        whole_number("padding", self.padding, at_least=0)
 
     def halves(self, shapes: Mapping[str, torch.Size]) -> bool:
         """Its windows then are pairs of places, with nothing in between."""
-        return self.stride == 2 and shapes[self.weight][1] == 3
+        return self.stride == 2 and self.padding == 1 and shapes[self.weight][1] == 3
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A linear layer on the whole signal: ``weight`` and ``bias`` name parameters [out, ...] and [out].
+    """A linear layer on the whole signal: ``weight`` and ``bias``, if any, name parameters [out, ...] and [out].
 
     ``turned``: in a row, a weight [out, places, channels] lies as [out, channels, places].
     """
 
     weight: str
-    bias: str
+    bias: str | None
     activation: Activation | None
     turned: bool = False
 
 
 def length_after(layer: Convolution | Dense, shapes: Mapping[str, torch.Size], length: int) -> int:
     """Of the signal that leaves a layer."""
-    return (length + 2 - shapes[layer.weight][1]) // layer.stride + 1 if isinstance(layer, Convolution) else 1
+    if isinstance(layer, Dense):
+        return 1
+    return (length + 2 * layer.padding - shapes[layer.weight][1]) // layer.stride + 1
 
 
 def lengths_taken(layers: Sequence[Convolution | Dense], shapes: Mapping[str, torch.Size]) -> range | None:
@@ -51,7 +55,7 @@ def lengths_taken(layers: Sequence[Convolution | Dense], shapes: Mapping[str, to
 
     Raises ValueError for layers that do not follow from each other, or do not name every parameter once.
     """
-    names = [name for layer in layers for name in (layer.weight, layer.bias)]
+    names = [name for layer in layers for name in (layer.weight, layer.bias) if name is not None]
     if sorted(names) != sorted(shapes):  # of a parameter named twice, the gradient would be that of one place
         raise refuse(
             "model",
@@ -66,7 +70,8 @@ def lengths_taken(layers: Sequence[Convolution | Dense], shapes: Mapping[str, to
         )
     places, below = 1, 0
     for i, layer in enumerate(layers):
-        weight, bias = shapes[layer.weight], shapes[layer.bias]
+        weight = shapes[layer.weight]
+        bias = weight[:1] if layer.bias is None else shapes[layer.bias]
         values = math.prod(weight[1:])  # numel() may overflow
         fits = len(weight) > 1 and min(weight) > 0 and bias == weight[:1]
         if isinstance(layer, Convolution):
@@ -88,8 +93,8 @@ def lengths_taken(layers: Sequence[Convolution | Dense], shapes: Mapping[str, to
         return None
     least = most = places
     for layer in reversed(convolutions):
-        kernel_size = shapes[layer.weight][1]
-        least, most = max((least - 1) * layer.stride + kernel_size - 2, 1), most * layer.stride + kernel_size - 3
+        beyond = shapes[layer.weight][1] - 2 * layer.padding
+        least, most = max((least - 1) * layer.stride + beyond, 1), most * layer.stride + beyond - 1
         if most < 1:
             raise refuse(
                 "model",

@@ -36,9 +36,10 @@ class Learner(Network):
     ``model``: see ``Network``. ``loss_fn(outputs [N, ...], targets [N, ...])``: the mean loss.
     ``engine``, what computes gradients; ``used`` says which have:
 
-    - ``stacked``: sequences of 1-d convolutions padded by 1, activations and linear layers, by hand, whatever class or
-      function the module has them from (``engine.trace``);
-    - ``fused``: the same for a cross-entropy by a compiled kernel, in float32 on a CPU;
+    - ``stacked``: sequences of 1-d convolutions, activations and linear layers, by hand, whatever class or function
+      the module has them from (``engine.trace``);
+    - ``fused``: those padded by one, with biases and SiLU, for a cross-entropy by a compiled kernel, in float32 on a
+      CPU;
     - ``images``: first derivatives of a cross-entropy of chains of convolutions, norms, activations and pools, by a
       compiled kernel, in float32 on a CPU; by ``auto`` alone;
     - ``autograd``: any module that ``torch.func.vmap`` batches, all rows at once;

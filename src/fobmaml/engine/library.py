@@ -142,7 +142,8 @@ def missing() -> str:
 
 
 def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel knows such a network: float32 on a CPU, SiLU after all layers but the last, which is dense."""
+    """Whether the kernel knows such a network: float32 on a CPU, SiLU after all layers but the last, which is dense;
+    padding of one and biases."""
     if not 0 < len(layers) <= MOST_LAYERS:
         return False
     *hidden, last = layers
@@ -152,5 +153,6 @@ def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torc
         and isinstance(last, Dense)
         and last.activation is None
         and all(isinstance(layer.activation, SiLU) for layer in hidden)
+        and all(layer.bias is not None and getattr(layer, "padding", 1) == 1 for layer in layers)
         and kernel() is not None
     )

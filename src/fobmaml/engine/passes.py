@@ -15,8 +15,9 @@ from fobmaml.engine.layers import Convolution, Dense
 class LayerPasses:
     """h = a(z), z = C Wc + V Wv, for every row, with the windows as the rows of two matrices.
 
-    C holds the taps that have to be copied out of the input, and a column of ones that the bias belongs to; V is a view
-    of the input. A signal may have more places than its length: what is beyond stays zero, or has no effect.
+    C holds the taps that have to be copied out of the input, and a column of ones that the bias belongs to (of zeros
+    without one); V is a view of the input. A signal may have more places than its length: what is beyond stays zero, or
+    has no effect.
     ``parameters``: [Wc] or [Wc, Wv], transposed ([R, out, in]) but for a Wc with fewer rows than columns: the products
     are faster so.
     """
@@ -42,12 +43,13 @@ class LayerPasses:
             copied = 1 if below and isinstance(layer, Convolution) and layer.halves(shapes) else kernel_size
         windows = rows, examples * places
         self.split, self.copied_taps, self.channels = copied * channels, copied, channels
-        self.stride, self.lengths = getattr(layer, "stride", 1), (length_in, length)
+        self.stride, self.padding = getattr(layer, "stride", 1), getattr(layer, "padding", 0)
+        self.lengths = length_in, length
         self.narrow = self.split < out
 
         c = source.new_empty(rows, examples, places, self.split + 1)
         c[..., -1] = 0.0
-        c[:, :, :length, -1] = 1.0
+        c[:, :, :length, -1] = 0.0 if layer.bias is None else 1.0
         self.source = source.contiguous()
         self.copies = self._copies(c, self.source)
         self._clear_outside(c)
@@ -62,7 +64,7 @@ class LayerPasses:
         if places > length and layer.activation and not layer.activation.zero_at_zero:
             self.beyond = self.h[:, :, length:]
 
-        self.wc = source.new_empty((rows, self.split + 1, out) if self.narrow else (rows, out, self.split + 1))
+        self.wc = source.new_zeros((rows, self.split + 1, out) if self.narrow else (rows, out, self.split + 1))
         self.parameters = [self.wc]
         self.products = [(self.c, self.wc if self.narrow else self.wc.mT)]
         if self.v is not None:
@@ -74,7 +76,7 @@ class LayerPasses:
         """What is copied where: (part of windows [R, N, places, taps · C + ...], part of signal [R, N, places, C])."""
         parts = []
         for tap in range(self.copied_taps):
-            inside, reached = _reach(tap, self.stride, *self.lengths)
+            inside, reached = _reach(tap - self.padding, self.stride, *self.lengths)
             columns = slice(tap * self.channels, (tap + 1) * self.channels)
             parts.append((windows[:, :, inside, columns], signal[:, :, reached]))
         return parts
@@ -82,7 +84,7 @@ class LayerPasses:
     def _clear_outside(self, windows: Tensor) -> None:
         """Zero where nothing is copied to."""
         for tap in range(self.copied_taps):
-            inside, _ = _reach(tap, self.stride, *self.lengths)
+            inside, _ = _reach(tap - self.padding, self.stride, *self.lengths)
             columns = slice(tap * self.channels, (tap + 1) * self.channels)
             windows[:, :, : inside.start, columns] = 0.0
             windows[:, :, inside.stop :, columns] = 0.0
@@ -90,19 +92,21 @@ class LayerPasses:
     def pairs(self, parts: list[Tensor], folded: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The same numbers in packed and in plain order, as views."""
         for name in (self.layer.weight, self.layer.bias):
+            if name is None:
+                continue
             if folded[name].dtype != parts[0].dtype or folded[name].device != parts[0].device:  # copies would convert
                 raise refuse(
                     "inputs",
                     f"{parts[0].dtype} on {parts[0].device}",
                     f"the dtype and device of {name}, {folded[name].dtype} on {folded[name].device}",
                 )
-        bias, weight = folded[self.layer.bias], folded[self.layer.weight]
+        weight = folded[self.layer.weight]
         as_taps = weight.dim() == 4 and weight.shape[3] == self.channels
         taps = weight if as_taps else weight.flatten(2).unflatten(2, (-1, self.channels))
         c = parts[0].mT if self.narrow else parts[0]
         return [
             (c[:, :, :-1].unflatten(2, (self.copied_taps, self.channels)), taps[:, :, : self.copied_taps]),
-            (c[:, :, -1], bias),
+            *([] if self.layer.bias is None else [(c[:, :, -1], folded[self.layer.bias])]),
             *((wv.unflatten(2, (-1, self.channels)), taps[:, :, self.copied_taps :]) for wv in parts[1:]),
         ]
 
@@ -226,9 +230,10 @@ def _sum_of_products(products: list[tuple[Tensor, Tensor]], out: Tensor, scale: 
         scale = 1.0
 
 
-def _reach(tap: int, stride: int, length: int, out: int) -> tuple[slice, slice]:
-    """The windows whose ``tap`` lies inside the signal, and the places that it reads there."""
-    first = 1 if tap == 0 else 0  # tap 0 of window 0 is the padding on the left
-    last = min(out - 1, (length - tap) // stride)
-    start = first * stride + tap - 1
-    return slice(first, last + 1), slice(start, last * stride + tap, stride)
+def _reach(offset: int, stride: int, length: int, out: int) -> tuple[slice, slice]:
+    """The windows of which the number at ``offset`` from their place lies inside the signal, and where it lies."""
+    first = max(-(offset // stride), 0)
+    last = min(out - 1, (length - 1 - offset) // stride)
+    if last < first:
+        return slice(0, 0), slice(0, 0)
+    return slice(first, last + 1), slice(first * stride + offset, last * stride + offset + 1, stride)

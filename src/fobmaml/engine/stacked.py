@@ -68,7 +68,7 @@ class StackedNetwork:
         """``folded`` as a list like ``parameters``, a new one with as many rows if ``packed`` is not given."""
         if packed is None:
             rows = len(next(iter(folded.values())))
-            packed = [w.new_empty(rows, *w.shape[1:]) for w in self.parameters]
+            packed = [w.new_zeros(rows, *w.shape[1:]) for w in self.parameters]  # a missing bias is zero
         for layer, parts in zip(self._layers, self._by_layer(packed), strict=True):
             for part, plain in layer.pairs(parts, folded):
                 part.copy_(plain)

@@ -54,11 +54,11 @@ class Trial:
         kind = x.shape[2:], x.dtype
         if kind not in self._chains:
             nodes = None if self.engine in ("autograd", "loop") else self.nodes(x)
-            found = self.untraced if nodes is None else chain_of(nodes, self.network, x.shape[2:])
+            found = self.untraced if nodes is None else chain_of(nodes, self.network, x)
             if isinstance(found, str):
                 self.untraced = found
                 if self.engine in ("stacked", "fused"):
-                    known = "1-d convolutions padded by 1, activations and linear layers"
+                    known = "1-d convolutions, activations and linear layers"
                     raise refuse("engine", self.engine, f"a sequence of {known}, not {found}; auto takes any")
             self._chains[kind] = None if isinstance(found, str) else found
         return self._chains[kind]

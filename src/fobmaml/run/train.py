@@ -134,13 +134,15 @@ def meta_train(training: MetaTraining, start: Start, record: Record, stop: StopR
 
 
 def say_what_computes(training: MetaTraining) -> None:
-    learner = training.learner
+    used, untraced = training.learner.used, training.learner.untraced
     log.info(
         "gradients are computed by engine %s, %s of %d tasks at once%s",
-        learner.used,
+        used,
         training.at_once,
         training.settings.meta_batch,
-        f"; none by hand, for the model has {learner.untraced}" if learner.untraced else "",
+        f"; none by hand, for the model has {untraced}"
+        if untraced and {"autograd", "loop"} & {*used.split("+")}
+        else "",
     )
 
 

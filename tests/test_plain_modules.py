@@ -1,5 +1,6 @@
 """Plain modules become nodes, and the engines by hand compute what autograd does on the module itself."""
 
+import networks
 import numpy as np
 import pytest
 import torch
@@ -197,26 +198,26 @@ def _random(choose):
     layers = [] if len(shape) == 2 else [nn.Unflatten(1, (-1, length))]
     channels = channels if len(shape) == 2 else shape[0] // length
     for _ in range(size(0, 3)):
-        out, places, stride = size(1, 7), size(1, 5), size(1, 3)
-        if length + 2 < places:
+        out, places, stride, padding = size(1, 7), size(1, 5), size(1, 3), 1 if same else size(0, 4)
+        if length + 2 * padding < places:
             break
-        layers.append(nn.Conv1d(channels, out, places, stride, padding=1))
-        length, channels = (length + 2 - places) // stride + 1, out
+        layers.append(nn.Conv1d(channels, out, places, stride, padding, bias=same or bool(size(0, 1))))
+        length, channels = (length + 2 * padding - places) // stride + 1, out
         layers.append(nn.SiLU() if same else kinds[size(0, 4)]())
     layers.append(nn.Flatten())
     values = channels * length
     for _ in range(size(0, 2)):
         out = size(1, 9)
-        layers += [nn.Linear(values, out), nn.SiLU() if same else kinds[size(0, 4)]()]
+        layers += [nn.Linear(values, out, same or bool(size(0, 1))), nn.SiLU() if same else kinds[size(0, 4)]()]
         values = out
     layers.append(nn.Linear(values, 5))
-    return nn.Sequential(*layers), shape, all(isinstance(layer, nn.SiLU) for layer in layers if type(layer) in kinds)
+    return nn.Sequential(*layers), shape, same
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_sequences_equal_autograd_on_the_module(seed):
     choose = np.random.default_rng(seed)
-    model, shape, silu = _random(choose)
+    model, shape, known = _random(choose)
     support, query, count = 4, 3, 2
     batch = TaskBatch(
         torch.randn(count, support, *shape),
@@ -232,9 +233,9 @@ def test_random_sequences_equal_autograd_on_the_module(seed):
             learner = Learner(model, F.cross_entropy)
             found, wanted = (estimate(estimator, ours, ours.theta(), tasks).gradient for ours in (learner, plain))
             assert (found - wanted).norm() <= tol * wanted.norm(), (model, dtype)
-            assert learner.used.startswith("fused-") == (
-                silu and dtype == torch.float32 and library.kernel() is not None
-            )
+            assert learner.used in ("stacked", f"fused-{library.instructions()}")
+            if known and dtype == torch.float32 and library.kernel() is not None:
+                assert learner.used != "stacked"
 
 
 def test_a_weight_that_is_no_layers_own_is_read_by_torch():
@@ -254,3 +255,8 @@ def test_a_weight_that_is_no_layers_own_is_read_by_torch():
         rows.append(learner.engine_for(x, learner.row_loss(y)).gradient(learner.theta().expand(2, -1)))
         assert learner.used == ("stacked" if engine == "auto" else "loop")
     torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "embedding", "convolutions with group norm"])
+def test_the_loop_that_we_are_compared_with_computes_the_same(name):
+    assert float(networks.measured(name, 1)["relative_difference"]) < 1e-2  # of differences, in float32
