@@ -178,6 +178,28 @@ EDGES = {
         nn.Sequential(nn.Conv2d(1, 8, 3), nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.Flatten(), nn.Linear(72, 3)),
         (2, 5, 1, 5, 5),
     ),
+    "tiles of odd images": (
+        nn.Sequential(
+            nn.Conv2d(2, 17, 2),
+            nn.SiLU(),
+            nn.Conv2d(17, 70, 3, padding=1, bias=False),
+            nn.Flatten(),
+            nn.Linear(2450, 3),
+        ),
+        (2, 5, 2, 8, 6),
+    ),
+    "many tiles": (
+        nn.Sequential(
+            nn.Conv2d(1, 9, 1), nn.Tanh(), nn.Conv2d(9, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(4 * 399, 3)
+        ),
+        (2, 7, 1, 21, 23),
+    ),
+    "tiles, padded by more than the window": (
+        nn.Sequential(
+            nn.Conv2d(1, 5, 1), nn.Conv2d(5, 33, 3, padding=(3, 0)), nn.ReLU(), nn.Conv2d(33, 2, 3), nn.Flatten()
+        ).append(nn.Linear(2 * 5 * 4, 3)),
+        (2, 3, 1, 3, 8),
+    ),
     "signals": (
         nn.Sequential(
             nn.Conv1d(2, 20, 5, 2, 1),
