@@ -172,7 +172,9 @@ class Learner(Network):
         fits = chain.as_stored and library.fits(chain.layers, self.dtype, self.device)
         if self.engine == "fused" and not fits:
             raise refuse(
-                "engine", self.engine, "float32 on a CPU that the kernel was compiled for, and SiLU; auto takes any"
+                "engine",
+                self.engine,
+                "float32 on a CPU that the kernel was compiled for, SiLU, biases, padding of one; auto takes any",
             )
         return fits
 
