@@ -154,7 +154,7 @@ ESTIMATORS = {
 TOLERANCE = dict.fromkeys(ESTIMATORS, 1e-9) | {"tangent, by differences": 1e-7}
 
 
-@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("engine", ["auto", pytest.param("loop", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_every_estimator(case, engine):
     learner, tasks, mask = _problem(case, engine)
