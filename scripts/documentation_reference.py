@@ -43,16 +43,16 @@ def _entry(module: ModuleType, name: str, elsewhere: ModuleType | None) -> str:
         return f".. autoclass:: {path}\n   :members:\n   :show-inheritance:"
     if inspect.isfunction(value):
         return f".. autofunction:: {path}"
-    return f".. py:data:: {path}\n   :value: {str(value).replace('typing.', '')}\n\n   {data_docs(name)}"
+    return f".. py:data:: {path}\n   :value: {str(value).replace('typing.', '')}\n\n   {data_docs(module, name)}"
 
 
-def data_docs(name: str) -> str:
-    """The text below the assignment of a constant, wherever in the package that is; empty if there is none."""
-    return next(_below(name), "")
+def data_docs(module: ModuleType, name: str) -> str:
+    """The text below the assignment of a constant, wherever in the module's folder that is; empty if there is none."""
+    return next(_below(Path(module.__file__ or ""), name), "")
 
 
-def _below(name: str) -> Iterator[str]:
-    for path in sorted(Path(fobmaml.__file__).parent.rglob("*.py")):
+def _below(file: Path, name: str) -> Iterator[str]:
+    for path in sorted(file.parent.rglob("*.py")) if file.stem == "__init__" else [file]:
         for node, after in pairwise(ast.parse(path.read_text(encoding="utf-8")).body):
             match node, after:
                 case (
@@ -72,7 +72,7 @@ def undocumented() -> list[str]:
                 made_up = (value.__doc__ or f"{name}(").startswith(f"{name}(")  # by a dataclass
                 missing += [path] * made_up
                 missing += [f"{path}.{method}" for method in _methods(value) if not method_docs(value, method)]
-            elif not (inspect.getdoc(value) if inspect.isfunction(value) else data_docs(name)):
+            elif not (inspect.getdoc(value) if inspect.isfunction(value) else data_docs(module, name)):
                 missing.append(path)
     return missing
 
