@@ -35,6 +35,7 @@ class Images(Description):
         gradient = ImageGradient(self.layers, self.shapes, self.inputs, self.targets, self.weights)
         batches = self.times, self.order, self.chosen_weights
         gradient.add(self.start, self.displacement, self.into, self.scale, self.step, *batches)
+        gradient.outputs(self.start)
 
     def outputs(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         def of(name: str | None) -> Tensor | None:
