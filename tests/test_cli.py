@@ -127,6 +127,17 @@ def test_the_default_run_learns(run_train, tmp_path, shorter, accuracy):
     assert summary["bias/cosine"] > 0.2
 
 
+@pytest.mark.parametrize("dataset", ["sinusoid", "logistic", "shapes1d"])
+def test_a_data_set_brings_settings_that_it_learns_with(run_train, tmp_path, dataset):
+    quick = ("width=8", "steps=60", "bias.every=0", "eval.tasks=20", "eval.validation_tasks=0", "wandb.mode=disabled")
+    done = run_train(f"dataset={dataset}", *quick, "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    losses = [
+        json.loads(line)["train/loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[:-1]
+    ]
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
