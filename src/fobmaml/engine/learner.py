@@ -141,12 +141,14 @@ class Learner(Network):
         return Counted(engine, self.work)
 
     def _chosen(self, x: Tensor, loss: RowLoss, second_order: bool) -> tuple[str, Engine]:
-        if chain := self._chain(x):
-            if self.fuses(chain) and isinstance(loss, CrossEntropy):
+        chain = self._chain(x)
+        if isinstance(loss, CrossEntropy):
+            if chain and self.fuses(chain):
                 return f"fused-{library.instructions()}", fused.Fused(self, x, loss, chain)
+            if not second_order and (nodes := self._of_images(x)):
+                return f"images-{library.instructions()}", images.FusedImages(nodes, self, x, loss)
+        if chain:
             return "stacked", Stacked(self, x, loss, chain)
-        if not second_order and isinstance(loss, CrossEntropy) and (nodes := self._of_images(x)):
-            return f"images-{library.instructions()}", images.FusedImages(nodes, self, x, loss)
         batched = self._trial.batched(x, second_order)
         parts = [part.examples for part in loss.parts]
         if loss.padded and not self._trial.joint(x, [slice(1), slice(1, None)]):
@@ -159,8 +161,10 @@ class Learner(Network):
         return None if self.layout else self._trial.chain(x)
 
     def _of_images(self, x: Tensor) -> Sequence[Node] | None:
-        """The network as the kernel for images takes it, or None; what other engines by hand take is theirs."""
-        if self.engine != "auto" or x.dtype != torch.float32 or x.device.type != "cpu" or self.layout or self._chain(x):
+        """The network as the kernel for images takes it, or None; what the other kernel takes is its own."""
+        if self.engine != "auto" or x.dtype != torch.float32 or x.device.type != "cpu" or self.layout:
+            return None
+        if (chain := self._chain(x)) and self.fuses(chain):
             return None
         nodes = self._trial.nodes(x)
         return nodes if nodes and images.knows(nodes, self, x.shape[2:]) else None
@@ -189,12 +193,12 @@ class Learner(Network):
         More take more memory, and no less time.
         """
         x = x[[0, -1]].to(self.dtype if x.is_floating_point() else x.dtype)
+        if not second_order and self._of_images(x):
+            return fused.ROWS_A_THREAD * torch.get_num_threads()
         if chain := self._chain(x):
             rows = math.ceil(WORK_AT_ONCE / (examples * self.parameter_count))
             a_thread = fused.KEPT_ROWS_A_THREAD if second_order else fused.ROWS_A_THREAD
             return max(rows, a_thread * torch.get_num_threads()) if self.fuses(chain) else rows
-        if not second_order and self._of_images(x):
-            return fused.ROWS_A_THREAD * torch.get_num_threads()
         if not self._trial.batched(x, second_order):
             return 1
         return math.ceil(FLOPS_AT_ONCE / max(self._trial.flops_an_example * examples, 1))
