@@ -11,7 +11,7 @@ from drawing import RESULTS, Missing, Row, groups, load, parse, settings
 from statistics_of_runs import interval
 
 from fobmaml.files import read_csv, write_atomically
-from fobmaml.run.plotting import method
+from fobmaml.run.plotting import METHODS, method
 
 README = Path(__file__).parents[1] / "README.md"
 CHANCE = 20.0
@@ -161,7 +161,41 @@ def reached(rows: Sequence[Row], goal: int) -> str:
     return "–"
 
 
-TABLES = {"accuracy": accuracy, "race": race, "speed": speed, "gpu": gpu}
+def novel(folder: Path) -> str:
+    """Accuracy on classes that training has not seen."""
+    rows = load(folder, "novel_classes", "python benchmarks/novel_classes.py")
+    lines = [
+        "| 5-way 5-shot on classes of shapes1d that training has not seen | meta-test accuracy | processor time |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        told = str(row["method"])
+        if "untrained" in told:
+            continue
+        name = method(told).label if told in METHODS else "the support set alone"
+        took = f"{row['cpu_seconds']:.0f} s" if row["steps"] else "–"
+        lines.append(f"| {name} | {100 * row['accuracy']:.1f} ± {100 * row['accuracy_ci95']:.1f} % | {took} |")
+    return "\n".join(lines)
+
+
+def conv4(folder: Path) -> str:
+    """Time of Conv4's meta-gradients, by the kernel and by loops."""
+    rows = load(folder, "bench_conv4", "python benchmarks/conv4.py")
+    labels = {
+        "symmetric": "symmetric, this library",
+        "loop_symmetric": "symmetric, a loop over tasks by torch's autograd",
+        "loop_maml": "MAML, a loop over tasks by torch's autograd",
+        "higher_maml": "MAML by higher, a loop over tasks",
+    }
+    lines = ["| one meta-gradient of 8 tasks, Conv4 of 64 channels | processor time | times ours |", "|---|---|---|"]
+    for row in rows:
+        if row["threads"] == 1:
+            took, times = 1000 * row["cpu_seconds_median"], row["cpu_seconds_median_over_ours"]
+            lines.append(f"| {labels[row['method']]} | {took:.0f} ms | {times:.2f} |")
+    return "\n".join(lines)
+
+
+TABLES = {"accuracy": accuracy, "race": race, "speed": speed, "gpu": gpu, "novel": novel, "conv4": conv4}
 
 
 def page(folder: Path) -> str:

@@ -272,6 +272,14 @@ def test_a_head_of_unequal_tasks_with_a_loss_of_their_own(estimator, monkeypatch
     assert relative_error(*found) < 1e-10
 
 
+def test_the_first_features_are_the_later_ones():
+    """Bit for bit: a run that goes on begins with a first call."""
+    model = nn.Sequential(nn.Linear(40, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 5))
+    learner, x, y = Learner(model, F.cross_entropy, adapt="head"), torch.randn(7, 25, 40), torch.randint(5, (7, 25))
+    first, second = (learner.features(learner.theta(), TaskBatch(x, y, x, y), query=False) for _ in range(2))
+    assert torch.equal(first[1].support_x, second[1].support_x)
+
+
 def test_the_linear_system_is_a_heads():
     learner, tasks, _ = _problem("head")
     work = estimate(IMAML(SOLVER, IMAML_LAM, cg_steps=3), learner, learner.theta(), tasks, diagnose=False).work

@@ -15,6 +15,7 @@ import torch
 from conftest import processes_in, start_train, wait_until
 
 RUN = (
+    "device=cpu",
     "width=8",
     "steps=12",
     "meta_batch=7",
