@@ -1,11 +1,12 @@
-"""Few-shot learning of classes that training has not seen: shapes1d, 5-way 5-shot 15-query, width 32, one thread.
+"""Few-shot learning of classes that training has not seen, 5-way 5-shot 15-query, width 32, one thread.
 
-    python benchmarks/novel_classes.py
+    python benchmarks/novel_classes.py                                  # shapes1d: 64 classes to train, 20 to test
+    python benchmarks/novel_classes.py --data omniglot --root FILE.npz  # Conv4; 700 characters to train, 164 to test
 
-Each method with settings that were at hand from MNIST-1D, meta-trained on 64 classes and tested on 20 others, beside
-what the support set alone gives: the same network trained from its initial weights on each test task, by Adam. The
-steps at test time, of all of them, are the best of a few on validation tasks. Into results/: novel_classes.csv and
-.json. ``cpu_seconds`` is what the process has computed in meta-training, ``seconds`` how long that took.
+Each method with settings that were at hand, beside what the support set alone gives: the same network trained from its
+initial weights on each test task, by Adam. The steps at test time, of all of them, are the best of a few on validation
+tasks. Into results/: novel_classes.csv or novel_omniglot.csv, and .json. ``cpu_seconds`` is what the process has
+computed in meta-training, ``seconds`` how long that took.
 """
 
 import argparse
@@ -28,12 +29,18 @@ from fobmaml.tasks import Split
 from fobmaml.training import MetaTraining
 
 ROOT = Path(__file__).parents[1]
-COMMON = "dataset=shapes1d width=32 device=cpu measure=[] eval.validation_tasks=0 eval.tasks=0"
-METHODS = {
+COMMON = "width=32 device=cpu measure=[] eval.validation_tasks=0 eval.tasks=0"
+SHAPES = {
     "symmetric": "estimator=symmetric solver=gd_few task_clip=1 optimizer.lr=0.3 meta_batch=16 steps=3000",
     "reptile": "estimator=reptile optimizer.lr=0.3 meta_batch=8 steps=6000",
     "maml": "estimator=maml task_clip=1 optimizer=sngdm optimizer.lr=0.3 meta_batch=8 steps=1500",
 }
+CHARACTERS = {
+    "symmetric": "estimator=symmetric solver=gd_few solver.steps=5 task_clip=1 optimizer.lr=0.3 meta_batch=8 "
+    "steps=4000",
+    "reptile": "estimator=reptile solver.steps=8 solver.lr=0.1 optimizer.lr=0.3 meta_batch=8 steps=6000",
+}
+DATA = {"shapes1d": ("novel_classes", SHAPES), "omniglot": ("novel_omniglot", CHARACTERS)}
 STEPS = (10, 20, 50)
 """Of gradient descent at test time, those of training and more."""
 SCRATCH = "estimator=fomaml solver=adam solver.lr=0.01 steps=0"
@@ -41,9 +48,9 @@ SCRATCH_STEPS = (20, 50, 100)
 TASKS = 400
 
 
-def built(settings: str, *more: str) -> MetaTraining:
+def built(*settings: str) -> MetaTraining:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return build(compose("train", [*COMMON.split(), *settings.split(), *more]))
+        return build(compose("train", [each for some in settings for each in some.split()]))
 
 
 def tested(training: MetaTraining, steps: tuple[int, ...], tasks: int) -> dict[str, Any]:
@@ -75,16 +82,16 @@ def adapt(training: MetaTraining, steps: int) -> None:
     training.adapting = training.estimator.adapting(Adaptation(kind(steps, lr)))
 
 
-def rows_of(method: str, seed: int, tasks: int) -> list[dict[str, Any]]:
-    """Of a method, before and after meta-training; or of the support sets alone."""
-    scratch = method not in METHODS
-    training = built(SCRATCH if scratch else METHODS[method], f"seed={seed}")
+def rows_of(method: str, settings: str | None, common: str, seed: int, tasks: int) -> list[dict[str, Any]]:
+    """Of a method, before and after meta-training; or, without ``settings``, of the support sets alone."""
+    scratch = settings is None
+    training = built(common, settings or SCRATCH, f"seed={seed}")
     steps = SCRATCH_STEPS if scratch else STEPS
     rows = [{"method": method if scratch else f"{method}, untrained", **tested(training, steps, tasks)}]
     spent = [0.0]
     if not scratch:
         started = time.process_time()
-        for _ in training.train():
+        for _ in tqdm(training.train(), method, training.settings.steps, unit="step", disable=None, leave=False):
             pass
         spent.append(time.process_time() - started)
         rows.append({"method": method, **tested(training, steps, tasks)})
@@ -103,26 +110,34 @@ def rows_of(method: str, seed: int, tasks: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=list(DATA), default="shapes1d")
+    parser.add_argument("--root", help="omniglot: as dataset.root")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tasks", type=int, default=TASKS)
-    parser.add_argument("--methods", nargs="+", default=["from scratch", *METHODS])
+    parser.add_argument("--methods", nargs="+", default=None)
     parser.add_argument("--folder", type=Path, default=ROOT / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     made = provenance()
+    table, methods = DATA[arguments.data]
+    about = f"dataset={arguments.data} {COMMON}"
+    common = about + (f" dataset.root={arguments.root}" if arguments.root else "")
     rows: list[dict[str, Any]] = []
-    plan = [(seed, method) for seed in range(arguments.seeds) for method in arguments.methods]
+    plan = [
+        (seed, method) for seed in range(arguments.seeds) for method in arguments.methods or ["from scratch", *methods]
+    ]
     for seed, method in tqdm(plan, unit="run", disable=None):
-        rows += rows_of(method, seed, arguments.tasks)
+        rows += rows_of(method, methods.get(method), common, seed, arguments.tasks)
         print(rows[-1], flush=True)
-        write_csv(arguments.folder / "novel_classes.csv", rows)
+        write_csv(arguments.folder / f"{table}.csv", rows)
         write_json(
-            arguments.folder / "novel_classes.json",
+            arguments.folder / f"{table}.json",
             {
-                "command": f"python benchmarks/novel_classes.py --seeds {arguments.seeds} --tasks {arguments.tasks}",
-                "common": COMMON,
-                "methods": METHODS | {"from scratch": SCRATCH},
+                "command": f"python benchmarks/novel_classes.py --data {arguments.data} --seeds {arguments.seeds} "
+                f"--tasks {arguments.tasks}",
+                "common": about,
+                "methods": methods | {"from scratch": SCRATCH},
                 "provenance": made,
             },
         )
