@@ -138,7 +138,8 @@ def _span(ratios: Sequence[float]) -> str:
 def seconds(tables: Tables) -> Finding:
     rows = tables.rows("bench", "make bench")
     steps = min(row["inner_steps"] for row in rows)
-    at = {(row["estimator"], row["width"]): row for row in rows if row["inner_steps"] == steps}
+    timed = [row for row in rows if row["inner_steps"] == steps and row["seconds_median"] is not None]
+    at = {(row["estimator"], row["width"]): row for row in timed}
     widths = sorted({row["width"] for row in rows})
 
     def ratio(name: str, other: str, width: float, of: str = "median", to: str = "median") -> float:
@@ -149,7 +150,7 @@ def seconds(tables: Tables) -> Finding:
     for w in widths:
         least, most = ratio("symmetric", "maml", w, "q25", "q75"), ratio("symmetric", "maml", w, "q75", "q25")
         verdicts.append(Verdict.HOLDS if most < 1.5 else Verdict.DOES_NOT if least > 1.5 else Verdict.NOT_DECIDED)
-    others = [who for who in OF_OTHERS if "symmetric" not in who and (who, widths[0]) in at]
+    others = [who for who in OF_OTHERS if "symmetric" not in who and any((who, w) in at for w in widths)]
     quickest = [max(ratio("symmetric", who, w) for who in others if (who, w) in at) for w in widths]
     ours = ", ".join(
         f"{ratio('symmetric', 'maml', w):.2f} ({verdict})" for w, verdict in zip(widths, verdicts, strict=True)

@@ -776,7 +776,7 @@ def test_wandb_without_a_place_to_write(run_train, tmp_path):
 def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, tmp_path, wandb):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
         run = (
