@@ -37,8 +37,8 @@ SHAPES = {
 }
 CHARACTERS = {
     "symmetric": "estimator=symmetric solver=gd_few solver.steps=5 task_clip=1 optimizer.lr=0.3 meta_batch=8 "
-    "steps=4000",
-    "reptile": "estimator=reptile solver.steps=8 solver.lr=0.1 optimizer.lr=0.3 meta_batch=8 steps=6000",
+    "steps=1500",
+    "reptile": "estimator=reptile solver.steps=8 solver.lr=0.1 optimizer.lr=0.3 meta_batch=8 steps=3000",
 }
 DATA = {"shapes1d": ("novel_classes", SHAPES), "omniglot": ("novel_omniglot", CHARACTERS)}
 STEPS = (10, 20, 50)
