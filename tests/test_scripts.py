@@ -251,7 +251,7 @@ def test_the_page_that_sums_up_is_checked(tmp_path, monkeypatch):
 
 
 def test_the_tables_of_the_readme_are_of_a_folder(tmp_path):
-    for table in ("accuracy", "race", "bench", "bench_gpu", "novel_classes", "bench_conv4"):
+    for table in ("accuracy", "race", "bench", "bench_gpu", "novel_classes", "novel_omniglot", "bench_conv4"):
         for suffix in ("csv", "json"):
             shutil.copy(RESULTS / f"{table}.{suffix}", tmp_path)
     assert tables.page(tmp_path) == tables.page(RESULTS)
