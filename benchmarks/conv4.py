@@ -10,6 +10,7 @@ kernel does fewer, by Winograd's algorithm, so that its share of the rate of fus
 """
 
 import argparse
+import copy
 import itertools
 import statistics
 import time
@@ -93,15 +94,9 @@ def flops_of_an_example(model: nn.Module) -> int:
 
 def distance(found: Tensor, model: nn.Module, tasks: TaskBatch) -> float:
     """From the same by the loop, in float64: ReLU and pooling have kinks, at which roundings decide."""
-    wanted = loop_symmetric(conv4_in_double(model), tasks.to(dtype=torch.float64), STEPS, LR, LAM, NU)
+    wanted = loop_symmetric(copy.deepcopy(model).double(), tasks.to(dtype=torch.float64), STEPS, LR, LAM, NU)
     exact = torch.cat([part.flatten() for part in wanted])
     return float((found - exact).norm() / exact.norm())
-
-
-def conv4_in_double(model: nn.Module) -> nn.Module:
-    double = conv4(WIDTH).double()
-    double.load_state_dict(model.state_dict())
-    return double
 
 
 def measured(threads: int, repeats: int) -> list[Row]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peers import loop_symmetric
 from timing import Row
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 from fobmaml import Learner, TaskBatch
@@ -136,29 +136,6 @@ def tasks_for(shape: tuple[int, ...], words: bool) -> TaskBatch:
     return TaskBatch(inputs(SUPPORT), labels(SUPPORT), inputs(QUERY), labels(QUERY))
 
 
-def by_loop(model: nn.Module, tasks: TaskBatch) -> list[Tensor]:
-    """The mean meta-gradient by parameter, as somebody without a library writes it."""
-    theta = {name: p.detach() for name, p in model.named_parameters()}
-    total = [torch.zeros_like(p) for p in theta.values()]
-    for x, y, query_x, query_y in zip(tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y, strict=True):
-        both, solutions = torch.cat([x, query_x]), []
-        for nu in (NU, -NU):
-            phi = theta
-            for _ in range(STEPS):
-                phi = {name: p.detach().requires_grad_() for name, p in phi.items()}
-                outputs = functional_call(model, phi, (both,))
-                loss = F.cross_entropy(outputs[: len(x)], y) + nu * F.cross_entropy(outputs[len(x) :], query_y)
-                gradients = torch.autograd.grad(loss, list(phi.values()))
-                phi = {
-                    name: p.detach() - LR * (g + LAM * (p.detach() - theta[name]))
-                    for (name, p), g in zip(phi.items(), gradients, strict=True)
-                }
-            solutions.append(phi)
-        for part, plus, minus in zip(total, solutions[0].values(), solutions[1].values(), strict=True):
-            part.add_(plus - minus, alpha=-LAM / (2 * NU * len(tasks)))
-    return total
-
-
 def processor_seconds(call: Callable[[], object]) -> float:
     begin = time.process_time()
     call()
@@ -177,12 +154,12 @@ def measured(name: str, repeats: int) -> Row:
         with suppress(ValueError):  # torch.func.vmap does not take all of them
             chunks[engine] = chunk_size(learner, tasks, estimator)
             learners[engine] = learner
-    calls: dict[str, Callable[[], object]] = {"by hand": partial(by_loop, model, tasks)}
+    calls: dict[str, Callable[[], object]] = {"by hand": partial(loop_symmetric, model, tasks, STEPS, LR, LAM, NU)}
     for engine, learner in learners.items():
         calls[engine] = partial(estimate, estimator, learner, learner.theta(), tasks, chunks[engine], False)
     auto = learners["auto"]
     ours = auto.unflatten(estimate(estimator, auto, auto.theta(), tasks, chunks["auto"], False).gradient)
-    wanted = torch.cat([part.flatten() for part in by_loop(model, tasks)])
+    wanted = torch.cat([part.flatten() for part in loop_symmetric(model, tasks, STEPS, LR, LAM, NU)])
     error = (torch.cat([part.flatten() for part in ours.values()]) - wanted).norm() / wanted.norm()
     times: dict[str, list[float]] = {way: [] for way in calls}
     for _ in range(repeats + 1):

@@ -80,9 +80,7 @@ def loop_symmetric(network: nn.Module, tasks: TaskBatch, steps: int, lr: float, 
     for x, y, query_x, query_y in _each(tasks):
         every_x, every_y = torch.cat([x, query_x]), torch.cat([y, query_y])
         for sign in (1, -1):
-            weights = torch.cat(
-                [x.new_full((len(x),), 1 / len(x)), x.new_full((len(query_x),), sign * nu / len(query_x))]
-            )
+            weights = total[0].new_tensor([1 / len(x)] * len(x) + [sign * nu / len(query_x)] * len(query_x))
             phi = {name: start.clone().requires_grad_() for name, start in theta.items()}
             for _ in range(steps):
                 losses = F.cross_entropy(functional_call(network, phi, (every_x,)), every_y, reduction="none")

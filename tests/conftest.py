@@ -15,6 +15,7 @@ from forked import POSSIBLE, Forks
 from torch import Tensor, nn
 
 from fobmaml import Learner, TaskBatch
+from fobmaml.engine import library
 from fobmaml.models import MLP
 from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks import MNIST1D, Logistic
@@ -23,6 +24,19 @@ ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(1)  # the problems are small, and threads cost more than they give
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too: tests run side by side
+
+
+@pytest.fixture(params=["AVX512", "AVX2"])
+def instructions(request, monkeypatch):
+    """The compiled kernel for each set of vector instructions that this processor has."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", request.param):
+        pytest.skip(f"torch does not use {request.param} here")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    library.kernel.cache_clear()
+    if library.kernel() is None:
+        pytest.skip("the kernel was not compiled")
+    yield
+    library.kernel.cache_clear()
 
 
 @pytest.fixture(scope="session")

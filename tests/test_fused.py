@@ -41,19 +41,6 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["AVX512", "AVX2"])
-def instructions(request, monkeypatch):
-    """The compiled kernel for each set of vector instructions that this processor has."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", request.param):
-        pytest.skip(f"torch does not use {request.param} here")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    library.kernel.cache_clear()
-    if library.kernel() is None:
-        pytest.skip("the kernel was not compiled")
-    yield
-    library.kernel.cache_clear()
-
-
 def _sizes(seed: int, *ranges: tuple[int, int]) -> list[int]:
     """Random numbers, one of each range, on both sides of all that the kernel cuts into blocks. Seeds torch, too."""
     torch.manual_seed(seed)

@@ -27,19 +27,6 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["AVX512", "AVX2"])
-def instructions(request, monkeypatch):
-    """The compiled kernel for each set of vector instructions that this processor has."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", request.param):
-        pytest.skip(f"torch does not use {request.param} here")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    library.kernel.cache_clear()
-    if library.kernel() is None:
-        pytest.skip("the kernel was not compiled")
-    yield
-    library.kernel.cache_clear()
-
-
 def _pair(size: int | tuple[int, ...], first: int) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
