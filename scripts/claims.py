@@ -2,6 +2,7 @@
 function of tables."""
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ MARGIN = 2.0
 """Points of accuracy, within which two methods are level."""
 SHORT = 10
 """Inner steps."""
+MAML = ("maml", "maml_plus")
+"""As published, and with its remedies."""
 
 
 class Tables(Protocol):
@@ -53,12 +56,13 @@ class Claim:
 
 
 def against_maml(rows: Sequence[Row]) -> list[float]:
-    """symmetric − MAML in points of test accuracy, of each seed."""
+    """symmetric − MAML in points of test accuracy, of each seed; MAML as it is best."""
     scores = {
         name: {row["seed"]: CHANCE if stopped(row) else 100 * row["test/accuracy"] for row in found}
         for name, found in groups(rows, "estimator").items()
     }
-    return [one - scores["maml"][seed] for seed, one in scores["symmetric"].items() if seed in scores["maml"]]
+    rival = max((scores[name] for name in MAML if name in scores), key=lambda of: statistics.fmean(of.values()))
+    return [one - rival[seed] for seed, one in scores["symmetric"].items() if seed in rival]
 
 
 def _points(found: Sequence[float]) -> str:
@@ -311,7 +315,8 @@ def curvature(tables: Tables) -> Finding:
 LEVEL = (
     f"Two one-sided t tests at 5 % say that the mean difference, paired by seed, is within ±{MARGIN:g} points. In "
     f"part: that it is above −{MARGIN:g} points. Does not: the 95 % interval is below −{MARGIN:g}. A run that stopped "
-    f"counts at chance, {CHANCE:g} %; fewer than three seeds decide nothing."
+    f"counts at chance, {CHANCE:g} %; fewer than three seeds decide nothing. Of MAML as published and MAML with its "
+    "remedies, the one with the higher mean."
 )
 DEEP = (
     "At every size, symmetric's peak grows less than 1.05-fold from the fewest to the most inner steps, which must be "
@@ -327,7 +332,7 @@ CLAIMS = [
     ),
     Claim(
         "Accuracy, one shot",
-        "The same with one support example a class, at the settings tuned for five.",
+        "The same with one support example a class, tuned for that.",
         LEVEL,
         "",
         partial(accuracy, "accuracy_1shot"),

@@ -36,8 +36,8 @@ EXPERIMENTS = {
     "tuning_sngdm": f"steps=30 optimizer.lr=0.1,0.3 solver.lr=0.1 {TRAINING}",
     "tuning_clipped": f"steps=30 optimizer.lr=0.1 {TRAINING}",
     "tuning_long": f"steps=30 {TRAINING}",
-    "accuracy": f"steps=60 seed=0,1 eval.tasks=100 {TRAINING}",
-    "accuracy_1shot": f"steps=60 seed=0,1 eval.tasks=100 {TRAINING}",
+    "accuracy": f"steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
+    "accuracy_1shot": f"steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
     "inner_steps": f"steps=60 seed=0,1 solver.steps=5,10 eval.tasks=100 {TRAINING}",
     "memory": "width=25,100,250 solver.steps=10",
     "memory_steps": "solver.steps=1,10,50",
@@ -174,6 +174,11 @@ def stopping_too(running: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[Non
         signal.signal(signal.SIGTERM, before)
 
 
+def method_of(choices: Mapping[str, Any]) -> str:
+    """As it is named in tables: by what was tuned, whatever for, or by the estimator."""
+    return str(choices.get("tuned") or choices["estimator"]).removesuffix("_1shot")
+
+
 def of_a_curve(key: str) -> bool:
     """Whether it is measured every so many steps, beside training's own numbers."""
     return "/" in key and key not in KEYS and not key.startswith(AT_THE_END)
@@ -205,7 +210,7 @@ def collect(name: str, folder: Path, results: Path) -> None:
         [
             {
                 "run": run,
-                "estimator": summary["choices"]["estimator"],
+                "estimator": method_of(summary["choices"]),
                 **{key: settings[run].get(key) for key in varied},
                 "status": summary["status"],
                 "step": summary["step"],
@@ -219,7 +224,7 @@ def collect(name: str, folder: Path, results: Path) -> None:
     curves = [
         {
             "run": run,
-            "estimator": summary["choices"]["estimator"],
+            "estimator": method_of(summary["choices"]),
             **{key: settings[run].get(key) for key in varied},
             **event,
         }

@@ -22,6 +22,7 @@ class Method:
 
 METHODS = {
     "maml": Method("MAML", "#000000", "s"),
+    "maml_plus": Method("MAML, with remedies", "#000000", "s", "--"),
     "fomaml": Method("FO-MAML", "#E69F00", "^"),
     "reptile": Method("Reptile", "#CC79A7", "v"),
     "imaml": Method("iMAML", "#009E73", "D"),

@@ -1,0 +1,361 @@
+"""Chooses the settings of every method on validation tasks: python scripts/tune.py [--methods NAME ...] [--shots N]
+
+The rule, written before the runs, for five shots and for one apart:
+
+- A trial is a run of the accuracy experiment (configs/experiment/accuracy.yaml) with all of its meta-steps. It is
+  judged by its accuracy on TASKS validation tasks at its end; a run that diverged, by chance. What has learned nothing
+  after a third of its steps is not run to its end.
+- A method has TRIALS trials at points of a scrambled Sobol sequence, the same for all, of which it reads the settings
+  that it has; and before them one at KNOWN, with what is known to be better for it.
+- The AGAIN best are run with a second seed, and the best by the mean of both is chosen.
+- Where a number of the chosen trial is in the outer tenth of its range, the trial with that number taken to twice
+  beyond the edge (half, at the lower one) is run with both seeds, and takes its place if it is better: at most FURTHER
+  times for each number.
+
+What is done is below outputs/tuning and not done twice. Writes results/tuning.csv and configs/tuned/METHOD.yaml.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from scipy.stats import qmc
+from tqdm import tqdm
+
+from fobmaml.files import write_atomically, write_csv, write_json
+from fobmaml.measure.accuracy import score
+from fobmaml.run.allocator import keep_freed_memory
+from fobmaml.run.build import build
+from fobmaml.run.provenance import provenance
+from fobmaml.training import Diverged
+
+ROOT = Path(__file__).parents[1]
+TRIALS, AGAIN, FURTHER = 24, 6, 3
+TASKS, SEEDS = 300, (100, 101)
+CHANCE, NOTHING = 0.2, 0.3
+WAYS, QUERIES = 5, 15
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A setting that is a number, its logarithm uniform."""
+
+    low: float
+    high: float
+
+    def at(self, u: float) -> float:
+        return self.low * (self.high / self.low) ** u
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that is one of several."""
+
+    options: tuple[Any, ...]
+
+    def at(self, u: float) -> Any:
+        return self.options[int(u * len(self.options))]
+
+
+SPACE: dict[str, Range | Choice] = {
+    "optimizer": Choice(("sngdm", "adam")),
+    "sngdm.lr": Range(0.03, 1.0),
+    "adam.lr": Range(5e-4, 0.03),
+    "schedule": Choice(("cosine", "constant")),
+    "solver.steps": Range(5, 15),
+    "solver.lr": Range(0.03, 0.6),
+    "solver.batch": Choice((None, 5, 10, 20)),
+    "task_clip": Choice((None, 1.0)),
+    "adaptation.steps": Choice((1, 2, 5)),  # of a validation or test task, as a multiple of training's
+    "adaptation.lr": Choice((0.5, 1, 2)),
+    "solver.query_batch": Choice((None, 5, 10, 25)),
+    "estimator.lam": Range(0.05, 4.0),
+    "estimator.nu": Range(1e-3, 1.0),
+    "estimator.multi_step": Choice((0.0, 0.3)),
+    "estimator.learn_lr": Choice((0.0, 0.03)),
+    "estimator.second_order_from": Choice((0.0, 0.1)),
+    "authors": Choice((False, True)),
+}
+"""Every setting that is searched, for those methods that have it."""
+COMMON = (*list(SPACE)[:7], "adaptation.steps", "adaptation.lr")
+KNOWN: Settings = {
+    "optimizer": "sngdm",
+    "sngdm.lr": 0.3,
+    "adam.lr": 0.01,
+    "schedule": "cosine",
+    "solver.steps": 10.0,
+    "solver.lr": 0.1,
+    "solver.batch": None,
+    "task_clip": 1.0,
+    "adaptation.steps": 1,
+    "adaptation.lr": 1,
+    "solver.query_batch": None,
+    "estimator.lam": 0.5,
+    "estimator.nu": 0.05,
+    "estimator.multi_step": 0.3,
+    "estimator.learn_lr": 0.03,
+    "estimator.second_order_from": 0.1,
+    "authors": False,
+}
+AUTHORS: Settings = {
+    "estimator.damping": 1.0,
+    "estimator.lam_damping": 10.0,
+    "estimator.pull_back": True,
+    "eval.lam": 0.0,
+}
+"""What the code of iMAML's authors does beside the paper's formula."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """``has``: what is searched beside COMMON. ``known``: its first trial, in what that differs from KNOWN."""
+
+    estimator: str
+    has: tuple[str, ...] = ("task_clip",)
+    known: Settings | None = None
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        return (*COMMON, *self.has)
+
+
+DIFFERENCES = ("task_clip", "solver.query_batch", "estimator.lam", "estimator.nu")
+METHODS = {
+    "maml": Method("maml", (), {"optimizer": "adam"}),
+    "maml_plus": Method(
+        "maml", ("task_clip", "estimator.multi_step", "estimator.learn_lr", "estimator.second_order_from")
+    ),
+    "fomaml": Method(
+        "fomaml", ("task_clip", "estimator.multi_step"), {"optimizer": "adam", "estimator.multi_step": 0.0}
+    ),
+    "reptile": Method("reptile", ("task_clip",), {"solver.batch": 10, "solver.lr": 0.3}),
+    "imaml": Method(
+        "imaml",
+        ("task_clip", "estimator.lam", "authors"),
+        {"optimizer": "adam", "adam.lr": 0.003, "estimator.lam": 2.0, "authors": True},
+    ),
+    "forward": Method("forward", DIFFERENCES, {"estimator.nu": 0.02}),
+    "symmetric": Method("symmetric", DIFFERENCES),
+    "central4": Method("central4", DIFFERENCES),
+    "tangent": Method("tangent", DIFFERENCES[:3]),
+}
+"""The methods of the accuracy table: MAML as published first, and with its remedies."""
+
+
+def points(count: int) -> list[Settings]:
+    """KNOWN apart, the settings of ``count`` trials, of which a method reads those that it has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # 24 is no power of two, and nothing is integrated
+        found = qmc.Sobol(len(SPACE), seed=0).random(count)
+    return [{name: part.at(u) for (name, part), u in zip(SPACE.items(), point, strict=True)} for point in found]
+
+
+def overrides(method: Method, point: Settings, shots: int) -> Settings:
+    """Of a trial, the settings for the command line, groups first."""
+    given = {name: point[name] for name in method.searched}
+    steps = round(given["solver.steps"])
+    examples = WAYS * (shots + QUERIES if method.estimator == "reptile" else shots)
+
+    def batch(size: int | None, of: int) -> int | None:
+        return size if size is not None and size < of else None
+
+    found: Settings = {
+        "estimator": method.estimator,
+        "solver": "gd",
+        "optimizer": given["optimizer"],
+        "optimizer.lr": point[f"{given['optimizer']}.lr"],
+        "schedule": given["schedule"],
+        "solver.steps": steps,
+        "solver.lr": given["solver.lr"],
+        "solver.batch": batch(given["solver.batch"], examples),
+        "task_clip": given.get("task_clip"),
+        "eval.solver.steps": given["adaptation.steps"] * steps,
+        "eval.solver.lr": given["adaptation.lr"] * given["solver.lr"],
+        "eval.solver.batch": None,
+    }
+    if "solver.query_batch" in given:
+        found["solver.query_batch"] = batch(given["solver.query_batch"], WAYS * QUERIES)
+        found["eval.solver.query_batch"] = None
+    found |= {name: value for name, value in given.items() if name.startswith("estimator.")}
+    found |= AUTHORS if given.get("authors") else {}
+    return {name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in found.items()}
+
+
+def accuracy(given: Settings, experiment: str, seed: int, shorter: Sequence[str]) -> dict[str, Any]:
+    """How a run with these settings ends: validation accuracy, work, and whether it diverged."""
+    said = [f"{name}={'null' if value is None else value}" for name, value in given.items()]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        training = build(
+            compose("train", [f"experiment={experiment}", *said, f"seed={seed}", "device=cpu", "measure=[]", *shorter])
+        )
+    tasks, looked = training.fixed("validation", TASKS), False
+    try:
+        for _ in training.train():
+            if not looked and training.fraction >= 1 / 3:
+                looked = True
+                if (score(training, tasks).accuracy or 0.0) < NOTHING:
+                    break
+        found, diverged = score(training, tasks).accuracy or 0.0, False
+    except Diverged:
+        found, diverged = CHANCE, True
+    return {"accuracy": found, "diverged": diverged, "steps": training.step, "work": round(training.work.total)}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The trials of one experiment, in ``folder``."""
+
+    folder: Path
+    experiment: str
+    shots: int
+    trials: int = TRIALS
+    shorter: tuple[str, ...] = ()
+    only_read: bool = False
+
+    def run(self, name: str, number: str, point: Settings, seed: int) -> dict[str, Any]:
+        """A trial's run, which is read where it is there. Raises FileNotFoundError where it may only be read."""
+        path = self.folder / name / f"{number}-{seed}.json"
+        if not path.exists():
+            if self.only_read:
+                raise FileNotFoundError(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            given = overrides(METHODS[name], point, self.shots)
+            made_with = provenance(torch.device("cpu"))
+            who = {"estimator": name, "shots": self.shots, "trial": number, "seed": seed}
+            ended = accuracy(given, self.experiment, seed, self.shorter)
+            write_json(path, {"who": who, **ended, "settings": given, "provenance": made_with})
+        return json.loads(path.read_text())
+
+    def both(self, name: str, number: str, point: Settings) -> float:
+        return statistics.fmean(self.run(name, number, point, seed)["accuracy"] for seed in SEEDS)
+
+    def points(self, name: str) -> dict[str, Settings]:
+        first = KNOWN | (METHODS[name].known or {})
+        return {str(number): point for number, point in enumerate([first, *points(self.trials)])}
+
+    def tune(self, name: str) -> tuple[str, Settings]:
+        """The number and the settings of the chosen trial, after those that are missing were run."""
+        tried = self.points(name)
+        quiet = True if self.only_read else None  # None: on a terminal alone
+        bar = tqdm(tried.items(), f"{name}, {self.shots} shots", unit="trial", dynamic_ncols=True, disable=quiet)
+        once = {n: self.run(name, n, point, SEEDS[0])["accuracy"] for n, point in bar}
+        ranked = sorted(once, key=lambda n: (-once[n], int(n)))[:AGAIN]
+        twice = {n: self.both(name, n, tried[n]) for n in ranked}
+        best = max(ranked, key=lambda n: twice[n])
+        point, value, left = tried[best], twice[best], dict.fromkeys(SPACE, FURTHER)
+        while found := self._better(name, best, point, value, left):
+            best, point, value = found
+        return best, point
+
+    def _better(
+        self, name: str, number: str, point: Settings, value: float, left: dict[str, int]
+    ) -> tuple[str, Settings, float] | None:
+        """The first trial beyond an edge that is better than ``point``, while there are any ``left``."""
+        for setting, beyond in beyond_edges(METHODS[name], point):
+            if not left[setting]:
+                continue
+            left[setting] -= 1
+            moved, named = point | {setting: beyond}, f"{number},{setting}={beyond:.3g}"
+            if (found := self.both(name, named, moved)) > value:
+                return named, moved, found
+            left[setting] = 0
+        return None
+
+
+def beyond_edges(method: Method, point: Settings) -> Iterator[tuple[str, float]]:
+    """The numbers of ``point`` that are in the outer tenth of their ranges, or beyond, and what to try instead."""
+    unused = {"sngdm.lr", "adam.lr"} - {f"{point['optimizer']}.lr"}
+    for name in method.searched:
+        part = SPACE[name]
+        if not isinstance(part, Range) or name in unused:
+            continue
+        place = math.log(point[name] / part.low) / math.log(part.high / part.low)
+        if place < 0.1:
+            yield name, min(part.low, point[name]) / 2
+        elif place > 0.9:
+            yield name, max(part.high, point[name]) * 2
+
+
+def file_of(given: Settings, shots: int) -> str:
+    """The text of configs/tuned/METHOD.yaml."""
+    groups = {key: value for key, value in given.items() if "." not in key and key in GROUPS}
+    nested: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in groups:
+            continue
+        *path, last = key.split(".")
+        at = nested
+        for part in path:
+            at = at.setdefault(part, {})
+        at[last] = value
+    defaults = [{f"override /{group}": choice} for group, choice in groups.items()]
+    head = (
+        f"# @package _global_\n# What tuning chose for {shots} {'shots' if shots > 1 else 'shot'} (scripts/tune.py).\n"
+    )
+    return head + yaml.safe_dump({"defaults": defaults, **nested}, sort_keys=False)
+
+
+GROUPS = ("estimator", "solver", "optimizer")
+EXPERIMENTS = {5: "accuracy", 1: "accuracy_1shot"}
+
+
+def _write(text: bytes, file: BinaryIO) -> None:
+    file.write(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--shots", type=int, nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
+    parser.add_argument("--collect", action="store_true", help="run nothing, write the tables of what is there")
+    parser.add_argument("--fast", action="store_true", help="two short trials a method, below outputs/fast")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    outputs = ROOT / "outputs" / ("fast" if arguments.fast else "")
+    trials, shorter = (1, ("steps=6", "meta_batch=2", "width=4")) if arguments.fast else (TRIALS, ())
+    rows, made_with = list[dict[str, Any]](), list[Any]()
+    for shots in arguments.shots:
+        folder = outputs / "tuning" / str(shots)
+        tuning = Tuning(folder, EXPERIMENTS[shots], shots, trials, shorter, only_read=arguments.collect)
+        chosen = {}
+        for name in arguments.methods:
+            with contextlib.suppress(FileNotFoundError):
+                chosen[name] = tuning.tune(name)
+        tuned = outputs / "tuned" if arguments.fast else ROOT / "configs" / "tuned"
+        tuned.mkdir(parents=True, exist_ok=True)
+        for name, (_, point) in chosen.items():
+            text = file_of(overrides(METHODS[name], point, shots), shots).encode()
+            write_atomically(tuned / f"{name}{'_1shot' if shots == 1 else ''}.yaml", partial(_write, text))
+        runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+        rows += [
+            {
+                **{key: run["who"][key] for key in ("estimator", "shots", "trial", "seed")},
+                "chosen": str(run["who"]["trial"] == chosen.get(run["who"]["estimator"], ("",))[0]).lower(),
+                **{key: run[key] for key in ("accuracy", "steps", "work")},
+                "diverged": str(run["diverged"]).lower(),
+                "settings": " ".join(f"{key}={'null' if v is None else v}" for key, v in run["settings"].items()),
+            }
+            for run in runs
+        ]
+        made_with += [run["provenance"] for run in runs]
+    results = outputs if arguments.fast else ROOT / "results"
+    write_csv(results / "tuning.csv", rows)
+    distinct = [one for place, one in enumerate(made_with) if one not in made_with[:place]]
+    write_json(results / "tuning.json", {"command": "python scripts/tune.py", "provenance": distinct})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Tuning: what is tried, which trial is chosen, and that nothing is run twice."""
+
+import math
+
+import pytest
+import tune
+import yaml
+from hydra import compose, initialize_config_dir
+
+from fobmaml.run.build import build
+
+POINTS = tune.points(4)
+
+
+@pytest.mark.parametrize("name", tune.METHODS)
+def test_no_setting_of_a_trial_is_unknown_to_its_method(name):
+    given = tune.overrides(tune.METHODS[name], POINTS[1], 1)
+    said = [f"{key}={'null' if value is None else value}" for key, value in given.items()]
+    with initialize_config_dir(str(tune.ROOT / "configs"), version_base="1.3"):
+        training = build(compose("train", ["experiment=accuracy_1shot", *said, "width=4", "measure=[]"]))
+    assert training.adapting.solver.batch is None
+    assert training.settings.steps == 1000
+
+
+def test_all_methods_have_the_same_points():
+    one, other = (tune.overrides(tune.METHODS[name], POINTS[0], 5) for name in ("symmetric", "maml_plus"))
+    common = {
+        "optimizer",
+        "optimizer.lr",
+        "solver.steps",
+        "solver.lr",
+        "solver.batch",
+        "eval.solver.steps",
+        "task_clip",
+    }
+    assert {key: one[key] for key in common} == {key: other[key] for key in common}
+    assert tune.points(24)[:4] == POINTS
+
+
+def test_a_batch_of_all_examples_is_none():
+    for name, shots, expected in (("symmetric", 1, None), ("symmetric", 5, 10), ("reptile", 1, 10)):
+        given = tune.overrides(tune.METHODS[name], tune.KNOWN | {"solver.batch": 10}, shots)
+        assert given["solver.batch"] == expected
+
+
+def test_edges():
+    inside = tune.KNOWN | {"solver.lr": 0.15}
+    assert list(tune.beyond_edges(tune.METHODS["symmetric"], inside)) == []
+    outside = inside | {"solver.lr": 0.031, "sngdm.lr": 2.0, "adam.lr": 0.03}  # the last is not this trial's
+    assert list(tune.beyond_edges(tune.METHODS["symmetric"], outside)) == [("sngdm.lr", 4.0), ("solver.lr", 0.015)]
+
+
+def test_a_file_holds_its_settings():
+    given = tune.overrides(tune.METHODS["imaml"], tune.KNOWN | {"authors": True}, 5)
+    found = yaml.safe_load(tune.file_of(given, 5))
+    assert found.pop("defaults") == [
+        {"override /estimator": "imaml"},
+        {"override /solver": "gd"},
+        {"override /optimizer": "sngdm"},
+    ]
+    assert found["eval"] == {"solver": {"steps": 10, "lr": 0.1, "batch": None}, "lam": 0.0}
+    assert found["estimator"]["pull_back"] is True
+    assert found["task_clip"] == 1.0
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Runs whose accuracy is greatest at an inner step of 2, which is beyond the range, and worse with the second seed
+    where the batch is null."""
+    made = []
+
+    def accuracy(given, experiment, seed, shorter):
+        made.append((given["solver.lr"], seed))
+        value = (
+            1.0 - 0.1 * abs(math.log(given["solver.lr"] / 2.0)) - 0.2 * (seed == 101 and given["solver.batch"] is None)
+        )
+        return {"accuracy": value, "diverged": False, "steps": 1000, "work": 1}
+
+    monkeypatch.setattr(tune, "accuracy", accuracy)
+    return made
+
+
+def test_the_best_by_both_seeds_is_taken_beyond_the_edge_and_not_run_twice(runs, tmp_path):
+    tuning = tune.Tuning(tmp_path, "accuracy", 5)
+    number, point = tuning.tune("symmetric")
+    assert "solver.lr=" in number
+    assert point["solver.batch"] is not None
+    assert 1.0 < point["solver.lr"] < 4.0
+    assert len(runs) == len(list(tmp_path.glob("symmetric/*.json"))) > tune.TRIALS + 1 + tune.AGAIN
+    count = len(runs)
+    assert tune.Tuning(tmp_path, "accuracy", 5, only_read=True).tune("symmetric") == (number, point)
+    assert len(runs) == count
+    with pytest.raises(FileNotFoundError):
+        tune.Tuning(tmp_path, "accuracy", 5, only_read=True).tune("maml")
+    assert len(runs) == count
