@@ -157,7 +157,7 @@ def test_killed_and_stopped_jobs_end_at_once_and_continue(run_train, tmp_path):
     )
 
     for processes, steps, stop, signalled in (
-        (3, 12, os.kill, signal.SIGTERM),  # torchrun hands it to all,
+        (2, 12, os.kill, signal.SIGTERM),  # torchrun hands it to all,
         (2, 24, os.killpg, signal.SIGINT),
     ):  # as a terminal does with Ctrl-C
         job = _torchrun(tmp_path, processes, *run, "hydra.run.dir=run")

@@ -51,7 +51,7 @@ def test_modules(case):
 
 
 @pytest.mark.parametrize("case", LOSSES)
-@pytest.mark.parametrize("network", ["our mlp", "mlp", "lstm"])
+@pytest.mark.parametrize("network", ["our mlp", "mlp", "branches on data"])
 def test_losses(case, network):
     """By the engines for listed networks, for batched ones and for rows one by one."""
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from conftest import QUIET, processes_in, start_train, wait_until
 from fobmaml.run import sweeps
 
 QUICK = ("width=4", "steps=3", "eval.tasks=20", "eval.validation_tasks=10", "bias.every=0", "wandb.mode=disabled")
-SWEEP = ("-m", *QUICK, "steps=30,90", "checkpoint_every=5", "estimator=forward,symmetric")
+SWEEP = ("-m", *QUICK, "steps=20,60", "checkpoint_every=5", "estimator=forward,symmetric")
 MEASURED = ("test/accuracy", "test/loss", "val/loss", "train/loss", "memory/peak_bytes", "step", "status")
 
 
