@@ -29,7 +29,7 @@ def _filled(path: Path) -> str:
     return documentation.filled(documentation.MARKER.sub(lambda m: "" if m[1] in GENERATED else m[0], text))
 
 
-def _anchors(text: str) -> set[str]:
+def anchors(text: str) -> set[str]:
     headings = re.findall(
         r"^#+ (.*)$", re.sub(r"^(`{3,}).*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
     )
@@ -48,7 +48,7 @@ class TestPages:
             there = (path.parent / name).resolve() if name else path
             assert there.exists(), target
             if anchor:
-                assert anchor in _anchors(_filled(there)), target
+                assert anchor in anchors(_filled(there)), target
 
     def test_every_page_is_in_the_contents(self):
         listed = {DOCS / "index.md"}
