@@ -1,6 +1,5 @@
 """The pages of docs/, before a site is built of them: links, tables, names, and how blocks run."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ GENERATED = ("modules", "reference")
 ids = pytest.mark.parametrize("path", SOURCES, ids=[path.relative_to(DOCS).as_posix() for path in SOURCES])
 
 
-def _filled(path: Path) -> str:
+def filled(path: Path) -> str:
     """A page as Sphinx gets it, but for outputs of its blocks and what takes long."""
     text = path.read_text(encoding="utf-8")
     return documentation.filled(documentation.MARKER.sub(lambda m: "" if m[1] in GENERATED else m[0], text))
@@ -40,7 +39,7 @@ def anchors(text: str) -> set[str]:
 class TestPages:
     @ids
     def test_links_lead_somewhere(self, path):
-        text = re.sub(r"^(`{3,}).*?^\1$", "", _filled(path), flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(r"^(`{3,}).*?^\1$", "", filled(path), flags=re.MULTILINE | re.DOTALL)
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if re.match(r"https?:", target):
                 continue
@@ -48,7 +47,7 @@ class TestPages:
             there = (path.parent / name).resolve() if name else path
             assert there.exists(), target
             if anchor:
-                assert anchor in anchors(_filled(there)), target
+                assert anchor in anchors(filled(there)), target
 
     def test_every_page_is_in_the_contents(self):
         listed = {DOCS / "index.md"}
@@ -147,29 +146,6 @@ print(VALUE + 1)
     def test_a_block_that_fails(self, block):
         with pytest.raises(blocks.BlockFailed):
             blocks.executed(f"{block}\n")
-
-    def test_the_start_page(self, tmp_path):
-        """With less training than the site has it."""
-        text = (DOCS / "start.md").read_text()
-        for more, less in (("width=16 steps=150", "width=4 steps=4 bias.every=0"), ("range(200)", "range(60)")):
-            assert more in text
-            text = text.replace(more, less)
-        assert documentation.is_executed(text)
-        printed = [*blocks.run_blocks(text, tmp_path)]
-        assert re.search(r"meta-test accuracy +\d", printed[0])
-        losses = [float(line.split()[1]) for line in printed[-2].splitlines()]
-        assert losses[-1] < 0.7 * losses[0]
-        errors = [float(line.split()[1]) for line in printed[-1].splitlines()]
-        assert errors[0] / errors[1] == pytest.approx(100, rel=0.2)
-        assert errors[1] / errors[2] == pytest.approx(100, rel=0.2)
-        self._keys_are_listed(tmp_path / "first")
-
-    def _keys_are_listed(self, folder: Path) -> None:
-        """Every key of the run's files stands on the page that says what they are."""
-        page = _filled(DOCS / "files.md")
-        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        written = {key for event in events for key in event} | json.loads((folder / "summary.json").read_text()).keys()
-        assert not [key for key in written if f"| `{key}` |" not in page]
 
 
 LIMITS = re.compile(r"^```(?:python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -4,10 +4,13 @@ Its tests are `make test-site`: they take packages that `make test` does without
 """
 
 import fcntl
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import venv
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import ROOT
+from environments import build, elsewhere, link
+from test_docs import filled
 
 DOCS = ROOT / "docs"
 has_sphinx = pytest.mark.skipif(
@@ -123,3 +128,57 @@ class TestSite:
             tab.goto((site / "search.html").as_uri() + "?q=truncation")
             tab.wait_for_selector("#search-results li a")
             assert any("method" in link.get_attribute("href") for link in tab.locator("#search-results li a").all())
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> Path:
+    """The Python of an environment with the wheel and what it needs, and nothing of the repository."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder)
+    wheel, _ = build(tmp_path_factory.mktemp("built"))
+    link(folder, wheel, "run")
+    return folder / "bin" / "python"
+
+
+RUN = "import json, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from blocks import run_blocks"
+PRINT = "print(json.dumps([*run_blocks(Path(sys.argv[2]).read_text(), Path.cwd())]))"
+
+
+def test_a_reader_who_copies_each_block_ends_with_a_prediction(fresh, tmp_path):
+    """Of the start page and of the one on own images, one after the other in one empty folder."""
+    scripts, folder = tmp_path / "scripts", tmp_path / "folder"
+    scripts.mkdir()
+    folder.mkdir()
+    shutil.copy(ROOT / "scripts" / "documentation_blocks.py", scripts / "blocks.py")
+    printed = []
+    for page in ("start.md", "tutorials/own_images.md"):
+        done = subprocess.run(
+            [fresh, "-c", f"{RUN}\n{PRINT}", scripts, DOCS / page],
+            cwd=folder,
+            env=elsewhere(tmp_path),
+            text=True,
+            capture_output=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(json.loads(done.stdout))
+    (trained, _, losses, errors), (*_, last) = printed
+    assert re.search(r"meta-test accuracy +\d", trained)
+    losses = [float(line.split()[1]) for line in losses.splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+    errors = [float(line.split()[1]) for line in errors.splitlines()]
+    assert errors[0] / errors[1] == pytest.approx(100, rel=0.2)
+    assert errors[1] / errors[2] == pytest.approx(100, rel=0.2)
+    right = [int(percent) for percent in re.findall(r"(\d+)% of 12 right", last)]
+    assert len(right) == 3
+    assert sum(right) / 3 > 50  # guessing gets 33
+    assert len([*folder.glob("*/checkpoint.pt")]) == 2
+    _keys_are_listed(folder / "first")
+
+
+def _keys_are_listed(folder: Path) -> None:
+    """Every key of the run's files stands on the page that says what they are."""
+    page = filled(DOCS / "files.md")
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    written = {key for event in events for key in event} | json.loads((folder / "summary.json").read_text()).keys()
+    assert not [key for key in written if f"| `{key}` |" not in page]
