@@ -63,7 +63,7 @@ def test_make_targets_exist():
 def test_environment_installs_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert "python=3.11" in environment["dependencies"]
-    packages = ["--constraint constraints.txt", "--editable .[dev,sweeps,explorer]"]
+    packages = ["--constraint constraints.txt", "--editable .[dev,docs,sweeps,explorer]"]
     assert environment["dependencies"][-1] == {"pip": packages}
 
 
