@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup train test test-all lint figures reproduce verify bench race explorer docs clean
+.PHONY: help setup train test test-site test-all lint figures reproduce verify bench race explorer docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,10 +29,13 @@ train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS
 WORKERS = $(shell $(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 4))')
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test: setup .venv/sweeps .venv/explorer .venv/docs .venv/chromium ## run the tests; with SLOW=1 those that take minutes too
-	@$(PYTEST) -m "not nightly$(if $(SLOW),, and not slow)" $(ARGS)
+test: setup .venv/sweeps ## run the tests; with SLOW=1 those that take minutes too
+	@$(PYTEST) -m "not site and not nightly$(if $(SLOW),, and not slow)" $(ARGS)
 
-test-all: setup .venv/sweeps .venv/explorer .venv/docs .venv/chromium ## run all tests, the long forms of every night too
+test-site: setup .venv/sweeps .venv/docs .venv/explorer .venv/chromium ## build the site, run its tutorials and open every page in a browser
+	@$(PYTEST) -m "site and not nightly" $(ARGS)
+
+test-all: setup .venv/sweeps .venv/docs .venv/explorer .venv/chromium ## run all tests, the long forms of every night too
 	@$(PYTEST) $(ARGS)
 
 lint: setup ## check style and types

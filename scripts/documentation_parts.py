@@ -53,7 +53,7 @@ def include(name: str) -> str:
 
 
 def table(name: str) -> str:
-    """One of the README's, from results/. Raises Missing."""
+    """One of those of scripts/tables.py, from results/. Raises Missing."""
     return tables.TABLES[name](RESULTS)
 
 

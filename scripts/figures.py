@@ -1,7 +1,7 @@
-"""Draws every figure and writes the tables of the READMEs: python scripts/figures.py [FOLDER]
+"""Draws every figure and writes the tables of the READMEs and of docs/: python scripts/figures.py [FOLDER]
 
 FOLDER: where the tables are, by default results/; figures go to FOLDER/figures, what the tables say of each claim to
-FOLDER/README.md, and from results/ the tables of this project's README to their places there.
+FOLDER/README.md, and from results/ the tables of this project's README and of docs/ to their places there.
 """
 
 import importlib

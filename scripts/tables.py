@@ -1,7 +1,12 @@
-"""Writes the README's tables from results/: python scripts/tables.py (--check: only says whether they are)."""
+"""Writes tables of the README and of docs/ from results/: python scripts/tables.py (--check: only says if they are).
+
+They stand between ``<!-- table:NAME -->`` and ``<!-- end -->``, so that who reads the files alone sees them, too.
+"""
 
 import json
 import math
+import os
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -13,7 +18,9 @@ from statistics_of_runs import interval
 from fobmaml.files import read_csv, write_atomically
 from fobmaml.run.plotting import METHODS, method
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "data.md")
+MARK = re.compile(r"<!-- table:(\w+) -->\n.*?<!-- end -->", re.DOTALL)
 CHANCE = 20.0
 """Per cent, of five classes."""
 PRODUCT = "matrix product"
@@ -199,27 +206,30 @@ def conv4(folder: Path) -> str:
 TABLES = {"accuracy": accuracy, "race": race, "speed": speed, "gpu": gpu, "novel": novel, "conv4": conv4}
 
 
-def page(folder: Path) -> str:
-    """The README with its tables as they are in ``folder``."""
-    text = README.read_text()
-    for name, table in TABLES.items():
-        begin, end = f"<!-- table:{name} -->\n", "<!-- end -->"
-        before, rest = text.split(begin)
-        text = before + begin + table(folder) + "\n" + end + rest.split(end, 1)[1]
-    return text
+def pages(folder: Path) -> dict[Path, str]:
+    """Files that have tables between marks, with their tables as they are in ``folder``."""
+    return {path: MARK.sub(lambda found: _marked(found[1], folder), path.read_text("utf-8")) for path in FILES}
+
+
+def _marked(name: str, folder: Path) -> str:
+    return f"<!-- table:{name} -->\n{TABLES[name](folder)}\n<!-- end -->"
 
 
 def write(folder: Path) -> None:
-    text = page(folder)
-    write_atomically(README, lambda file: file.write(text.encode()))
+    for path, text in pages(folder).items():
+        _replace(path, text.encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))
 
 
 def main() -> None:
     try:
         if "--check" not in sys.argv:
             write(RESULTS)
-        elif page(RESULTS) != README.read_text():
-            sys.exit("error: README.md differs from results/: make figures")
+        elif wrong := [path for path, text in pages(RESULTS).items() if text != path.read_text("utf-8")]:
+            sys.exit(f"error: {', '.join(map(os.path.relpath, wrong))} differs from results/: make figures")
     except Missing as missing:
         sys.exit(f"error: {missing}")
 

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import explorer_data as built
 import pytest
 import torch
 from conftest import ROOT
@@ -19,12 +21,6 @@ from fobmaml.estimators import Central, Exact, Forward, Symmetric
 from fobmaml.files import read_csv
 from fobmaml.run.plotting import METHODS
 from fobmaml.solvers import Inexact, InnerProblem, NewtonCG
-
-explorer = pytest.importorskip("explorer", reason="the packages of `make explorer` are not installed")
-import explorer_data as built  # noqa: E402
-
-in_browser = pytest.mark.skipif(explorer.chromium() is None, reason="there is no Chromium: apt-get install chromium")
-
 
 FULL = (built.NODES, built.FINE_NUS)
 
@@ -42,7 +38,15 @@ def size(request) -> tuple[int, tuple[float, ...]]:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, size) -> Path:
+def explorer() -> ModuleType:
+    found = pytest.importorskip("explorer", reason="the packages of `make explorer` are not installed")
+    if found.chromium() is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, explorer, size) -> Path:
     """Built once for all processes of the test run."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", tmp_path_factory.getbasetemp().name)
     path = tmp_path_factory.getbasetemp().parent / f"explorer-{run}-{size[0]}.html"
@@ -115,7 +119,7 @@ class Tab:
 
 
 @pytest.fixture(scope="module")
-def started(page) -> Iterator:
+def started(page, explorer) -> Iterator:
     with explorer.browser() as browser:
         yield browser
 
@@ -166,8 +170,7 @@ def test_methods_look_as_in_the_figures():
     }
 
 
-@pytest.mark.slow
-@in_browser
+@pytest.mark.site
 class TestPage:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", [390, 1280])
@@ -345,7 +348,7 @@ class TestPage:
             )
         )
 
-    def test_pictures_and_times_are_taken(self, page, size, tmp_path):
+    def test_pictures_and_times_are_taken(self, page, explorer, size, tmp_path):
         (tmp_path / "figures").mkdir()
         call = (
             f"import pathlib, explorer; explorer.MOVES = {explorer.MOVES if size == FULL else 2}; "

@@ -8,13 +8,11 @@ import sys
 import tarfile
 import venv
 import zipfile
-from collections.abc import Iterator
-from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from packaging.requirements import Requirement
+from environments import build, elsewhere, files, install, link
 
 EXTRA = ("hydra", "omegaconf", "wandb", "matplotlib", "mnist1d", "filelock", "tqdm", "yaml")
 """What comes with ``fobmaml[run]``."""
@@ -63,112 +61,34 @@ def test_the_library_alone(tmp_path):
     assert re.fullmatch(r"error: \w+ is not installed: pip install 'fobmaml\[run\]'\n", done.stderr), done.stderr
 
 
-def _files() -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=True,
-    )
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """A folder with a wheel, made from a source distribution of what a clone has."""
-    clone, folder = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("built")
-    for name in _files():
-        (clone / name).parent.mkdir(parents=True, exist_ok=True)
-        (clone / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "sdist", f"--dist-dir={folder}"],
-        cwd=clone,
-        check=True,
-        capture_output=True,
-    )
-    (source,) = folder.glob("*.tar.gz")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "--wheel-dir",
-            folder,
-            source,
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return folder
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    return build(tmp_path_factory.mktemp("built"))
 
 
 @pytest.fixture(scope="module", params=["linked", pytest.param("pip", marks=pytest.mark.nightly)])
 def installed(request, built, tmp_path_factory) -> Path:
     """The programs of an empty environment in which the wheel is, with what it says it needs and no more: by pip, or,
     in a tenth of the time, as links to the packages beside this Python."""
-    install = {"pip": _install, "linked": _link}[request.param]
+    put = {"pip": install, "linked": link}[request.param]
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=request.param == "pip")
-    (wheel,) = built.glob("*.whl")
-    install(folder, wheel, "")
-    _assert_only_the_library([str(folder / "bin" / "python"), "-c"], folder, _elsewhere(folder))
-    done = subprocess.run([folder / "bin" / "fobmaml"], text=True, capture_output=True, env=_elsewhere(folder))
+    wheel, _ = built
+    put(folder, wheel, "")
+    _assert_only_the_library([str(folder / "bin" / "python"), "-c"], folder, elsewhere(folder))
+    done = subprocess.run([folder / "bin" / "fobmaml"], text=True, capture_output=True, env=elsewhere(folder))
     assert re.fullmatch(r"error: \w+ is not installed: pip install 'fobmaml\[run\]'\n", done.stderr), done.stderr
-    install(folder, wheel, "run")
+    put(folder, wheel, "run")
     return folder / "bin"
-
-
-def _pip(environment: Path, *arguments: object) -> None:
-    command = [sys.executable, "-m", "pip", "--python", environment / "bin" / "python", *arguments]
-    done = subprocess.run(command, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-
-
-def _install(environment: Path, wheel: Path, extra: str) -> None:
-    what = f"{wheel}[{extra}]" if extra else wheel
-    _pip(environment, "install", "--quiet", "--no-compile", "--constraint", ROOT / "constraints.txt", what)
-
-
-def _link(environment: Path, wheel: Path, extra: str) -> None:
-    _pip(environment, "install", "--quiet", "--no-deps", "--no-index", wheel)
-    (site,) = environment.glob("lib/*/site-packages")
-    (own,) = distributions(name="fobmaml", path=[str(site)])
-    waiting, seen = [*_needs(own, extra)], {("fobmaml", "")}
-    while waiting:
-        requirement = waiting.pop()
-        found = distribution(requirement.name)
-        assert requirement.specifier.contains(found.version, prereleases=True), f"{requirement}: {found.version}"
-        for name in {"", *requirement.extras} - {name for key, name in seen if key == requirement.name}:
-            seen.add((requirement.name, name))
-            waiting += _needs(found, name)
-        for entry in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
-            if not (site / entry).exists():
-                (site / entry).symlink_to(found.locate_file(entry))
-
-
-def _needs(found: Distribution, extra: str) -> Iterator[Requirement]:
-    for requirement in map(Requirement, found.requires or ()):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-            yield requirement
-
-
-def _elsewhere(cache: Path) -> dict[str, str]:
-    """No way back to the repository, and no arrays of earlier runs."""
-    return {**{key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, "XDG_CACHE_HOME": str(cache)}
 
 
 @pytest.mark.slow
 def test_a_wheel_has_everything(built):
-    (wheel,), (source,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    wheel, source = built
     held = set(zipfile.ZipFile(wheel).namelist())
-    settings = {name for name in _files() if name.startswith("configs/")}
+    settings = {name for name in files() if name.startswith("configs/")}
     assert {f"fobmaml/{name}" for name in settings} == {name for name in held if name.startswith("fobmaml/configs/")}
-    modules = {name.removeprefix("src/") for name in _files() if name.startswith("src/") and name.endswith(".py")}
+    modules = {name.removeprefix("src/") for name in files() if name.startswith("src/") and name.endswith(".py")}
     assert modules == {name for name in held if name.endswith(".py")}
     with tarfile.open(source) as archive:
         assert {f"{source.name.removesuffix('.tar.gz')}/{name}" for name in settings} <= set(archive.getnames())
@@ -180,7 +100,7 @@ def test_an_installed_program_trains_resumes_and_sweeps_far_from_the_repository(
         done = subprocess.run(
             [installed / "fobmaml", *arguments, *QUICK],
             cwd=tmp_path,
-            env=_elsewhere(tmp_path),
+            env=elsewhere(tmp_path),
             text=True,
             capture_output=True,
             timeout=300,
@@ -229,7 +149,7 @@ def test_the_version_is_said_once(installed):
         text=True,
         capture_output=True,
         cwd=installed,
-        env=_elsewhere(installed),
+        env=elsewhere(installed),
         check=True,
     ).stdout.split()
     assert said[0] == said[1]

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands, and its tables are the results."""
+"""What the README shows runs as it stands, and its tables, and those of docs/, are the results."""
 
 import re
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 import tables
 import yaml
 from conftest import ROOT
+from test_docs import anchors
 from test_scripts import same_text
 
 README = (ROOT / "README.md").read_text()
@@ -15,7 +16,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_library_example():
-    (example,) = (each for each in EXAMPLES if "optimizer.step()" in each)
+    (example,) = EXAMPLES
     assert len(example.strip().splitlines()) < 30
     done = subprocess.run(
         [sys.executable, "-c", "import torch; torch.manual_seed(0)\n" + example],
@@ -29,20 +30,13 @@ def test_library_example():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("example", [each for each in EXAMPLES if "load_run" in each])
-def test_example_of_use(run_train, tmp_path, example):
-    (folder,) = re.findall(r"load_run\(\"(.*?)\"", example)
-    quick = ("width=4", "steps=2", "eval.tasks=0", "eval.validation_tasks=0", "bias.every=0", "wandb.mode=disabled")
-    assert run_train(*quick, f"hydra.run.dir={folder}").returncode == 0
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
-def test_example_of_data():
-    (example,) = (each for each in EXAMPLES if "FewShot" in each)
-    sampled = "print(source.sample('test', 2, torch.Generator()).query_x.shape)"
-    done = subprocess.run([sys.executable, "-c", example + sampled], text=True, capture_output=True, timeout=120)
-    assert done.stdout == "torch.Size([2, 50, 28, 28])\n", done.stderr
+def test_a_first_visit_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) < 120
+    for target in re.findall(r"\]\(([^)\s]+)\)", README):
+        name, _, anchor = target.partition("#")
+        if not name.startswith("https:"):
+            assert (ROOT / name).exists(), target
+            assert not anchor or anchor in anchors((ROOT / name).read_text()), target
 
 
 def test_make_targets_exist():
@@ -51,6 +45,7 @@ def test_make_targets_exist():
         "setup",
         "train",
         "test",
+        "test-site",
         "test-all",
         "lint",
         "figures",
@@ -68,9 +63,15 @@ def test_make_targets_exist():
 def test_environment_installs_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert "python=3.11" in environment["dependencies"]
-    packages = ["--constraint constraints.txt", "--editable .[dev,sweeps,explorer]"]
+    packages = ["--constraint constraints.txt", "--editable .[dev,docs,sweeps,explorer]"]
     assert environment["dependencies"][-1] == {"pip": packages}
 
 
-def test_tables_are_the_results():
-    assert same_text(tables.page(ROOT / "results"), README)
+@pytest.mark.parametrize("path", tables.FILES, ids=lambda path: path.name)
+def test_tables_are_the_results(path):
+    assert same_text(tables.pages(ROOT / "results")[path], path.read_text())
+
+
+def test_each_table_stands_once():
+    shown = [name for path in tables.FILES for name in tables.MARK.findall(path.read_text())]
+    assert sorted(shown) == sorted(tables.TABLES)

@@ -250,14 +250,15 @@ def test_the_page_that_sums_up_is_checked(tmp_path, monkeypatch):
         summary.main()
 
 
-def test_the_tables_of_the_readme_are_of_a_folder(tmp_path):
+def test_the_tables_of_pages_are_of_a_folder(tmp_path):
     for table in ("accuracy", "race", "bench", "bench_gpu", "novel_classes", "novel_omniglot", "bench_conv4"):
         for suffix in ("csv", "json"):
             shutil.copy(RESULTS / f"{table}.{suffix}", tmp_path)
-    assert tables.page(tmp_path) == tables.page(RESULTS)
+    assert tables.pages(tmp_path) == tables.pages(RESULTS)
     rows = read_csv(tmp_path / "accuracy.csv")
     write_csv(tmp_path / "accuracy.csv", [row for row in rows if row["estimator"] != "reptile"])
-    fewer = [line for line in tables.page(RESULTS).splitlines() if line not in tables.page(tmp_path).splitlines()]
+    shown, without = (tables.pages(folder)[tables.FILES[0]].splitlines() for folder in (RESULTS, tmp_path))
+    fewer = [line for line in shown if line not in without]
     assert [line.split(" |")[0] for line in fewer] == ["| Reptile"]
 
 

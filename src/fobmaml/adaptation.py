@@ -65,6 +65,11 @@ def adapt(
     ``model``, which comes back as it was, and is the caller's own: to call, train, save or export. Cost: the solver's K
     gradients of S examples.
     Raises ValueError for a bad argument.
+
+    >>> x, y = torch.tensor([[1.0]]), torch.tensor([[1.0]])
+    >>> network = fobmaml.adapt(model, fobmaml.solvers.GradientDescent(steps=1, lr=0.1), loss_fn, x, y)
+    >>> network(x).item(), model(x).item()
+    (0.2..., 0.0)
     """
     return adapt_tasks(model, solver, loss_fn, one_task("x", x), one_task("y", y), lam, None, engine, adapt)[0]
 
@@ -83,6 +88,11 @@ def adapt_tasks(
     """``adapt`` to many tasks at once: ``x``, ``y`` [T, S, ...].
 
     ``task_chunk``: as in ``meta_gradient``. Memory: T rows of P parameters, and the work of one chunk.
+
+    >>> x, y = torch.ones(3, 1, 1), torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+    >>> networks = fobmaml.adapt_tasks(model, solver, loss_fn, x, y)
+    >>> networks(x).flatten()
+    tensor([1.0000, 2.0000, 3.0000])
     """
     if not isinstance(solver, Solver):
         raise refuse("solver", type(solver).__name__, "a fobmaml.solvers.Solver")

@@ -43,6 +43,11 @@ class SNGDM(_WholeVectorOptimizer):
     ‖m‖ is the norm over all parameters of all groups, so that with one learning rate every step has length lr. A zero
     m makes no step. Reference: Chayti & Jaggi, arXiv:2409.03682; Cutkosky & Mehta 2020, arXiv:2002.03305.
     Raises ValueError unless lr > 0 (a schedule may set it to 0 later) and 0 ≤ beta < 1.
+
+    >>> model.weight.grad = torch.tensor([[-3.0]])
+    >>> fobmaml.optim.SNGDM(model.parameters(), lr=0.25).step()
+    >>> model.weight.data
+    tensor([[0.2500]])
     """
 
     def __init__(self, params: ParamsT, lr: float = 0.3, beta: float = 0.9):
@@ -68,6 +73,11 @@ class ClippedSGD(_WholeVectorOptimizer):
 
     ‖g‖ is the norm over all parameters of all groups. Reference: Zhang, He, Sra & Jadbabaie 2020, arXiv:1905.11881.
     Raises ValueError unless lr > 0, max_norm > 0 and 0 ≤ momentum < 1.
+
+    >>> model.weight.grad = torch.tensor([[-3.0]])
+    >>> fobmaml.optim.ClippedSGD(model.parameters(), lr=0.1, max_norm=0.5).step()
+    >>> model.weight.data
+    tensor([[0.0500]])
     """
 
     def __init__(self, params: ParamsT, lr: float = 0.1, max_norm: float = 0.05, momentum: float = 0.9):

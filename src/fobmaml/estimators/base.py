@@ -314,6 +314,10 @@ def meta_gradient(
 
     Raises ValueError, naming the argument, for a model with running batch statistics or active dropout, a loss that is
     not one number, labels without an output, and tasks of another device.
+
+    >>> estimator = fobmaml.estimators.Symmetric(solver, lam=2.0, nu=0.1)
+    >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).query_loss
+    tensor([2.2500])
     """
     if not isinstance(estimator, Estimator):
         raise refuse("estimator", type(estimator).__name__, "one of fobmaml.estimators")

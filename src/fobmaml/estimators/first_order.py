@@ -21,6 +21,10 @@ class FOMAML(Estimator):
     Reference: Finn, Abbeel & Levine 2017, arXiv:1703.03400, section 5.2; multi-step: Antoniou, Edwards & Storkey 2019,
     arXiv:1810.09502, section 4. Raises ValueError for a ``multi_step`` below 0, and for one after a solver that is no
     ``Descent``.
+
+    >>> estimator = fobmaml.estimators.FOMAML(solver, lam=2.0)
+    >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).gradient
+    {'weight': tensor([[-3.]])}
     """
 
     needs_proximal_term = False
@@ -57,6 +61,10 @@ class Reptile(Estimator):
     Not a gradient in scale (it grows with the inner learning rate and steps); its direction is what is compared.
     Cost: K gradients a task, of a batch each. Memory: one gradient of the tasks solved at once.
     Reference: Nichol, Achiam & Schulman 2018, arXiv:1803.02999, algorithm 2 and sections 5.1, 6.3.
+
+    >>> estimator = fobmaml.estimators.Reptile(solver, lam=2.0, data="support")
+    >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).gradient
+    {'weight': tensor([[-0.5000]])}
     """
 
     needs_proximal_term = False

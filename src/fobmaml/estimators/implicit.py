@@ -45,6 +45,10 @@ class IMAML(Estimator):
     their code, github.com/aravindr93/imaml_dev.
     Raises ValueError unless λ > 0, cg_steps ≥ 1, cg_tol, damping and lam_damping ≥ 0, and for a pull-back after a
     solver without one ``lr``.
+
+    >>> estimator = fobmaml.estimators.IMAML(solver, lam=2.0)
+    >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).gradient
+    {'weight': tensor([[-1.5000]])}
     """
 
     differentiates_solution = True
@@ -116,6 +120,10 @@ class Exact(IMAML):
     Hessian-vector products a task for the linear solve. Reference: iMAML, lemma 1.
 
     Raises NotConverged, naming tasks and residuals, where the tolerance was not met or the point is not a minimiser.
+
+    >>> estimator = fobmaml.estimators.Exact(fobmaml.solvers.NewtonCG(), lam=2.0)
+    >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).gradient
+    {'weight': tensor([[-1.5000]])}
     """
 
     def __init__(self, solver: Solver, lam: float = 2.0, tol: float = 1e-8, cg_steps: int = 5000):

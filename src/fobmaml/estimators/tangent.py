@@ -42,6 +42,10 @@ class Tangent(Estimator):
 
     Memory is flat in K. Reference: Chayti & Jaggi, arXiv:2409.03682, whose symmetric estimator has this limit.
     Raises ValueError unless λ > 0, and for a solver other than gradient descent, whose steps are linear in gradients.
+
+    >>> estimator = fobmaml.estimators.Tangent(solver, lam=2.0)
+    >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).gradient
+    {'weight': tensor([[-1.5000]])}
     """
 
     def __init__(self, solver: Solver, lam: float = 0.5, way: str = "auto"):

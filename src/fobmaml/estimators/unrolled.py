@@ -36,6 +36,10 @@ class MAML(Estimator):
     Reference: Finn, Abbeel & Levine 2017, arXiv:1703.03400, equation (1); λ > 0 adds the proximal term to its inner
     problem. Antoniou, Edwards & Storkey 2019, arXiv:1810.09502, section 4. Raises ValueError for a solver that cannot
     be differentiated through, for the three settings one that is no ``Descent``, and for one below 0.
+
+    >>> estimator = fobmaml.estimators.MAML(solver, lam=2.0)
+    >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).gradient
+    {'weight': tensor([[-1.5000]])}
     """
 
     needs_proximal_term = False

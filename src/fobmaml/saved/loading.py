@@ -124,6 +124,11 @@ def load_run(
     ``input_shape`` and ``outputs``, and its ``loss_fn`` adapts. ``device``: where the network is to be. Needs torch and
     numpy, and what the data set needs.
     Raises CheckpointError for a folder without a whole checkpoint, ValueError for settings that cannot be taken.
+
+    >>> run = fobmaml.load_run("outputs/first")  # of MNIST-1D
+    >>> network = run.adapt(torch.randn(25, 40), torch.arange(25) % 5)
+    >>> run.predict(network, torch.randn(3, 40)).shape
+    torch.Size([3])
     """
     try:
         where = torch.device(device)

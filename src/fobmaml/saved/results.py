@@ -33,6 +33,9 @@ def read_runs(folder: str | PathLike[str], frame: bool = False) -> Any:
     of summary.json (``test/accuracy``, ``seconds``, ...), None where there is none.
 
     ``frame``: as a pandas.DataFrame; pandas is not among what fobmaml needs. Raises ValueError for what is no folder.
+
+    >>> [(row["folder"], row["status"], row["solver.lr"]) for row in fobmaml.read_runs("outputs")]
+    [('first', 'completed', 0.1)]
     """
     root = Path(folder)
     if not root.is_dir():

@@ -17,6 +17,9 @@ class Adam(Descent):
     before). Where a gradient is tiny a step is not, so that differences of solutions are rough: for Reptile and MAML
     rather than for finite differences. Reference: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
     Raises ValueError as ``Descent`` does, and unless 0 ≤ β₁, β₂ < 1 and ε > 0.
+
+    >>> fobmaml.solvers.Adam(steps=1, lr=0.1).solve(problem).phi
+    tensor([[0.1000]])
     """
 
     def __init__(

@@ -18,6 +18,9 @@ class BarzilaiBorwein(Iterative):
     The step lengths make the solution a rough function of the problem: use it to convergence, or finite differences
     measure the solver. Cost: a gradient a step and row, and one at θ; memory: flat.
     Raises ValueError unless steps ≥ 1, lr > 0 and tol ≥ 0.
+
+    >>> fobmaml.solvers.BarzilaiBorwein(tol=1e-6).solve(problem).phi
+    tensor([[0.5000]])
     """
 
     monotone = False

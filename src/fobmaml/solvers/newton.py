@@ -20,6 +20,9 @@ class NewtonCG(Iterative):
     length rules do not. Cost: as many Hessian-vector products as that takes, at most ``steps`` × ``cg_steps`` a row.
     Memory: one twice-differentiable gradient, flat in steps.
     Raises ValueError unless steps ≥ 1, cg_steps ≥ 1 and tol ≥ 0.
+
+    >>> fobmaml.solvers.NewtonCG().solve(problem).phi
+    tensor([[0.5000]])
     """
 
     def __init__(self, steps: int = 100, tol: float = 1e-8, cg_steps: int = 250):
@@ -62,6 +65,9 @@ class Inexact(NewtonCG):
     common, which is the theory's case; a real solver's errors partly cancel. The directions come from a generator
     that ``seed`` starts, so that no two solves share one. Cost: that of ``NewtonCG``, whose ``tol`` must be far below
     λ · ``delta``. Raises ValueError unless delta ≥ 0.
+
+    >>> abs(fobmaml.solvers.Inexact(delta=0.1).solve(problem).phi - 0.5)
+    tensor([[0.1000]])
     """
 
     def __init__(self, delta: float = 1e-3, seed: int = 0, steps: int = 100, tol: float = 1e-13, cg_steps: int = 250):

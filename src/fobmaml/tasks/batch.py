@@ -24,6 +24,10 @@ class TaskBatch:
     [T], integers: a task's own decides what a solver draws of it that takes batches. ``support_mask`` [T, S],
     ``query_mask`` [T, Q]: of tasks with unequal numbers of examples, which there are; the others only fill the tensors
     up (``padded``), and count in no loss and no metric. Raises ValueError if the tensors do not belong together.
+
+    >>> x, y = torch.randn(3, 20, 2), torch.randn(3, 20, 1)
+    >>> len(fobmaml.TaskBatch(x[:, :5], y[:, :5], x[:, 5:], y[:, 5:]))
+    3
     """
 
     support_x: Tensor

@@ -52,6 +52,11 @@ class FewShot:
     Cost: gathers of the drawn examples, and one random number for each example of the classes drawn.
     Raises ValueError for examples and labels that do not belong together, and for a split with too few classes or
     too few examples of a class.
+
+    >>> x, y = torch.randn(1000, 28, 28), torch.arange(1000) % 40
+    >>> source = fobmaml.tasks.FewShot(x, y, ways=5, shots=5, queries=10)
+    >>> source.sample("test", 2, torch.Generator().manual_seed(0)).query_x.shape
+    torch.Size([2, 50, 28, 28])
     """
 
     classification = True
