@@ -21,9 +21,8 @@ from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks import MNIST1D, Logistic
 
 ROOT = Path(__file__).parents[1]
-READ_BY_A_RUN = {"HYDRA_FULL_ERROR", "ID", "TASKS", "NU", "FIXED"} | {
-    f"WANDB_{name}" for name in "MODE DISABLED PROJECT ENTITY NAME RUN_GROUP TAGS NOTES RUN_ID API_KEY BASE_URL".split()
-}
+OF_WANDB = ("MODE", "DISABLED", "PROJECT", "ENTITY", "NAME", "RUN_GROUP", "TAGS", "NOTES", "RUN_ID", "API_KEY", "BASE_URL")
+READ_BY_A_RUN = {"HYDRA_FULL_ERROR", "ID", "TASKS", "NU", "FIXED", *(f"WANDB_{name}" for name in OF_WANDB)}
 """Variables of the environment that are read by a run, and not by an import."""
 
 torch.set_num_threads(1)  # the problems are small, and threads cost more than they give
@@ -61,8 +60,8 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture
 def run_train(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command line as a user would, in a folder of the test's own: run_train("steps=3", ...). With ``env`` that
-    may change what an import does, by a Python of its own."""
+    """Runs the command line as a user would, in a folder of the test's own: run_train("steps=3", ...). With an ``env``
+    that may change what an import does, by a Python of its own."""
 
     def call(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "train.py"), *overrides]
