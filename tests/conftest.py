@@ -21,7 +21,19 @@ from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks import MNIST1D, Logistic
 
 ROOT = Path(__file__).parents[1]
-OF_WANDB = ("MODE", "DISABLED", "PROJECT", "ENTITY", "NAME", "RUN_GROUP", "TAGS", "NOTES", "RUN_ID", "API_KEY", "BASE_URL")
+OF_WANDB = (
+    "MODE",
+    "DISABLED",
+    "PROJECT",
+    "ENTITY",
+    "NAME",
+    "RUN_GROUP",
+    "TAGS",
+    "NOTES",
+    "RUN_ID",
+    "API_KEY",
+    "BASE_URL",
+)
 READ_BY_A_RUN = {"HYDRA_FULL_ERROR", "ID", "TASKS", "NU", "FIXED", *(f"WANDB_{name}" for name in OF_WANDB)}
 """Variables of the environment that are read by a run, and not by an import."""
 
