@@ -44,6 +44,7 @@ QUICK = {
     "log_every": 10,
     "checkpoint_every": 100,
     "fixed_tasks": False,
+    "prefetch": False,
 }
 MEASURED = {
     "test": (MetaTest, {"tasks": 8}),
@@ -474,6 +475,7 @@ def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
         ("checkpoint_every", 0),
         ("memory_limit_mb", 0),
         ("fixed_tasks", 1),
+        ("prefetch", 1),
         ("engine", "fast"),
     ],
 )
