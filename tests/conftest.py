@@ -34,7 +34,15 @@ OF_WANDB = (
     "API_KEY",
     "BASE_URL",
 )
-READ_BY_A_RUN = {"HYDRA_FULL_ERROR", "ID", "TASKS", "NU", "FIXED", *(f"WANDB_{name}" for name in OF_WANDB)}
+READ_BY_A_RUN = {
+    "HYDRA_FULL_ERROR",
+    "PYTHONPATH",
+    "ID",
+    "TASKS",
+    "NU",
+    "FIXED",
+    *(f"WANDB_{name}" for name in OF_WANDB),
+}
 """Variables of the environment that are read by a run, and not by an import."""
 
 torch.set_num_threads(1)  # the problems are small, and threads cost more than they give

@@ -375,7 +375,7 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path):
     assert "    dir: outputs/${now:" in (ROOT / "configs" / "train.yaml").read_text()  # the default is of that kind
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "koi8-r:strict", "utf-8"])
+@pytest.mark.parametrize("encoding", [pytest.param("ascii", marks=pytest.mark.nightly), "koi8-r:strict", "utf-8"])
 def test_output_in_any_encoding(run_train, encoding):
     done = run_train(*QUICK, "bias.every=0", "wandb.mode=disabled", env={"PYTHONIOENCODING": encoding})
     assert done.returncode == 0, done.stderr
@@ -777,7 +777,7 @@ def test_wandb_without_a_place_to_write(run_train, tmp_path):
     assert _summary(tmp_path / "run")["status"] == "completed"
 
 
-@pytest.mark.parametrize("wandb", ["disabled", "offline"])
+@pytest.mark.parametrize("wandb", [pytest.param("disabled", marks=pytest.mark.nightly), "offline"])
 def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, tmp_path, wandb):
     disk = tmp_path / "disk"
     disk.mkdir()

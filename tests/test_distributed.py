@@ -119,7 +119,11 @@ def test_batches_and_stages_are_those_of_a_single_process_and_go_on(run_train, t
     [
         (("meta_batch=1",), "error: meta_batch=1: takes at least 2, a task for each process"),
         (("nothing=2",), "error: nothing: there is no such setting .*"),
-        (("seed=${oc.env:NOT_SET}",), "error: .*Environment variable 'NOT_SET' not found.*seed"),
+        pytest.param(
+            ("seed=${oc.env:NOT_SET}",),
+            "error: .*Environment variable 'NOT_SET' not found.*seed",
+            marks=pytest.mark.nightly,
+        ),
         (("-m", "seed=0,1"), "error: --multirun: takes one process, .*"),
     ],
 )

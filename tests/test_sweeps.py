@@ -50,7 +50,7 @@ def test_failed_jobs_are_listed_and_the_rest_is_kept(run_train, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.nightly), "joblib"])
 def test_failed_jobs_are_listed_wherever_they_work(run_train, tmp_path, launcher):
     done = run_train(
         "-m",
