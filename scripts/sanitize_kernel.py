@@ -4,7 +4,7 @@
 
 Valid descriptions have to give plain autograd's gradient or Hessian product, invalid ones have to be refused before the
 kernel is called, and mistakes made behind the checks have to be seen by the sanitizers. Takes gcc with libasan, on
-x86-64 Linux.
+Linux.
 """
 
 import argparse
@@ -38,7 +38,11 @@ from fobmaml.engine.rows import RowGradient
 
 ROOT = Path(__file__).parents[1]
 SILU = ACTIVATIONS["silu"]
-NEEDED = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}, "avx2": {"avx2", "fma"}}
+NEEDED = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"},
+    "avx2": {"avx2", "fma"},
+    "neon": {"asimd"},  # as ARM calls it
+}
 FLAGS = ["-O1", "-g", "-shared", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 MISTAKES_EACH = 4
 ZERO = 1e-12  # a norm of single numbers gives none, and so no derivatives
@@ -541,7 +545,7 @@ def main(chance: type[Random], is_caught: Mapping[str, Callable[[], bool]]) -> N
         return
     preload, sets = runtime(), instruction_sets()
     if not preload or not sets:
-        sys.exit("error: takes gcc with libasan, and an x86-64 processor with AVX2")
+        sys.exit("error: takes gcc with libasan, and an x86-64 processor with AVX2 or an ARM of 64 bits")
     environment = os.environ | {"LD_PRELOAD": ":".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
     total: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
