@@ -58,8 +58,8 @@ class Image(ctypes.Structure):
 
 
 def instructions() -> str:
-    """The set of vector instructions that the kernel is chosen for: neon on ARM, where all processors have it; elsewhere
-    what torch uses: avx512, avx2 or another."""
+    """The set of vector instructions that the kernel is chosen for: neon on ARM, which always has it; elsewhere what
+    torch uses: avx512, avx2 or another."""
     return "neon" if platform.machine() in ARM else torch.backends.cpu.get_cpu_capability().lower()
 
 
