@@ -40,7 +40,7 @@ def program(tmp_path_factory) -> Path:
 def _request(d: Description) -> tuple[bytes, list[int]]:
     """As arm.c reads it, and how many numbers it answers: derivatives, outputs."""
     images, (rows, examples) = isinstance(d, Images), d.inputs.shape[:2]
-    gradient = (ImageGradient if images else FusedGradient)(d.layers, d.shapes, d.inputs, d.targets, d.weights)
+    gradient = (ImageGradient.of if images else FusedGradient)(d.layers, d.shapes, d.inputs, d.targets, d.weights)
     chosen = examples if d.order is None else d.order.shape[2]
     descent = d.displacement is d.into
     tensors = [
