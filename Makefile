@@ -11,7 +11,7 @@ help: ## list the targets
 
 setup: .venv/complete ## make .venv and install everything (nothing to do when it is up to date)
 
-.venv/complete: pyproject.toml setup.py constraints.txt src/fobmaml/engine/fused.c src/fobmaml/engine/images.c
+.venv/complete: pyproject.toml setup.py constraints.txt $(wildcard src/fobmaml/engine/*.[ch])
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or later is needed, and there is no python3.11 or python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or later is needed, and $(PYTHON) is {sys.version.split()[0]}")'
 	@echo "installing into .venv (a minute or two, once)"

@@ -1,6 +1,7 @@
 """What several tests need: float64 problems, reference solutions computed another way, and the command line."""
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -49,12 +50,13 @@ torch.set_num_threads(1)  # the problems are small, and threads cost more than t
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too: tests run side by side
 
 
-@pytest.fixture(params=["AVX512", "AVX2"])
+@pytest.fixture(params=["neon"] if platform.machine() in library.ARM else ["avx512", "avx2"])
 def instructions(request, monkeypatch):
     """The compiled kernel for each set of vector instructions that this processor has."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", request.param):
-        pytest.skip(f"torch does not use {request.param} here")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    own = library.instructions()
+    if request.param != own and (own, request.param) != ("avx512", "avx2"):
+        pytest.skip(f"{request.param} is not used here")
+    monkeypatch.setattr(library, "instructions", lambda: request.param)
     library.kernel.cache_clear()
     if library.kernel() is None:
         pytest.skip("the kernel was not compiled")
