@@ -97,13 +97,18 @@ def _write(translator: Any, node: Any, display: str) -> None:
     raise SkipNode
 
 
+def _explorer() -> list[Path]:
+    """What the interactive page is made of."""
+    return [*(ROOT / "scripts").glob("explorer*.py"), *(ROOT / "scripts" / "explorer_page").iterdir()]
+
+
 def main() -> None:
     site = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "outputs" / "site"
     options = ["-W", "--keep-going", "-E", "-q", "-b", "html", "-d", str(site.parent / f".{site.name}")]
     if subprocess.run([sys.executable, "-m", "sphinx", *options, str(DOCS), str(site)], check=False).returncode:
         sys.exit("error: the site was not built, for the reasons above")
     page = ROOT / "outputs" / "explorer.html"
-    if not page.exists():
+    if not page.exists() or page.stat().st_mtime < max(path.stat().st_mtime for path in _explorer()):
         explorer = [sys.executable, str(ROOT / "scripts" / "explorer.py"), "--no-pictures", f"--page={page}"]
         subprocess.run(explorer, check=True)
     shutil.copy(page, site / "interactive.html")

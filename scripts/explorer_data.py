@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from drawing import groups, load
 from figure_bias import best_nu
+from figure_race import middle
 from statistics_of_runs import interval
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -118,6 +119,18 @@ def meta_loss(lam: float, thetas: Tensor) -> Tensor:
     return mean_over_tasks(call, thetas)
 
 
+def optimum(lam: float, start: Tensor) -> Tensor:
+    """The minimiser of F near ``start`` [2]: Newton's method, the exact meta-gradient's derivative by differences."""
+    exact, theta, apart = estimators(lam, 1, 1.0)["exact"], start, 1e-5
+    for _ in range(50):
+        here, *beside = meta_gradients(exact, torch.stack([theta, *(theta + apart * torch.eye(2))]))
+        move = torch.linalg.solve((torch.stack(beside) - here) / apart, here)
+        theta = theta - move
+        if move.norm() < 1e-9:
+            return theta
+    raise RuntimeError(f"no minimum of the meta-loss was found near {start.tolist()}")
+
+
 def packed(values: Tensor) -> str:
     """float32, little endian, in base64."""
     return base64.b64encode(values.float().contiguous().numpy().astype("<f4").tobytes()).decode()
@@ -134,6 +147,8 @@ def compare(nodes: int) -> dict[str, Any]:
                     perturbed = name in ("forward", "symmetric")
                     if (perturbed or nu == NUS[0]) and (name != "exact" or (steps, nu) == (STEPS[0], NUS[0])):
                         found[name].append(meta_gradients(estimator, thetas))
+    wider = grid(nodes, margin=1)
+    losses = [meta_loss(lam, wider) for lam in LAMS]
     return {
         "lams": LAMS,
         "steps": STEPS,
@@ -141,7 +156,8 @@ def compare(nodes: int) -> dict[str, Any]:
         "axes": axes(nodes).tolist(),
         "inner_lr": INNER_LR,
         "vectors": {name: packed(torch.stack(parts)) for name, parts in found.items()},
-        "loss": packed(torch.stack([meta_loss(lam, grid(nodes, margin=1)) for lam in LAMS])),
+        "loss": packed(torch.stack(losses)),
+        "optima": [optimum(lam, wider[loss.argmin()]).tolist() for lam, loss in zip(LAMS, losses, strict=True)],
     }
 
 
@@ -193,7 +209,14 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
             accuracy.append(
                 {"method": name, "x": step, "y": mean, "low": mean - half, "high": mean + half, "seeds": len(values)}
             )
-    charts = {"accuracy": accuracy}
+    raced = [row for row in load(folder, "race_curves", "make race") if row["times"] == 1]
+    narrowest = min(row["width"] for row in raced)
+    race = [
+        dict(zip(("x", "y"), middle(rows, "work"), strict=True)) | {"method": name, "seeds": len(rows)}
+        for (name, _, width), rows in groups(raced, "estimator", "number", "width").items()
+        if width == narrowest
+    ]
+    charts = {"accuracy": accuracy, "race": race}
     for chart, table, x in (
         ("width", "memory", "width"),
         ("steps", "memory_steps", "solver.steps"),

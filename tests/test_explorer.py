@@ -161,6 +161,13 @@ def test_the_meta_loss_has_the_exact_gradient():
     torch.testing.assert_close(torch.stack(slopes, 1), exact, rtol=1e-6, atol=1e-8)
 
 
+def test_the_optimum_is_the_lowest_place_of_the_meta_loss():
+    optimum = built.optimum(1.0, torch.tensor([1.5, 0.6], dtype=torch.float64))
+    around = optimum + 0.01 * torch.tensor([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1], [1, 1], [-1, -1]])
+    assert int(built.meta_loss(1.0, around).argmin()) == 0
+    assert built.meta_loss(1.0, optimum[None]) < built.meta_loss(1.0, built.grid(11)).min()
+
+
 def test_methods_look_as_in_the_figures():
     assert built.methods()["symmetric"] == {
         "label": METHODS["symmetric"].label,
@@ -226,7 +233,7 @@ class TestPage:
             wanted = _estimates(theta, built.LAMS[place["lam"]], built.STEPS[place["steps"]], built.NUS[place["nu"]])
             exact = wanted["exact"]
             for name, gradient in wanted.items():
-                angle, error, vector = tab.numbers("compare", name)
+                angle, error, vector, _ = tab.numbers("compare", name)
                 assert vector == pytest.approx(gradient.tolist(), abs=1e-6)
                 assert error == [pytest.approx(float((gradient - exact).norm() / exact.norm()), rel=1e-6, abs=1e-6)]
                 cross = abs(float(gradient[0] * exact[1] - gradient[1] * exact[0]))
@@ -262,6 +269,35 @@ class TestPage:
             tab.drawn("compare")
             assert len(tab.arrows("compare")) == left
             assert tab.tab.locator(f"#compare-{name}").get_attribute("class") == "off"
+
+    def test_paths_end_where_their_method_does(self, tab, size):
+        """At a zero of its own field, and the exact one's at the optimum that Newton's method found."""
+        nodes, _ = size
+        cell = built.SPACING * (built.NODES - 1) / (nodes - 1)
+
+        def lines() -> int:
+            return tab.tab.locator("#compare .plot g.mark-line path").count()
+
+        found = []
+        for lam, steps, nu in ((0, 3, 2), (2, 4, 0)):
+            for name, place in (("lam", lam), ("steps", steps), ("nu", nu)):
+                tab.slide("compare", name, place)
+            theta = [tab.shown("compare", name) for name in ("theta1", "theta2")]
+            fields = built.estimators(built.LAMS[lam], built.STEPS[steps], built.NUS[nu])
+            ends = {name: tab.numbers("compare", name)[3] for name in fields}
+            for name, field in fields.items():
+                start, end = built.meta_gradients(field, torch.tensor([theta, ends[name]], dtype=torch.float64))
+                assert end.norm() < 0.1 * cell * start.norm(), name
+            optimum = built.optimum(built.LAMS[lam], torch.tensor(ends["exact"], dtype=torch.float64)).tolist()
+            assert ends["exact"] == pytest.approx(optimum, abs=0.2 * cell)
+            found.append({name: math.dist(end, optimum) for name, end in ends.items()})
+        few, many = found
+        assert min(few["fomaml"], few["reptile"], few["symmetric"], many["reptile"]) > 0.2
+        assert max(many["symmetric"], many["maml"], many["imaml"]) < 0.02
+        assert lines() == len(fields)
+        tab.tab.locator("#compare-paths").uncheck()
+        tab.drawn("compare")
+        assert lines() == 0
 
     def test_tradeoff(self, tab, size):
         _, nus = size
@@ -314,24 +350,24 @@ class TestPage:
             cells = [row.inner_text().split("\t") for row in tab.tab.locator("#vg-tooltip-element tr").all()]
             return {key.strip(" :"): value.strip() for key, value in cells}
 
-        counts = [len({row["method"] for row in measured[chart]}) for chart in ("accuracy", "steps", "bias")]
-        assert [lines(plot) for plot in range(3)] == counts
+        counts = [len({row["method"] for row in measured[chart]}) for chart in ("accuracy", "race", "steps", "bias")]
+        assert [lines(plot) for plot in range(4)] == counts
         row = next(
             row
             for row in read_csv(ROOT / "results" / "memory_steps.csv")
             if row["estimator"] == "maml" and float(row["solver.steps"]) == 200
         )
-        said = hover(1, "[aria-label^='inner steps K: 200;'][aria-label$='method: MAML']")
+        said = hover(2, "[aria-label^='inner steps K: 200;'][aria-label$='method: MAML']")
         assert float(said["memory, one task (MB)"]) == pytest.approx(float(row["memory/peak_bytes"]) / 1e6, rel=1e-3)
         assert said["method"] == METHODS["maml"].label
         tab.tab.locator("#measured-show-maml").uncheck()
         tab.drawn("measured")
-        assert [lines(plot) for plot in range(3)] == [counts[0] - 1, counts[1] - 1, counts[2]]
+        assert [lines(plot) for plot in range(4)] == [counts[0] - 1, counts[1] - 1, counts[2] - 1, counts[3]]
         for choice, title in (("width", "channels"), ("depth", "convolutions"), ("steps", "inner steps K")):
             tab.tab.locator("#measured-memory").select_option(choice)
             tab.drawn("measured")
-            assert tab.tab.locator("#measured .plot").nth(1).get_by_text(title, exact=True).count() == 1
-            assert lines(1) == len({row["method"] for row in measured[choice]} - {"maml"})
+            assert tab.tab.locator("#measured .plot").nth(2).get_by_text(title, exact=True).count() == 1
+            assert lines(2) == len({row["method"] for row in measured[choice]} - {"maml"})
 
     def test_every_control_is_reached_by_keyboard(self, tab):
         reached = set()

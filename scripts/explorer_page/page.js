@@ -128,7 +128,7 @@ function plane(domains, nodes, titles) {
     signals: [{name: "levels", value: []}, {name: "picked", value: null, on: [{
       events: "@surface:pointerdown, [@surface:pointerdown, window:pointerup] > window:pointermove!",
       update: "[invert('x', x()), invert('y', y())]"}]}],
-    data: [{name: "grid"}, {name: "arrows"}, {name: "point"},
+    data: [{name: "grid"}, {name: "arrows"}, {name: "point"}, {name: "paths"}, {name: "ends"}, {name: "optimum"},
       {name: "contours", source: "grid", transform: [
         {type: "isocontour", field: "grid", thresholds: {signal: "levels"}, scale: {signal: cell}}]}],
     scales: [{name: "x", domain: domains[0], range: "width", zero: false},
@@ -143,14 +143,53 @@ function plane(domains, nodes, titles) {
           marks: [{type: "path", from: {data: "contours"}, aria: false, interactive: false,
             encode: {update: {stroke: {value: "var(--contour)"}, strokeWidth: {value: 0.8}}},
             transform: [{type: "geopath", field: "datum.contour"}]}]},
+        {type: "group", from: {facet: {name: "path", data: "paths", groupby: "name"}}, aria: false, interactive: false,
+          marks: [{type: "line", from: {data: "path"}, aria: false, interactive: false, encode: {update: at("x", "y", {
+            stroke: {field: "colour"}, strokeWidth: {field: "wide"}, strokeDash: {field: "dash"}})}}]},
+        {type: "symbol", from: {data: "ends"}, aria: false, interactive: false, encode: {update: at("x", "y", {
+          shape: {field: "symbol"}, fill: {value: "transparent"}, stroke: {field: "colour"}, strokeWidth: {value: 2},
+          size: {value: 110}})}},
+        ...[300, 60].map(size => ({type: "symbol", from: {data: "optimum"}, aria: false, interactive: false, encode: {
+          update: at("x", "y", {stroke: {value: "currentColor"}, strokeWidth: {value: 1.5}, size: {value: size}})}})),
         {type: "rule", from: {data: "arrows"}, aria: false, interactive: false, encode: {update: at("x", "y", {
           x2: {scale: "x", field: "x2"}, y2: {scale: "y", field: "y2"}, stroke: {field: "colour"},
           strokeWidth: {field: "wide"}})}},
-        {type: "symbol", from: {data: "arrows"}, aria: false, interactive: false, encode: {update: at("x2", "y2", {
+        {type: "symbol", from: {data: "arrows"}, aria: false, interactive: false, encode: {update: at("hx", "hy", {
           shape: {field: "symbol"}, fill: {field: "colour"}, size: {value: 90}, stroke: {value: "var(--card)"},
           strokeWidth: {value: 0.7}})}},
         {type: "symbol", from: {data: "point"}, aria: false, interactive: false, encode: {update: at("x", "y", {
           fill: {value: "var(--paper)"}, stroke: {value: "currentColor"}, strokeWidth: {value: 2}, size: {value: 80}})}}]}]};
+}
+
+/** Arrows from a point, so that those which coincide are all seen: the first the widest, and heads one behind the other. */
+function arrows([x, y], named, span) {
+  const near = 0.03 * span, tips = named.map(({vector}) => vector);
+  return named.map(({name, vector: [u, v]}, index) => {
+    const alike = tips.map(([a, b]) => Math.hypot(a - u, b - v) < near), long = Math.hypot(u, v);
+    const before = alike.slice(0, index).filter(Boolean).length, after = alike.slice(index + 1).filter(Boolean).length;
+    const head = 1 - (long && Math.min(0.85, before * near / long));
+    return {x, y, x2: x + u, y2: y + v, hx: x + head * u, hy: y + head * v, ...looks[name], wide: 2 + 1.5 * after};
+  });
+}
+
+/** Where a method leads: steps against its field of `nodes` × `nodes` vectors, bilinear between them, in units of their
+ * distance. Steps are linearly implicit, θ − τ (I + τJ)⁻¹ g with τ = long / ‖g‖: along the flow where it is far from its
+ * end, and Newton's at the end. The path ends there, or where the field does. */
+function descent(nodes, vector, start, long = (nodes - 1) / 80) {
+  const path = [start], inside = x => x >= 0 && x <= nodes - 1;
+  for (let step = 0, [u, v] = start; step < 500 && inside(u) && inside(v); step++) {
+    const [i, j] = [u, v].map(x => Math.min(nodes - 2, Math.floor(x))), s = u - i, t = v - j;
+    const [p, q, r, w] = [vector(i, j), vector(i + 1, j), vector(i, j + 1), vector(i + 1, j + 1)];
+    const mean = (at, a, b) => b.map((x, k) => (1 - at) * a[k] + at * x), less = (a, b) => a.map((x, k) => x - b[k]);
+    const g = mean(t, mean(s, p, q), mean(s, r, w));
+    const [by_u, by_v] = [mean(t, less(q, p), less(w, r)), mean(s, less(r, p), less(w, q))];
+    const tau = long / norm(g), [a, b, c, d] = [1 + tau * by_u[0], tau * by_v[0], tau * by_u[1], 1 + tau * by_v[1]];
+    let move = [d * g[0] - b * g[1], a * g[1] - c * g[0]].map(x => tau * x / (a * d - b * c));
+    if (!(norm(move) <= long && move[0] * g[0] + move[1] * g[1] > 0)) move = g.map(x => tau * x);
+    if (!(norm(move) > 1e-6)) break;
+    path.push([u -= move[0], v -= move[1]]);
+  }
+  return path;
 }
 
 /** Contours that part the nodes into parts of equal number. */
@@ -176,10 +215,9 @@ async function curvature() {
     const [A, B, C] = [a.value, b.value, c.value], x = [x1.value, x2.value];
     const f = (u, v) => 0.5 * (A * (u - .5) ** 2 + 2 * B * (u - .5) * (v - .5) + C * (v - .5) ** 2) + G[0] * u + G[1] * v;
     const gradient = [A * (x[0] - .5) + B * (x[1] - .5) + G[0], B * (x[0] - .5) + C * (x[1] - .5) + G[1]];
-    const arrow = (vector, name, wide) => ({x: x[0], y: x[1], x2: x[0] + LONG * vector[0], y2: x[1] + LONG * vector[1],
-      ...looks[name], wide});
     contour(view, NODES + 2, [...axis].reverse().flatMap(v => axis.map(u => f(u, v))));
-    view.data("arrows", [arrow(gradient, "maml", 4), arrow(G, "fomaml", 2)]).data("point", [{x: x[0], y: x[1]}]);
+    const named = [["maml", gradient], ["fomaml", G]].map(([name, v]) => ({name, vector: v.map(part => LONG * part)}));
+    view.data("arrows", arrows(x, named, HIGH - LOW)).data("point", [{x: x[0], y: x[1]}]);
     await view.runAsync();
     const pair = v => [v, `(${fixed(v[0], 3)}, ${fixed(v[1], 3)})`];
     tabulate(here.section, [
@@ -204,37 +242,47 @@ function unpack(text) {
 }
 
 async function compare() {
-  const {lams, steps, nus, axes} = data.compare, nodes = axes[0].length, LONG = 0.5;
+  const {lams, steps, nus, axes, optima} = data.compare, nodes = axes[0].length, LONG = 0.5;
+  const spacing = axes[0][1] - axes[0][0], placed = point => point.map((x, k) => axes[k][0] + spacing * x);
   const vectors = Object.fromEntries(Object.entries(data.compare.vectors).map(([name, text]) => [name, unpack(text)]));
   const losses = unpack(data.compare.loss), across = nodes + 2;
   let view;
   const here = panel("compare", async () => {
     const node = (nodes - 1 - t2.index) * nodes + t1.index, row = lam.index * steps.length + inner.index;
     const blocks = {exact: lam.index, forward: row * nus.length + nu.index, symmetric: row * nus.length + nu.index};
-    const found = Object.fromEntries(Object.entries(vectors).map(([name, values]) => {
-      const start = 2 * ((blocks[name] ?? row) * nodes * nodes + node);
-      return [name, [values[start], values[start + 1]]];
-    }));
+    const vector = (name, place) => {
+      const start = 2 * ((blocks[name] ?? row) * nodes * nodes + place);
+      return [vectors[name][start], vectors[name][start + 1]];
+    };
+    const found = Object.fromEntries(Object.keys(vectors).map(name => [name, vector(name, node)]));
+    const ways = Object.fromEntries(Object.keys(vectors).map(name => [name,
+      descent(nodes, (i, j) => vector(name, (nodes - 1 - j) * nodes + i), [t1.index, t2.index]).map(placed)]));
     const theta = [t1.value, t2.value], exact = found.exact;
     contour(view, across, losses.subarray(lam.index * across ** 2, (lam.index + 1) * across ** 2));
     view.data("point", [{x: theta[0], y: theta[1]}]);
-    view.data("arrows", shown.names.filter(name => norm(found[name])).map(name => {
+    view.data("arrows", arrows(theta, shown.names.filter(name => norm(found[name])).map(name => {
       const long = true_length.checked ? Math.min(3, norm(found[name]) / norm(exact)) : 1;
-      const [u, v] = found[name].map(part => -LONG * long * part / norm(found[name]));
-      return {x: theta[0], y: theta[1], x2: theta[0] + u, y2: theta[1] + v, ...looks[name],
-        wide: name === "exact" ? 5 : 2};
-    }));
+      return {name, vector: found[name].map(part => -LONG * long * part / norm(found[name]))};
+    }), spacing * (nodes - 1)));
+    const paths = downhill.checked ? shown.names.map(name => ways[name].map(([x, y]) => (
+      {x, y, name, ...looks[name], wide: name === "exact" ? 4 : 1.5}))) : [];
+    view.data("paths", paths.flat()).data("ends", paths.map(path => path.at(-1)));
+    view.data("optimum", [{x: optima[lam.index][0], y: optima[lam.index][1]}]);
     await view.runAsync();
     tabulate(here.section, Object.entries(found).map(([name, vector]) => ({id: name, label: marked(looks[name]),
       off: !shown.has(name), cells: [[[angle(vector, exact)], `${fixed(angle(vector, exact), 1)}°`],
-        [[error(vector, exact)], precise(error(vector, exact))], [vector, precise(norm(vector))]]})));
+        [[error(vector, exact)], precise(error(vector, exact))], [vector, precise(norm(vector))],
+        [ways[name].at(-1), ended(ways[name].at(-1), optima[lam.index])]]})));
   });
+  const ended = (end, goal) => end.every((x, k) => x >= axes[k][0] && x <= axes[k].at(-1))
+    ? two(norm([end[0] - goal[0], end[1] - goal[1]])) : "off the map";
   const lam = slider(here, "lam", "λ, strength of the proximal term", lams, 0.25);
   const inner = slider(here, "steps", "K, inner steps", steps, 10);
   const nu = slider(here, "nu", "ν, perturbation (FO-B-MAML)", nus, 0.1);
   const t1 = slider(here, "theta1", "θ₁ (w₁)", axes[0], 2, two);
   const t2 = slider(here, "theta2", "θ₂ (w₂)", axes[1], 1.5, two);
   const true_length = checkbox(here.form, here.redraw, "compare-lengths", ["lengths as they are (to three times the exact one)"], false);
+  const downhill = checkbox(here.form, here.redraw, "compare-paths", ["paths downhill, each to its end"], true);
   const shown = switches(here, ["exact", ...Object.keys(vectors).filter(name => name !== "exact")]);
   view = await draggable(here, plane(axes.map(axis => [axis[0], axis.at(-1)]), nodes, ["θ₁", "θ₂"]), t1, t2);
   await here.redraw();
@@ -298,22 +346,23 @@ async function measured() {
   const here = panel("measured", async () => {
     if (drawn !== across.value) {
       drawn = across.value;
-      views[1]?.finalize();
-      here.plots[1].replaceChildren();
-      views[1] = await embed(here.plots[1], chart(drawn, ...AXES[drawn]), wide);
+      views[2]?.finalize();
+      here.plots[2].replaceChildren();
+      views[2] = await embed(here.plots[2], chart(drawn, ...AXES[drawn]), wide);
     }
     await Promise.all(views.map(view => view.signal("shown", shown.names).runAsync()));
   });
   const AXES = {accuracy: ["meta-step", "validation accuracy (%)", "linear", "linear"],
+    race: ["million example-gradients", "validation accuracy (%)", "log", "linear"],
     width: ["channels", "memory, one task (MB)", "log", "log"], steps: ["inner steps K", "memory, one task (MB)", "log", "log"],
     depth: ["convolutions", "memory, one task (MB)", "linear", "log"],
     bias: ["inner precision δ", "bias, ‖g − ∇F‖ / ‖∇F‖", "log", "log"]};
   const present = methods.map(m => m.name).filter(name => Object.values(charts).some(rows => rows.some(r => r.method === name)));
   let drawn = null;
   const across = element("select", {id: "measured-memory"}, ...["steps", "width", "depth"].map(key =>
-    element("option", {value: key}, `memory by ${AXES[key][0]}`)));
+    element("option", {value: key}, `by ${AXES[key][0]}`)));
   across.addEventListener("change", here.redraw);
-  here.form.append(element("label", {for: across.id}, "In the middle: ", across));
+  here.form.append(element("label", {for: across.id}, "Memory: ", across));
   const shown = switches(here, present);
 
   function chart(key, xTitle, yTitle, xScale, yScale) {
@@ -338,7 +387,8 @@ async function measured() {
           encoding: {y, fill: coloured("fill"), stroke: coloured("colour"), shape: coloured("symbol"), tooltip}}]};
   }
   views[0] = await embed(here.plots[0], chart("accuracy", ...AXES.accuracy), wide);
-  views[2] = await embed(here.plots[2], chart("bias", ...AXES.bias), wide);
+  views[1] = await embed(here.plots[1], chart("race", ...AXES.race), wide);
+  views[3] = await embed(here.plots[3], chart("bias", ...AXES.bias), wide);
   await here.redraw();
 }
 
