@@ -1,6 +1,7 @@
 """The interactive page in a real browser: every control changes what it should, to what the estimators return."""
 
 import fcntl
+import itertools
 import math
 import os
 import re
@@ -269,6 +270,20 @@ class TestPage:
             tab.drawn("compare")
             assert len(tab.arrows("compare")) == left
             assert tab.tab.locator(f"#compare-{name}").get_attribute("class") == "off"
+
+    def test_map_of_the_bias(self, tab, size):
+        theta = tuple(tab.shown("compare", name) for name in ("theta1", "theta2"))
+        for name, nu in (("symmetric", 2), ("fomaml", 2), ("forward", 0)):
+            tab.slide("compare", "nu", nu)
+            tab.tab.locator("#compare-of").select_option(name)
+            tab.drawn("compare")
+            cells = tab.tab.locator("#compare-map td").all()
+            assert [cell.get_attribute("class") for cell in cells].index("now") == built.STEPS.index(10)
+            shown = [float(cell.get_attribute("data-value")) for cell in cells]
+            for cell, (lam, steps) in zip(shown, itertools.product(built.LAMS, built.STEPS), strict=True):
+                found = _estimates(theta, lam, steps, built.NUS[nu])
+                wanted = float((found[name] - found["exact"]).norm() / found["exact"].norm())
+                assert cell == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
     def test_paths_end_where_their_method_does(self, tab, size):
         """At a zero of its own field, and the exact one's at the optimum that Newton's method found."""
