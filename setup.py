@@ -1,10 +1,19 @@
-"""Puts the settings, which stand at the top of the repository, into the package that is built."""
+"""Puts the settings, which stand at the top of the repository, into the package that is built, and compiles the kernel
+for this machine."""
 
+import platform
 import shutil
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError, LinkError
+
+X86, ARM = ("avx512", "avx2"), ("neon",)
+INSTRUCTIONS = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}
+"""What processors of a machine may have; ``fobmaml.engine.library`` takes one."""
 
 
 class WithConfigs(build_py):
@@ -18,4 +27,24 @@ class WithConfigs(build_py):
             shutil.copytree("configs", packaged)
 
 
-setup(cmdclass={"build_py": WithConfigs})
+class ForThisMachine(build_ext):
+    """Threads are OpenMP's where the compiler has it (gcc; clang with libomp), and POSIX threads elsewhere, as on macOS
+    always: torch brings an OpenMP of its own there, and a process takes one only."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        known = INSTRUCTIONS.get(platform.machine(), ())
+        self.extensions = [module for module in self.extensions or [] if module.name.rpartition("_")[2] in known]
+
+    def build_extension(self, ext: Extension) -> None:
+        if sys.platform != "darwin":
+            try:
+                return super().build_extension(ext)
+            except (CompileError, LinkError):
+                self.warn(f"{ext.name} cannot be compiled with OpenMP")
+        for flags in (ext.extra_compile_args, ext.extra_link_args):
+            flags[:] = ["-pthread" if flag == "-fopenmp" else flag for flag in flags]
+        return super().build_extension(ext)
+
+
+setup(cmdclass={"build_py": WithConfigs, "build_ext": ForThisMachine})

@@ -100,7 +100,8 @@ def become(call: dict[str, Any]) -> None:
         opened = os.open(path, os.O_RDWR)
         os.dup2(opened, number)
         os.close(opened)
-    sys.argv, sys.path[0] = call["argv"], str(TRAIN.parent)
+    given = filter(None, call["environment"].get("PYTHONPATH", "").split(os.pathsep))
+    sys.argv, sys.path[:1] = call["argv"], [str(TRAIN.parent), *given]
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 

@@ -24,7 +24,7 @@ from fobmaml.run.events import read_events
 
 RUN = (
     "width=4",
-    "steps=60",
+    "steps=40",
     "log_every=1",
     "checkpoint_every=1",
     "eval.every=20",

@@ -32,7 +32,7 @@ class Images(Description):
     """``layers`` are nodes, inputs [R, N, channels, (height,) width] or [R, N, values]."""
 
     def compute(self) -> None:
-        gradient = ImageGradient(self.layers, self.shapes, self.inputs, self.targets, self.weights)
+        gradient = ImageGradient.of(self.layers, self.shapes, self.inputs, self.targets, self.weights)
         batches = self.times, self.order, self.chosen_weights
         gradient.add(self.start, self.displacement, self.into, self.scale, self.step, *batches)
         gradient.outputs(self.start)
@@ -228,7 +228,7 @@ BEHIND_THE_CHECKS: dict[str, Callable[[RowGradient], None]] = {
 def _make(name: str) -> None:
     """The mistake of that name, and then a call."""
     shapes = {"w": (9, 2, 3, 3), "g": (9,), "s": (9,), "v": (5, 81)}
-    gradient = ImageGradient(
+    gradient = ImageGradient.of(
         [
             Conv("w", None, (2, 2), (1, 1), (1, 1), 1),
             GroupNorm(3, "g", "s", 1e-5),

@@ -4,7 +4,7 @@
 
 Valid descriptions have to give plain autograd's gradient or Hessian product, invalid ones have to be refused before the
 kernel is called, and mistakes made behind the checks have to be seen by the sanitizers. Takes gcc with libasan, on
-x86-64 Linux.
+Linux.
 """
 
 import argparse
@@ -38,7 +38,11 @@ from fobmaml.engine.rows import RowGradient
 
 ROOT = Path(__file__).parents[1]
 SILU = ACTIVATIONS["silu"]
-NEEDED = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}, "avx2": {"avx2", "fma"}}
+NEEDED = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"},
+    "avx2": {"avx2", "fma"},
+    "neon": {"asimd"},  # as ARM calls it
+}
 FLAGS = ["-O1", "-g", "-shared", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 MISTAKES_EACH = 4
 ZERO = 1e-12  # a norm of single numbers gives none, and so no derivatives
@@ -106,14 +110,28 @@ class Description:
         if self.order is not None and self.chosen_weights is not None:
             x, targets, weights = x[self.order[r, t]], targets[self.order[r, t]], self.chosen_weights[r, t].double()
         phi = phi.clone().requires_grad_()
-        parts = phi.split([shape.numel() for shape in self.shapes.values()])
-        parameters = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
-        each = -(targets * self.outputs(parameters, x).log_softmax(1)).sum(1)
+        each = -(targets * self.outputs(self.folded(phi), x).log_softmax(1)).sum(1)
         along = None if self.along is None else self.along[r].double()
         (gradient,) = torch.autograd.grad((each * weights).sum(), phi, create_graph=along is not None)
         if along is None or not gradient.requires_grad:  # of no examples
             return gradient
         return torch.autograd.grad(gradient, phi, along)[0]
+
+    def folded(self, phi: Tensor) -> dict[str, Tensor]:
+        """A row [P] as parameters."""
+        parts = phi.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def agrees(self, wanted: Tensor) -> bool:
+        """Whether ``into`` is, up to roundings, what is ``wanted``: row by row, numbers or none."""
+        for found, right, x in zip(self.into, wanted, self.inputs, strict=True):
+            finite = bool(right.isfinite().all())
+            rounding = ROUNDING * x.nan_to_num(0.0, 0.0, 0.0).abs().max() if x.numel() else 0.0
+            if bool(found.isfinite().all()) != finite or (
+                finite and (found - right).norm() > 1e-5 * right.norm() + rounding + ZERO
+            ):
+                return False
+        return True
 
     def outputs(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         """[N, ...] -> [N, classes], by torch's operators."""
@@ -379,13 +397,8 @@ def try_all(path: str, count: int, chance: Random, is_caught: Mapping[str, Calla
         wanted = d.wanted()
         torch.set_num_threads(chance.choice([1, 2, 3]))
         d.compute()
-        for found, right, x in zip(d.into, wanted, d.inputs, strict=True):
-            finite = bool(right.isfinite().all())
-            rounding = ROUNDING * x.nan_to_num(0.0, 0.0, 0.0).abs().max() if x.numel() else 0.0
-            if bool(found.isfinite().all()) != finite or (
-                finite and (found - right).norm() > 1e-5 * right.norm() + rounding + ZERO
-            ):
-                raise RuntimeError(f"off by {float((found - right).norm() / right.norm())}: {d}")
+        if not d.agrees(wanted):
+            raise RuntimeError(f"off by {float((d.into - wanted).norm() / wanted.norm())}: {d}")
         tried["valid"] += 1
     return tried
 
@@ -541,7 +554,7 @@ def main(chance: type[Random], is_caught: Mapping[str, Callable[[], bool]]) -> N
         return
     preload, sets = runtime(), instruction_sets()
     if not preload or not sets:
-        sys.exit("error: takes gcc with libasan, and an x86-64 processor with AVX2")
+        sys.exit("error: takes gcc with libasan, and an x86-64 processor with AVX2 or an ARM of 64 bits")
     environment = os.environ | {"LD_PRELOAD": ":".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
     total: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -3,8 +3,8 @@
 The rule, written before the runs, for five shots and for one apart:
 
 - A trial is a run of the accuracy experiment (configs/experiment/accuracy.yaml) with all of its meta-steps. It is
-  judged by its accuracy on TASKS validation tasks at its end; a run that diverged, by chance. What has learned nothing
-  after a third of its steps is not run to its end.
+  judged by its accuracy on TASKS validation tasks at its end; a run that diverged, by chance. One that after a third
+  of its steps is BEHIND the best of the method's trials at that step, or further, ends there.
 - A method has TRIALS trials at points of a scrambled Sobol sequence, the same for all, of which it reads the settings
   that it has; and before them one at KNOWN, with what is known to be better for it.
 - The AGAIN best are run with a second seed, and the best by the mean of both is chosen.
@@ -43,7 +43,7 @@ from fobmaml.training import Diverged
 ROOT = Path(__file__).parents[1]
 TRIALS, AGAIN, FURTHER = 24, 6, 3
 TASKS, SEEDS = 300, (100, 101)
-CHANCE, NOTHING = 0.2, 0.3
+CHANCE, BEHIND = 0.2, 0.15
 WAYS, QUERIES = 5, 15
 Settings = dict[str, Any]
 
@@ -193,24 +193,26 @@ def overrides(method: Method, point: Settings, shots: int) -> Settings:
     return {name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in found.items()}
 
 
-def accuracy(given: Settings, experiment: str, seed: int, shorter: Sequence[str]) -> dict[str, Any]:
-    """How a run with these settings ends: validation accuracy, work, and whether it diverged."""
+def accuracy(given: Settings, experiment: str, seed: int, least: float, shorter: Sequence[str]) -> dict[str, Any]:
+    """How a run with these settings ends, which it does after a third of its steps if its accuracy is not above
+    ``least`` then: validation accuracy, also then, work, and whether it diverged."""
     said = [f"{name}={'null' if value is None else value}" for name, value in given.items()]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         training = build(
             compose("train", [f"experiment={experiment}", *said, f"seed={seed}", "device=cpu", "measure=[]", *shorter])
         )
-    tasks, looked = training.fixed("validation", TASKS), False
+    tasks, third = training.fixed("validation", TASKS), None
     try:
         for _ in training.train():
-            if not looked and training.fraction >= 1 / 3:
-                looked = True
-                if (score(training, tasks).accuracy or 0.0) < NOTHING:
+            if third is None and training.fraction >= 1 / 3:
+                third = score(training, tasks).accuracy or 0.0
+                if third <= least:
                     break
         found, diverged = score(training, tasks).accuracy or 0.0, False
     except Diverged:
         found, diverged = CHANCE, True
-    return {"accuracy": found, "diverged": diverged, "steps": training.step, "work": round(training.work.total)}
+    work = round(training.work.total)
+    return {"accuracy": found, "third": third, "diverged": diverged, "steps": training.step, "work": work}
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,8 @@ class Tuning:
             given = overrides(METHODS[name], point, self.shots)
             made_with = provenance(torch.device("cpu"))
             who = {"estimator": name, "shots": self.shots, "trial": number, "seed": seed}
-            ended = accuracy(given, self.experiment, seed, self.shorter)
+            before = [json.loads(each.read_text())["third"] or 0.0 for each in path.parent.glob("*.json")]
+            ended = accuracy(given, self.experiment, seed, max(before, default=0.0) - BEHIND, self.shorter)
             write_json(path, {"who": who, **ended, "settings": given, "provenance": made_with})
         return json.loads(path.read_text())
 
@@ -344,7 +347,7 @@ def main() -> None:
             {
                 **{key: run["who"][key] for key in ("estimator", "shots", "trial", "seed")},
                 "chosen": str(run["who"]["trial"] == chosen.get(run["who"]["estimator"], ("",))[0]).lower(),
-                **{key: run[key] for key in ("accuracy", "steps", "work")},
+                **{key: run[key] for key in ("accuracy", "third", "steps", "work")},
                 "diverged": str(run["diverged"]).lower(),
                 "settings": " ".join(f"{key}={'null' if v is None else v}" for key, v in run["settings"].items()),
             }

@@ -1,6 +1,7 @@
 """What several tests need: float64 problems, reference solutions computed another way, and the command line."""
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -21,17 +22,41 @@ from fobmaml.solvers import InnerProblem, Solution, Solver
 from fobmaml.tasks import MNIST1D, Logistic
 
 ROOT = Path(__file__).parents[1]
+OF_WANDB = (
+    "MODE",
+    "DISABLED",
+    "PROJECT",
+    "ENTITY",
+    "NAME",
+    "RUN_GROUP",
+    "TAGS",
+    "NOTES",
+    "RUN_ID",
+    "API_KEY",
+    "BASE_URL",
+)
+READ_BY_A_RUN = {
+    "HYDRA_FULL_ERROR",
+    "PYTHONPATH",
+    "ID",
+    "TASKS",
+    "NU",
+    "FIXED",
+    *(f"WANDB_{name}" for name in OF_WANDB),
+}
+"""Variables of the environment that are read by a run, and not by an import."""
 
 torch.set_num_threads(1)  # the problems are small, and threads cost more than they give
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too: tests run side by side
 
 
-@pytest.fixture(params=["AVX512", "AVX2"])
+@pytest.fixture(params=["neon"] if platform.machine() in library.ARM else ["avx512", "avx2"])
 def instructions(request, monkeypatch):
     """The compiled kernel for each set of vector instructions that this processor has."""
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", request.param):
-        pytest.skip(f"torch does not use {request.param} here")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    own = library.instructions()
+    if request.param != own and (own, request.param) != ("avx512", "avx2"):
+        pytest.skip(f"{request.param} is not used here")
+    monkeypatch.setattr(library, "instructions", lambda: request.param)
     library.kernel.cache_clear()
     if library.kernel() is None:
         pytest.skip("the kernel was not compiled")
@@ -57,18 +82,18 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture
 def run_train(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command line as a user would, in a folder of the test's own: run_train("steps=3", ...). With ``env``,
-    which may change what an import does, by a Python of its own."""
+    """Runs the command line as a user would, in a folder of the test's own: run_train("steps=3", ...). With an ``env``
+    that may change what an import does, by a Python of its own."""
 
     def call(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "train.py"), *overrides]
-        if env is not None or not POSSIBLE:
+        if not POSSIBLE or not READ_BY_A_RUN.issuperset(env or {}):
             return subprocess.run(
                 command, cwd=tmp_path, text=True, capture_output=True, timeout=1500, env={**os.environ, **(env or {})}
             )
         forks = request.getfixturevalue("forks")
         with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-            forks.start(overrides, tmp_path, out.name, err.name)
+            forks.start(overrides, tmp_path, out.name, err.name, {**os.environ, **(env or {})})
             return subprocess.CompletedProcess(command, forks.wait(), *(Path(f.name).read_text() for f in (out, err)))
 
     return call

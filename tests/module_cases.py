@@ -50,10 +50,10 @@ def on_images(*layers: nn.Module) -> nn.Module:
     )
 
 
-def recurrent(kind: type[nn.RNNBase], **options: object) -> nn.Module:
+def recurrent(kind: type[nn.RNNBase], size: int = 2, **options: object) -> nn.Module:
     return Of(
         lambda m, x: m.head(m.cells(x.unflatten(1, (3, 2)))[0][:, -1]),
-        cells=kind(2, 3, batch_first=True, **options),
+        cells=kind(2, size, batch_first=True, **options),
         head=nn.LazyLinear(3),
     )
 
@@ -77,7 +77,7 @@ def attention() -> nn.Module:
 
 
 def transformer(layers: int = 0, **options: object) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True, **options)
+    layer = nn.TransformerEncoderLayer(4, 2, 3, dropout=0.0, batch_first=True, **options)
     return Of(
         lambda m, x: m.head(m.body(m.into(x.unflatten(1, (3, 2)))).mean(1)),
         into=nn.Linear(2, 4),
@@ -189,7 +189,7 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: recurrent(nn.LSTM),
     "gru": lambda: recurrent(nn.GRU),
     "rnn": lambda: recurrent(nn.RNN),
-    "lstm, two layers, both ways": lambda: recurrent(nn.LSTM, num_layers=2, bidirectional=True),
+    "lstm, two layers, both ways": lambda: recurrent(nn.LSTM, 1, num_layers=2, bidirectional=True),
     "lstm cell": lambda: cells(nn.LSTMCell),
     "gru cell": lambda: cells(nn.GRUCell),
     "rnn cell": lambda: cells(nn.RNNCell),
@@ -357,7 +357,7 @@ CASES = {
 
 
 def tasks(
-    x: Callable[..., Tensor], y: Callable[..., Tensor], count: int = 3, support: int = 4, query: int = 5
+    x: Callable[..., Tensor], y: Callable[..., Tensor], count: int = 2, support: int = 4, query: int = 5
 ) -> TaskBatch:
     return TaskBatch(x(count, support), y(count, support), x(count, query), y(count, query))
 

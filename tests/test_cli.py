@@ -375,7 +375,7 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path):
     assert "    dir: outputs/${now:" in (ROOT / "configs" / "train.yaml").read_text()  # the default is of that kind
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "koi8-r:strict", "utf-8"])
+@pytest.mark.parametrize("encoding", [pytest.param("ascii", marks=pytest.mark.nightly), "koi8-r:strict", "utf-8"])
 def test_output_in_any_encoding(run_train, encoding):
     done = run_train(*QUICK, "bias.every=0", "wandb.mode=disabled", env={"PYTHONIOENCODING": encoding})
     assert done.returncode == 0, done.stderr
@@ -383,18 +383,23 @@ def test_output_in_any_encoding(run_train, encoding):
     assert re.search(rf"meta-test accuracy +\d+\.\d {'±' if encoding == 'utf-8' else '[+]-'} \d", done.stdout)
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+ENDS = [
+    ("| true", 0),
+    ("| head -1", 0),
+    ("2>&-", 0),
+    (">&-", 0),
+    ("<&- >&- 2>&-", 0),
+    ("> /dev/full", 0),
+    ("2>&1 width=0 | true", 1),
+    ("optimizer.lr=1e30 optimizer=sgd steps=50 2>&1 | true", 1),
+]
+
+
 @pytest.mark.parametrize(
-    ("redirected", "status"),
+    ("redirected", "status", "unbuffered"),
     [
-        ("| true", 0),
-        ("| head -1", 0),
-        ("2>&-", 0),
-        (">&-", 0),
-        ("<&- >&- 2>&-", 0),
-        ("> /dev/full", 0),
-        ("2>&1 width=0 | true", 1),
-        ("optimizer.lr=1e30 optimizer=sgd steps=50 2>&1 | true", 1),
+        *(pytest.param(*end, "", marks=pytest.mark.nightly if end == ENDS[1] else ()) for end in ENDS),
+        *(pytest.param(*end, "1", marks=pytest.mark.nightly if end != ENDS[1] else ()) for end in ENDS),
     ],
 )
 def test_the_run_outlives_who_reads_its_output(tmp_path, redirected, status, unbuffered):
@@ -772,7 +777,7 @@ def test_wandb_without_a_place_to_write(run_train, tmp_path):
     assert _summary(tmp_path / "run")["status"] == "completed"
 
 
-@pytest.mark.parametrize("wandb", ["disabled", "offline"])
+@pytest.mark.parametrize("wandb", [pytest.param("disabled", marks=pytest.mark.nightly), "offline"])
 def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, tmp_path, wandb):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -811,11 +816,11 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(run_train, t
 
 @pytest.mark.slow
 def test_memory_does_not_grow(run_train, tmp_path):
-    """Resident memory over 2500 meta-steps, from the first hundred on."""
+    """Resident memory over 1200 meta-steps, from the first hundred on."""
     process = start_train(
         tmp_path,
         "width=4",
-        "steps=2500",
+        "steps=1200",
         "meta_batch=1",
         "solver.steps=2",
         "log_every=10",
@@ -832,9 +837,9 @@ def test_memory_does_not_grow(run_train, tmp_path):
         steps = re.findall(r'"step": (\d+)', metrics.read_text()) if metrics.exists() else []
         step = int(steps[-1]) if steps else 0
         pages = Path(f"/proc/{process.pid}/statm").read_text().split()
-        if step >= 100 and len(pages) > 1 and step < 2500:  # the plot comes after the last step
+        if step >= 100 and len(pages) > 1 and step < 1200:  # the plot comes after the last step
             resident.append(int(pages[1]))
-        time.sleep(0.2)
+        time.sleep(0.1)
     assert process.returncode == 0
     assert len(resident) > 20
     assert resident[-1] < 1.03 * resident[0]

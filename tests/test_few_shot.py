@@ -7,7 +7,7 @@ from scipy import stats
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from fobmaml.tasks import FewShot
-from fobmaml.tasks.few_shot import largest
+from fobmaml.tasks.few_shot import distinct
 from fobmaml.tasks.splits import SPLITS, pools
 
 SIZES = (9, 12, 10, 9, 11, 14, 9, 10, 9, 13)
@@ -106,18 +106,27 @@ def test_draws_are_uniform_with_classes_of_different_sizes(generator):
             assert stats.chisquare(counts[y == c]).pvalue > 0.0002
 
 
-def test_the_largest_of_each_row_are_topks():
-    generator = torch.Generator().manual_seed(0)
-    for rows, columns, count in ((80, 331, 20), (5, 20, 20), (3, 1, 1), (40, 30, 7)):
-        keys = torch.rand(rows, columns, generator=generator)
-        assert torch.equal(largest(keys, count), keys.topk(count).indices)
-    keys = torch.randint(5, (50, 20), generator=generator).float()  # many equal ones
-    found = largest(keys, 6)
-    assert torch.equal(keys.gather(1, found), keys.topk(6).values)
-    assert all(len(set(row)) == 6 for row in found.tolist())
-    keys[:, :12] = torch.rand(50, 12, generator=generator) + 5
-    keys[:, 12:] = -1.0
-    assert torch.equal(largest(keys, 12), keys.topk(12).indices)
+@pytest.mark.parametrize("sizes", [(3, 4, 6), (8, 9, 11)])
+def test_distinct_numbers_are_uniform_as_ordered_pairs(sizes, generator):
+    """Both ways that there are, each with sizes that differ; some of so many rows have to be drawn again."""
+    rows = 30_000
+    found = distinct(np.tile(sizes, rows), 2, generator).reshape(rows, len(sizes), 2)
+    for i, size in enumerate(sizes):
+        pairs = np.bincount(found[:, i, 0] * size + found[:, i, 1], minlength=size**2)
+        assert len(pairs) == size**2
+        assert not pairs.reshape(size, size).diagonal().any()
+        assert stats.chisquare(pairs.reshape(size, size)[~np.eye(size, dtype=bool)]).pvalue > 0.001
+    together = np.bincount(found[:, 0, 0] * sizes[1] + found[:, 1, 1], minlength=sizes[0] * sizes[1])
+    assert stats.chisquare(together).pvalue > 0.001
+
+
+@pytest.mark.parametrize(("size", "take"), [(20, 20), (80, 20), (10**9, 20), (400, 100), (1, 1), (4, 1)])
+def test_distinct_numbers_are_distinct(size, take, generator):
+    found = distinct(np.full(2000, size), take, generator)
+    assert found.shape == (2000, take)
+    assert found.min() >= 0
+    assert found.max() < size
+    assert (np.diff(np.sort(found, axis=1), axis=1) > 0).all()
 
 
 def test_tensors_arrays_and_datasets_give_the_same_tasks():
@@ -276,12 +285,12 @@ def test_nothing_is_drawn_of_an_empty_split(generator):
 def test_pools_divide_all_that_fractions_say():
     numbers = np.random.default_rng(1).integers(0, 7, 500)
     found = pools(range(7), numbers, "example", (0.64, 0.16, 0.2))
-    together = torch.cat([pool.order for pool in found.values()])
-    assert torch.equal(together.sort().values, torch.arange(500))
+    together = np.concatenate([pool.order for pool in found.values()])
+    assert (np.sort(together) == np.arange(500)).all()
     for pool in found.values():
         for c, examples in enumerate(pool.examples()):
             assert (numbers[examples] == c).all()
-            assert (examples.diff() > 0).all()
+            assert (np.diff(examples) > 0).all()
 
 
 def test_tasks_are_where_the_examples_are(generator):

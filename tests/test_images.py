@@ -86,7 +86,7 @@ def _check(model: nn.Sequential, x: torch.Tensor) -> ImageGradient:
     rows, examples = x.shape[:2]
     targets, weights = torch.randint(classes, (rows, examples)), torch.rand(rows, examples)
     phi, before = _rows(model, rows), torch.randn(rows, sum(p.numel() for p in model.parameters()))
-    gradient = ImageGradient(nodes_of(model), _shapes(model), x, F.one_hot(targets, classes).float(), weights)
+    gradient = ImageGradient.of(nodes_of(model), _shapes(model), x, F.one_hot(targets, classes).float(), weights)
     found = torch.full_like(before, torch.nan)  # is not read
     gradient.add(phi, None, found, 0.0, 1.0)
     again = before.clone()
@@ -249,7 +249,7 @@ def test_descent_on_mini_batches_equals_autograd(instructions, examples):
     x, targets = torch.randn(rows, examples, 1, 8, 8), torch.randint(5, (rows, examples))
     order, weights = torch.randint(examples, (rows, times, chosen)), torch.rand(rows, times, chosen) / chosen
     theta, (scales, steps) = _rows(model, 1), torch.rand(2, times).tolist()
-    gradient = ImageGradient(
+    gradient = ImageGradient.of(
         nodes_of(model), _shapes(model), x, F.one_hot(targets, 5).float(), torch.zeros(targets.shape)
     )
     found = torch.zeros(rows, theta.shape[1])
@@ -269,7 +269,7 @@ def test_gradients_do_not_depend_on_threads(instructions):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            gradient = ImageGradient(nodes_of(model), _shapes(model), x, targets, torch.ones(5, 3))
+            gradient = ImageGradient.of(nodes_of(model), _shapes(model), x, targets, torch.ones(5, 3))
             into = torch.zeros_like(phi)
             gradient.add(phi, into, into, 0.9, -0.1, times=2)
         finally:
@@ -282,7 +282,7 @@ def test_gradients_do_not_depend_on_threads(instructions):
 def test_what_is_not_a_number_stays_in_its_row(instructions):
     model, x = _conv4(), torch.randn(2, 3, 1, 8, 8)
     x[0, 1, 0, 3, 3] = torch.nan
-    gradient = ImageGradient(nodes_of(model), _shapes(model), x, torch.eye(5)[:3].expand(2, 3, 5), torch.ones(2, 3))
+    gradient = ImageGradient.of(nodes_of(model), _shapes(model), x, torch.eye(5)[:3].expand(2, 3, 5), torch.ones(2, 3))
     phi = _rows(model, 2)
     found = torch.zeros_like(phi)
     gradient.add(phi, None, found, 0.0, 1.0)
@@ -372,7 +372,9 @@ def test_an_engine_of_some_examples(instructions):
     learner = Learner(model, F.cross_entropy)
     x, y = torch.randn(2, 6, 1, 8, 8), torch.randint(5, (2, 6))
     loss = Loss(F.cross_entropy)
-    engine = FusedImages(nodes_of(model), learner, x, loss.rows(y, [Part(slice(None), 1.0)]))
+    engine = FusedImages(
+        images.described(nodes_of(model), learner, (1, 8, 8)), learner, x, loss.rows(y, [Part(slice(None), 1.0)])
+    )
     order = torch.tensor([[1, 5], [0, 2]])
     some = engine.of_examples(order, [Part(slice(None), 1.0)])
     phi = _rows(model, 2)
@@ -437,10 +439,10 @@ def _given(**changes) -> dict:
 @pytest.mark.parametrize("case", WRONG_NODES)
 def test_networks_that_the_kernel_does_not_know(instructions, case):
     network = Learner(_small(), F.cross_entropy)
-    assert images.knows(RIGHT, network, (1, 3, 5))
-    assert not images.knows(WRONG_NODES[case], network, (1, 3, 5))
+    assert images.described(RIGHT, network, (1, 3, 5))
+    assert not images.described(WRONG_NODES[case], network, (1, 3, 5))
     with pytest.raises(ValueError, match=r"^(model|inputs|stride|padding|kernel|groups|eps)=.*: takes "):
-        ImageGradient(**_given(nodes=WRONG_NODES[case]))
+        ImageGradient.of(**_given(nodes=WRONG_NODES[case]))
 
 
 @pytest.mark.parametrize(
@@ -449,7 +451,7 @@ def test_networks_that_the_kernel_does_not_know(instructions, case):
         ({"x": torch.randn(2, 3, 1, 3, 5).double()}, "inputs=torch.float64"),
         ({"x": torch.randn(2, 3, 1, 3, 6)}, "model=2.weight (4, 24)"),
         ({"x": torch.randn(2, 3, 2, 3, 5)}, "model=0.weight (3, 1, 2, 2)"),
-        ({"x": torch.randn(2, 3)}, "inputs=(2, 3)"),
+        ({"x": torch.randn(2, 3)}, "inputs=()"),
         ({"x": torch.randn(2, 3, 1, 1, 3, 5)}, "inputs=(1, 1, 3, 5)"),
         ({"x": torch.randn(2, 3, 1, 1, 5)}, "inputs=Signal"),
         ({"x": torch.empty(1, 1, 1, 1, 1).expand(2, 3, 1, 3, 5).to("meta")}, "inputs="),
@@ -461,7 +463,14 @@ def test_networks_that_the_kernel_does_not_know(instructions, case):
 )
 def test_what_does_not_fit_is_refused_by_name(instructions, change, says):
     with pytest.raises(ValueError, match=f"^{re.escape(says)}.*: takes "):
-        ImageGradient(**_given(**change))
+        ImageGradient.of(**_given(**change))
+
+
+def test_what_was_described_for_other_examples_is_refused(instructions):
+    given = _given()
+    described = images.Described(given["nodes"], given["shapes"], (1, 3, 5))
+    with pytest.raises(ValueError, match=r"^inputs=\(2, 3, 1, 5, 3\): takes \[rows, examples, \*\(1, 3, 5\)\]"):
+        ImageGradient(described, given["x"].mT, given["targets"], given["weights"])
 
 
 @pytest.mark.parametrize(
@@ -477,15 +486,15 @@ def test_what_does_not_fit_is_refused_by_name(instructions, change, says):
 )
 def test_what_a_call_cannot_take_is_refused_by_name(instructions, change, says):
     told = {"start": torch.zeros(1, 115), "displacement": None, "into": torch.zeros(2, 115), "scale": 0.0, "step": 1.0}
-    ImageGradient(**_given()).add(**told)
+    ImageGradient.of(**_given()).add(**told)
     with pytest.raises(ValueError, match=f"^{re.escape(says)}.*: takes "):
-        ImageGradient(**_given()).add(**(told | change))
+        ImageGradient.of(**_given()).add(**(told | change))
 
 
 @pytest.mark.parametrize(("rows", "examples"), [(0, 3), (2, 0), (0, 0)])
 def test_no_rows_and_no_examples(instructions, rows, examples):
     x, targets = torch.zeros(rows, examples, 1, 3, 5), torch.zeros(rows, examples, 4)
-    gradient = ImageGradient(**_given(x=x, targets=targets, weights=torch.zeros(rows, examples)))
+    gradient = ImageGradient.of(**_given(x=x, targets=targets, weights=torch.zeros(rows, examples)))
     into = torch.full((rows, 115), 2.0)
     gradient.add(torch.zeros(1, 115), None, into, 0.5, 1.0)
     assert torch.equal(into, torch.ones(rows, 115))

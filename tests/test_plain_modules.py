@@ -97,6 +97,23 @@ def test_images():
     torch.testing.assert_close(as_module(nodes)(dict(model.named_parameters()), x), model(x))
 
 
+def test_what_writes_in_place_or_is_not_used_is_known_too():
+    def call(m, x):
+        h = torch.tanh_(m.a(x))
+        h.mean(), m.b(h).sum(0)
+        out = m.b(h)
+        seen = out.view(-1, 5, 1)
+        out.relu_()
+        return seen.flatten(1)
+
+    model = nn.Sequential(nn.ReLU(inplace=True), Of(call, a=nn.Linear(8, 6), b=nn.Linear(6, 5)))
+    trial = Trial(Learner(model, F.cross_entropy), "auto")
+    found = trial.nodes(torch.randn(2, 3, 8))
+    assert found is not None, trial.untraced
+    assert [type(node) for node in found] == [Activate, Linear, Activate, Linear, Activate]
+    assert [node.activation for node in found if isinstance(node, Activate)] == ["relu", "tanh", "relu"]
+
+
 @pytest.mark.parametrize(
     ("layer", "node"),
     [
@@ -127,6 +144,11 @@ def _constant(layer, x):
         return layer(x)
 
 
+def _written_through_a_view(h):
+    h.view(-1).relu_()
+    return h
+
+
 def _frozen():
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 5))
     model[0].bias.requires_grad_(False)
@@ -155,7 +177,7 @@ UNKNOWN = {
     ),
     "other padding": (
         nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 2, 3, padding=1, padding_mode="circular")),
-        "Conv1d '1' (whose inputs go elsewhere, too)",
+        "Conv1d '1' (aten.copy_.default)",
     ),
     "places": (nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 5)), "Linear '1' (aten.view.default)"),
     "frozen": (_frozen(), "Linear '0' ("),
@@ -173,8 +195,22 @@ UNKNOWN = {
     ),
     "a question": (
         Of(lambda m, x: m.a(x) if m.a(x).sum() > 0 else m.b(x), a=nn.Linear(8, 8), b=nn.Linear(8, 8)),
-        "It appears that you're trying to get value out of",
+        "Of '' (aten._local_scalar_dense.default)",
     ),
+    "numbers as Python's": (
+        Of(lambda m, x: m.a(x) if x.tolist()[0][0] > 0 else m.b(x), a=nn.Linear(8, 8), b=nn.Linear(8, 8)),
+        "",
+    ),
+    "numbers as NumPy's": (Of(lambda m, x: m.a(x * float(x.detach().numpy().max())), a=nn.Linear(8, 8)), ""),
+    "writing through a view": (
+        Of(lambda m, x: _written_through_a_view(m.a(x)), a=nn.Linear(8, 8)),
+        "Of '' (aten.relu.default)|Of '' (aten.view.default)",
+    ),
+    "writing into its own": (
+        Of(lambda m, x: m.b(torch.empty(len(x), 8, dtype=x.dtype).copy_(m.a(x))), a=nn.Linear(8, 8), b=nn.Linear(8, 8)),
+        "Of '' (aten.copy.default)",
+    ),
+    "two inputs of one": (Of(lambda m, x: m.a(x).add_(x), a=nn.Linear(8, 8)), "Linear 'a' (whose inputs go elsewhere"),
     "the whole set": (Of(lambda m, x: m.a(x).view(-1, 4), a=nn.Linear(8, 8)), "Of '' (aten.view.default)"),
 }
 

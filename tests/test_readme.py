@@ -22,7 +22,7 @@ def test_library_example():
         [sys.executable, "-c", "import torch; torch.manual_seed(0)\n" + example],
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[1]) for line in done.stdout.splitlines()]

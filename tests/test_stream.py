@@ -139,6 +139,11 @@ def _training(train, steps=6, **changes) -> MetaTraining:
     )
 
 
+def test_a_stream_is_not_sampled_ahead():
+    with pytest.raises(ValueError, match=r"^prefetch=True: takes false for a stream"):
+        _training(DataLoader(_Tasks(), batch_size=3), prefetch=True)
+
+
 @pytest.mark.parametrize("random", [None, "torch"])
 @pytest.mark.parametrize("stopped", [1, 3, 5])
 def test_continued_is_uninterrupted_bit_for_bit(random, stopped):

@@ -13,7 +13,7 @@ from conftest import QUIET, processes_in, start_train, wait_until
 from fobmaml.run import sweeps
 
 QUICK = ("width=4", "steps=3", "eval.tasks=20", "eval.validation_tasks=10", "bias.every=0", "wandb.mode=disabled")
-SWEEP = ("-m", *QUICK, "steps=30,90", "checkpoint_every=5", "estimator=forward,symmetric")
+SWEEP = ("-m", *QUICK, "steps=20,60", "checkpoint_every=5", "estimator=forward,symmetric")
 MEASURED = ("test/accuracy", "test/loss", "val/loss", "train/loss", "memory/peak_bytes", "step", "status")
 
 
@@ -50,7 +50,7 @@ def test_failed_jobs_are_listed_and_the_rest_is_kept(run_train, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.nightly), "joblib"])
 def test_failed_jobs_are_listed_wherever_they_work(run_train, tmp_path, launcher):
     done = run_train(
         "-m",

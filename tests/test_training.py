@@ -44,6 +44,7 @@ QUICK = {
     "log_every": 10,
     "checkpoint_every": 100,
     "fixed_tasks": False,
+    "prefetch": False,
 }
 MEASURED = {
     "test": (MetaTest, {"tasks": 8}),
@@ -300,11 +301,11 @@ def test_evaluation_tasks_are_the_same_for_every_estimator_and_seed(mnist1d):
 
 def test_accuracy_and_its_interval_by_hand(mnist1d):
     training = _training(mnist1d)
-    found = score(training, training.fixed("test", 30))
-    tasks = training.tasks("test", 30, EVALUATION_SEED).to(dtype=torch.float32)
+    found = score(training, training.fixed("test", 12))
+    tasks = training.tasks("test", 12, EVALUATION_SEED).to(dtype=torch.float32)
     theta = training.learner.unflatten(training.learner.theta())
     correct = []
-    for i in range(30):
+    for i in range(12):
         phi = theta
         for _ in range(3):
 
@@ -318,7 +319,7 @@ def test_accuracy_and_its_interval_by_hand(mnist1d):
         correct.append((out.argmax(1) == tasks.query_y[i]).double().mean())
     each = torch.stack(correct)
     assert found.accuracy == pytest.approx(float(each.mean()), abs=1e-3)
-    assert found.accuracy_ci95 == pytest.approx(1.96 * float(each.std()) / math.sqrt(30), rel=0.05)
+    assert found.accuracy_ci95 == pytest.approx(1.96 * float(each.std()) / math.sqrt(12), rel=0.05)
 
 
 def test_regression_has_a_loss_and_no_accuracy():
@@ -474,6 +475,7 @@ def test_sampling_costs_less_than_a_twentieth_of_a_meta_step(mnist1d):
         ("checkpoint_every", 0),
         ("memory_limit_mb", 0),
         ("fixed_tasks", 1),
+        ("prefetch", 1),
         ("engine", "fast"),
     ],
 )

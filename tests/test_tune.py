@@ -69,12 +69,12 @@ def runs(monkeypatch):
     where the batch is null."""
     made = []
 
-    def accuracy(given, experiment, seed, shorter):
+    def accuracy(given, experiment, seed, least, shorter):
         made.append((given["solver.lr"], seed))
         value = (
             1.0 - 0.1 * abs(math.log(given["solver.lr"] / 2.0)) - 0.2 * (seed == 101 and given["solver.batch"] is None)
         )
-        return {"accuracy": value, "diverged": False, "steps": 1000, "work": 1}
+        return {"accuracy": value, "third": value, "diverged": False, "steps": 1000, "work": 1}
 
     monkeypatch.setattr(tune, "accuracy", accuracy)
     return made

@@ -16,6 +16,7 @@ class Settings:
     seed: int = 0
     meta_batch: int = 16
     fixed_tasks: bool = False
+    prefetch: bool = False
     task_chunk: int | str = "auto"
     memory_limit_mb: float | None = None
     engine: str = "auto"
@@ -37,8 +38,9 @@ class Settings:
         for name in ("budget", "task_clip", "clip"):
             if (value := getattr(self, name)) is not None:
                 number(name, value, above=0.0)
-        if not isinstance(self.fixed_tasks, bool):
-            raise refuse("fixed_tasks", self.fixed_tasks, "true or false")
+        for name in ("fixed_tasks", "prefetch"):
+            if not isinstance(getattr(self, name), bool):
+                raise refuse(name, getattr(self, name), "true or false")
         if self.task_chunk != "auto":
             with or_auto():
                 whole_number("task_chunk", self.task_chunk)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple
 from functools import cached_property, partial
 from typing import Any
@@ -28,6 +28,7 @@ from fobmaml.outer import Outer
 from fobmaml.settings import Settings
 from fobmaml.stages import Stage, Stages
 from fobmaml.tasks import Split, Stream, TaskBatch, TaskSource
+from fobmaml.tasks.ahead import Ahead
 from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,11 @@ class MetaTraining:
             group["initial_lr"] = group["lr"]
         if settings.meta_batch < distributed.size():
             raise refuse("meta_batch", settings.meta_batch, f"at least {distributed.size()}, a task for each process")
+        if settings.prefetch and isinstance(source, Stream):
+            raise refuse("prefetch", True, "false for a stream, whose place is that of the step")
+        self._ahead = Ahead(
+            lambda step: distributed.share(self.tasks("train", settings.meta_batch, settings.seed, step))
+        )
         self._check_source()
         _ = self._at_most  # a limit that is too low is refused here
         self.latest: Event = {
@@ -186,9 +192,10 @@ class MetaTraining:
         """
         s = self.settings
         self.stages.enter(fraction)
-        tasks = self.placed(distributed.share(self.tasks("train", s.meta_batch, s.seed, step)))
+        tasks = self.placed(self._ahead.take(step))
         self.at_once = self.chunk(tasks, self.estimator)
-        result = self._estimate(theta, tasks, self.at_once, logged)
+        with self._ahead.meanwhile(step + 1) if s.prefetch else nullcontext():
+            result = self._estimate(theta, tasks, self.at_once, logged)
         values = torch.cat([result.gradient, *(each.flatten() for each in result.variables.values())])
         if result.query_loss is not None and result.residual is not None:
             nu = values.new_tensor([result.nu or 0.0])

@@ -5,52 +5,23 @@ Each row has its own parameters and examples and belongs to one thread, which ta
 layers and back before the next, so that its activations stay in the cache. Signals are channels-last and padded by one
 place on both sides: the window of a convolution is a run of consecutive numbers, and nothing is copied for it. The
 products are sums over tiles held in registers; the activation, SiLU, and its derivatives are taken of a tile before it
-leaves them. Compiled for each of two instruction sets; Python picks one.
+leaves them. Compiled for each instruction set; Python picks one.
 
 A Hessian product is the derivative of all that a gradient takes as the parameters move along a vector: what is called
 ``moving`` has the derivatives of what ``at`` has. It does not take the gradient again: a gradient can keep its signals
 for products at the same point. */
 
-#include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
-#include <omp.h>
-#ifdef __SANITIZE_ADDRESS__ /* scripts/sanitize_kernel.py */
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(from, bytes)
-#endif
 
-#ifdef __AVX512F__
-enum { LANES = 16, HEIGHT = 8, WIDTH = 3 }; /* a tile is HEIGHT x WIDTH vectors: 24 of 32 registers */
+#include "threads.h"
+#include "vectors.h"
+
+#if LANES == 8
+enum { HEIGHT = 4, WIDTH = 3 }; /* a tile is HEIGHT x WIDTH vectors: 12 of AVX2's 16 registers */
 #else
-enum { LANES = 8, HEIGHT = 4, WIDTH = 3 }; /* 12 of 16 */
+enum { HEIGHT = 8, WIDTH = 3 }; /* 24 of 32 */
 #endif
 enum { DEPTH = 512, AHEAD = 16 }; /* windows summed at a time in a weight's gradient; rows a panel is fetched ahead */
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-#define ALIGNED __attribute__((aligned(64)))
-#define CEIL(a, b) (((a) + (b) - 1) / (b))
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-
-/* Cuts columns into panels of at most WIDTH vectors, as equal as can be; each has a first column and a width. */
-#define EACH_PANEL(columns, first, width)                                                                      \
-    for (int64_t all = CEIL(columns, LANES), parts = CEIL(all, WIDTH), part = 0, first = 0, width;             \
-         part < parts && (width = (part + 1) * all / parts - part * all / parts); first += width * LANES, part++)
-/* CALL(width), with a width known to the compiler. */
-#define BY_WIDTH(width, CALL)              \
-    do {                                   \
-        if ((width) == 3) CALL(3);         \
-        else if ((width) == 2) CALL(2);    \
-        else CALL(1);                      \
-    } while (0)
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* A layer's parameters are weights [out][kernel_size][in] and biases [out], at the places ``weight`` and ``bias`` of a row. A
 dense layer is one window over the whole signal; a turned one has weights [out][in][kernel_size] there. */
@@ -73,87 +44,16 @@ typedef struct {
     float *part;          /* room for a part of one of these, in another order */
 } Buffers;
 
-INLINE vec load(const float *p) { return *(const unaligned *)p; }
-
-INLINE void store(float *p, vec v) { *(unaligned *)p = v; }
-
-/* The first n lanes, and zeros. */
-INLINE vec load_first(const float *p, int64_t n) {
-    if (n >= LANES) return load(p);
-#ifdef __AVX512F__
-    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
-#else
-    vec v = {0};
-    for (int64_t i = 0; i < n; i++) v[i] = p[i];
-    return v;
-#endif
+/* Where the vectors of a panel begin, of all ``columns`` from its first one on. The last one ends where they end, and has
+some lanes of the one before: nothing is masked, but where there are fewer columns than lanes. */
+INLINE int64_t place(const int width, int v, int64_t columns) {
+    return v + 1 < width ? v * LANES : MAX(MIN(columns, width * LANES) - LANES, 0);
 }
 
-INLINE void store_first(float *p, vec v, int64_t n) {
-    if (n >= LANES) {
-        store(p, v);
-        return;
-    }
-#ifdef __AVX512F__
-    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
-#else
-    for (int64_t i = 0; i < n; i++) p[i] = v[i];
-#endif
-}
-
-/* v[i][j] becomes v[j][i]: blocks of h x h change places, for h = LANES / 2, ..., 2, 1. */
-INLINE void transpose(vec v[LANES]) {
-    UNROLL for (int h = LANES / 2; h; h /= 2) UNROLL for (int i = 0; i < LANES; i++) {
-        if (i & h) continue;
-        ivec upper, lower;
-        UNROLL for (int j = 0; j < LANES; j++) {
-            upper[j] = j & h ? LANES + j - h : j;
-            lower[j] = j & h ? LANES + j : j + h;
-        }
-        vec above = v[i];
-        v[i] = __builtin_shuffle(above, v[i + h], upper);
-        v[i + h] = __builtin_shuffle(above, v[i + h], lower);
-    }
-}
-
-INLINE vec clamp(vec x, float low, float high) {
-#ifdef __AVX512F__
-    return (vec)_mm512_min_ps(_mm512_max_ps((__m512)x, _mm512_set1_ps(low)), _mm512_set1_ps(high));
-#else
-    return (vec)_mm256_min_ps(_mm256_max_ps((__m256)x, _mm256_set1_ps(low)), _mm256_set1_ps(high));
-#endif
-}
-
-/* 1 / x, to an ulp or two. */
-INLINE vec inverse(vec x) {
-#ifdef __AVX512F__
-    vec r = (vec)_mm512_rcp14_ps((__m512)x);
-    return r * (2.0f - x * r);
-#else
-    return 1.0f / x;
-#endif
-}
-
-/* e^x for |x| <= 87: 2^n e^r with |r| <= ln(2) / 2, where a polynomial is within two ulp. */
-INLINE vec exponential(vec x) {
-    const float to_integer = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded, into its last bits */
-    x = clamp(x, -87.0f, 87.0f);
-    vec t = x * 1.44269504f + to_integer;
-    ivec n = (ivec)t << 23;
-    t -= to_integer;
-    vec r = x - t * 0.693359375f + t * 2.12194440e-4f; /* ln(2), in two parts */
-    vec p = 1.0f / 5040 * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    return (vec)((ivec)p + n);
-}
-
-/* sum[i][v] += sum over p of a[i][p] * panel[p][v], for ``width`` vectors; ``stride`` numbers from p to p + 1. */
+/* sum[i][v] += sum over p of a[i][p] * panel[p][v], for ``width`` vectors, the last one from ``last`` on; ``stride``
+numbers from p to p + 1. */
 INLINE void multiply(const int width, int64_t depth, const float *const *a, const float *panel, int64_t stride,
-                     vec sum[HEIGHT][WIDTH]) {
+                     int64_t last, vec sum[HEIGHT][WIDTH]) {
     const float *row[HEIGHT];
     vec s[HEIGHT][WIDTH];
     UNROLL for (int i = 0; i < HEIGHT; i++) {
@@ -163,7 +63,7 @@ INLINE void multiply(const int width, int64_t depth, const float *const *a, cons
     for (int64_t p = 0; p < depth; p++) {
         vec b[WIDTH];
         UNROLL for (int v = 0; v < width; v++) {
-            b[v] = load(panel + p * stride + v * LANES);
+            b[v] = load(panel + p * stride + (v + 1 < width ? v * LANES : last));
             __builtin_prefetch(panel + (p + AHEAD) * stride + v * LANES);
         }
         UNROLL for (int i = 0; i < HEIGHT; i++) {
@@ -177,9 +77,9 @@ INLINE void multiply(const int width, int64_t depth, const float *const *a, cons
 /* h' = a(z), a'(z) and, if it is kept, a''(z) for z = W h + b, for ``width`` vectors of outputs, from the ``first`` on. */
 INLINE void forward_panel(const int width, const int activate, const Layer *layer, const Buffers *at, int64_t windows,
                           int64_t first) {
-    int64_t depth = layer->kernel_size * layer->in, columns = MIN(layer->out - first, width * LANES);
+    int64_t depth = layer->kernel_size * layer->in, columns = layer->out - first;
     vec b[WIDTH];
-    UNROLL for (int v = 0; v < width; v++) b[v] = load(at->bias + first + v * LANES);
+    UNROLL for (int v = 0; v < width; v++) b[v] = load(at->bias + first + place(width, v, columns));
     for (int64_t m = 0; m < windows; m += HEIGHT) {
         const float *a[HEIGHT];
         vec z[HEIGHT][WIDTH];
@@ -187,21 +87,21 @@ INLINE void forward_panel(const int width, const int activate, const Layer *laye
             a[i] = at->h + at->from[MIN(m + i, windows - 1)];
             UNROLL for (int v = 0; v < width; v++) z[i][v] = b[v];
         }
-        multiply(width, depth, a, at->forward + first * depth, width * LANES, z);
+        multiply(width, depth, a, at->forward + first * depth, width * LANES, (width - 1) * LANES, z);
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
             UNROLL for (int v = 0; v < width; v++) {
-                int64_t to = at->to[m + i] + first + v * LANES, n = columns - v * LANES;
-                int64_t place = (m + i) * layer->out + first + v * LANES;
+                int64_t o = first + place(width, v, columns), n = width > 1 ? LANES : columns;
+                int64_t to = at->to[m + i] + o, own = (m + i) * layer->out + o;
                 if (!activate) {
                     store_first(at[1].h + to, z[i][v], n);
                     continue;
                 }
-                vec e = exponential(-z[i][v]), sigmoid = inverse(1.0f + e), silu = z[i][v] * sigmoid;
+                vec e = exponential(-z[i][v]), sigmoid = 1.0f / (1.0f + e), silu = z[i][v] * sigmoid;
                 vec rest = e * sigmoid;
                 store_first(at[1].h + to, silu, n);
-                store_first(at->slope + place, sigmoid + silu * rest, n);
+                store_first(at->slope + own, sigmoid + silu * rest, n);
                 if (at->bend) /* s (1 - s) (2 + z (1 - 2 s)) */
-                    store_first(at->bend + place, sigmoid * rest * (2.0f + z[i][v] * (rest - sigmoid)), n);
+                    store_first(at->bend + own, sigmoid * rest * (2.0f + z[i][v] * (rest - sigmoid)), n);
             }
         }
     }
@@ -211,9 +111,9 @@ INLINE void forward_panel(const int width, const int activate, const Layer *laye
 a'(z) gives. The inputs do not move: their dh is NULL. */
 INLINE void moving_panel(const int width, const int activate, const Layer *layer, const Buffers *at,
                          const Buffers *moving, int64_t windows, int64_t first) {
-    int64_t depth = layer->kernel_size * layer->in, columns = MIN(layer->out - first, width * LANES);
+    int64_t depth = layer->kernel_size * layer->in, columns = layer->out - first;
     vec c[WIDTH];
-    UNROLL for (int v = 0; v < width; v++) c[v] = load(moving->bias + first + v * LANES);
+    UNROLL for (int v = 0; v < width; v++) c[v] = load(moving->bias + first + place(width, v, columns));
     for (int64_t m = 0; m < windows; m += HEIGHT) {
         const float *a[HEIGHT], *da[HEIGHT];
         vec dz[HEIGHT][WIDTH];
@@ -223,15 +123,15 @@ INLINE void moving_panel(const int width, const int activate, const Layer *layer
             da[i] = moving->h ? moving->h + from : NULL;
             UNROLL for (int v = 0; v < width; v++) dz[i][v] = c[v];
         }
-        multiply(width, depth, a, moving->forward + first * depth, width * LANES, dz);
-        if (moving->h) multiply(width, depth, da, at->forward + first * depth, width * LANES, dz);
+        multiply(width, depth, a, moving->forward + first * depth, width * LANES, (width - 1) * LANES, dz);
+        if (moving->h) multiply(width, depth, da, at->forward + first * depth, width * LANES, (width - 1) * LANES, dz);
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
             UNROLL for (int v = 0; v < width; v++) {
-                int64_t to = at->to[m + i] + first + v * LANES, n = columns - v * LANES;
-                int64_t place = (m + i) * layer->out + first + v * LANES;
+                int64_t o = first + place(width, v, columns), n = width > 1 ? LANES : columns;
+                int64_t to = at->to[m + i] + o, own = (m + i) * layer->out + o;
                 if (activate) {
-                    store_first(moving->gz + place, load_first(at->bend + place, n) * dz[i][v], n);
-                    dz[i][v] *= load_first(at->slope + place, n);
+                    store_first(moving->gz + own, load(at->bend + own) * dz[i][v], n);
+                    dz[i][v] *= load(at->slope + own);
                 }
                 store_first(moving[1].h + to, dz[i][v], n);
             }
@@ -242,7 +142,8 @@ INLINE void moving_panel(const int width, const int activate, const Layer *layer
 /* gh += gz W + other V, for ``width`` vectors of the windows; the second product where ``other`` is given. */
 INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, int64_t windows, int64_t first,
                         float *gh, const float *gz, const float *w, const float *other, const float *v_rows) {
-    int64_t columns = MIN(layer->kernel_size * layer->in - first, width * LANES), out = layer->out;
+    int64_t depth = layer->kernel_size * layer->in, columns = depth - first, out = layer->out;
+    int64_t last = place(width, width - 1, columns);
     for (int64_t m = 0; m < windows; m += HEIGHT) {
         const float *a[HEIGHT], *b[HEIGHT];
         vec sum[HEIGHT][WIDTH];
@@ -252,13 +153,13 @@ INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, 
             b[i] = other ? other + row : NULL;
             UNROLL for (int v = 0; v < width; v++) sum[i][v] = (vec){0};
         }
-        multiply(width, out, a, w + first, layer->kernel_size * layer->in, sum);
-        if (other) multiply(width, out, b, v_rows + first, layer->kernel_size * layer->in, sum);
+        multiply(width, out, a, w + first, depth, last, sum);
+        if (other) multiply(width, out, b, v_rows + first, depth, last, sum);
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
-            UNROLL for (int v = 0; v < width; v++) {
-                float *to = gh + at->from[m + i] + first + v * LANES;
-                store_first(to, load_first(to, columns - v * LANES) + sum[i][v], columns - v * LANES);
-            }
+            float *to = gh + at->from[m + i] + first;
+            UNROLL for (int v = 0; v < width; v++) sum[i][v] += load(to + place(width, v, columns));
+            UNROLL for (int v = 0; v < width; v++)
+                store_first(to + place(width, v, columns), sum[i][v], width > 1 ? LANES : columns);
         }
     }
 }
@@ -281,18 +182,20 @@ INLINE void weight_tile(const int height, const int width, int64_t windows, int6
         const float *gz = term[t].gz, *h = term[t].h;
         for (int64_t m = 0; m < windows; m++) {
             vec b[WIDTH];
-            UNROLL for (int v = 0; v < width; v++) b[v] = load(h + from[m] + v * LANES);
+            UNROLL for (int v = 0; v < width; v++) b[v] = load(h + from[m] + place(width, v, columns));
             UNROLL for (int i = 0; i < height; i++) {
                 float factor = gz[m * out + i];
                 UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * b[v];
             }
         }
     }
-    UNROLL for (int i = 0; i < height; i++) UNROLL for (int v = 0; v < width; v++) {
-        float *p = into + i * stride + v * LANES;
-        vec result = step * sum[i][v];
-        if (scale != 0.0f) result += scale * load_first(p, columns - v * LANES);
-        store_first(p, result, columns - v * LANES);
+    UNROLL for (int i = 0; i < height; i++) {
+        float *p = into + i * stride;
+        UNROLL for (int v = 0; v < width; v++) {
+            sum[i][v] *= step;
+            if (scale != 0.0f) sum[i][v] += scale * load(p + place(width, v, columns));
+        }
+        UNROLL for (int v = 0; v < width; v++) store(p + place(width, v, columns), sum[i][v]);
     }
 }
 
@@ -308,7 +211,7 @@ static void weight_rows(int height, int width, int64_t windows, int64_t out, con
         break;
     switch (height) {
         ROWS(1) ROWS(2) ROWS(3) ROWS(4)
-#ifdef __AVX512F__
+#if LANES != 8
         ROWS(5) ROWS(6) ROWS(7) ROWS(8)
 #endif
     }
@@ -327,7 +230,7 @@ static void few_weights(const Layer *layer, const Buffers *at, int64_t windows, 
         const float *a[HEIGHT];
         vec sum[HEIGHT][WIDTH] = {0};
         for (int i = 0; i < HEIGHT; i++) a[i] = at->part + MIN(first + i, depth - 1) * windows;
-#define SUM(width) multiply(width, windows, a, gz + o, out, sum)
+#define SUM(width) multiply(width, windows, a, gz + o, out, (width - 1) * LANES, sum)
         BY_WIDTH(width, SUM);
 #undef SUM
         for (int64_t j = 0; j < MIN(out - o, width * LANES); j++)
@@ -405,19 +308,20 @@ static void turn(const Layer *layer, const float *a, const float *b, float *to) 
 }
 
 /* Lays out the parameters start + moved for the products. */
-static void pack(const Layer *layer, const float *start, const float *moved, Buffers *at) {
+static void pack(const Layer *layer, const float *start, const float *moved, const Buffers *at) {
     int64_t out = layer->out, depth = layer->kernel_size * layer->in;
     add(at->bias, start + layer->bias, moved ? moved + layer->bias : NULL, out);
     if (layer->turned) turn(layer, start + layer->weight, moved ? moved + layer->weight : NULL, at->weights);
     else add(at->weights, start + layer->weight, moved ? moved + layer->weight : NULL, out * depth);
-    EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
+    EACH_PANEL(out, first, width) for (int64_t which = 0; which < width; which++) {
+        int64_t o = first + place(width, which, out - first);
         for (int64_t k = 0; k < depth; k += LANES) {
             vec v[LANES];
             UNROLL for (int i = 0; i < LANES; i++)
                 v[i] = o + i < out ? load(at->weights + (o + i) * depth + k) : (vec){0};
             transpose(v);
             for (int64_t i = 0; i < MIN(depth - k, LANES); i++)
-                store(at->forward + first * depth + (k + i) * width * LANES + o - first, v[i]);
+                store(at->forward + first * depth + ((k + i) * width + which) * LANES, v[i]);
         }
     }
 }
@@ -626,6 +530,55 @@ static void move_back(const Layer *layers, int64_t count, int64_t examples, cons
     }
 }
 
+/* What fused_gradient and fused_product are told, see there. */
+typedef struct {
+    const Layer *layers;
+    int64_t count, examples, chosen, block, parameters;
+    const float *start;
+    int64_t stride;
+    const float *moved, *along, *x, *targets, *weights;
+    const int64_t *order;
+    int64_t times;
+    const float *scale, *step;
+    float *into;
+    char *kept, *scratch;
+} Job;
+
+/* Gives the signals of the block from example ``n`` of row r on their places in what is kept. */
+static void arrange_kept(const Job *job, int64_t r, int64_t n, Buffers *at) {
+    int64_t blocks = CEIL(job->chosen, job->block), bytes = fused_kept(job->layers, job->count, job->block);
+    arrange_signals(job->layers, job->count, job->block, 1, job->kept + (r * blocks + n / job->block) * bytes, at);
+}
+
+static void gradient_row(const Job *job, int64_t r, Buffers *at) {
+    const Layer *layers = job->layers;
+    int64_t count = job->count, inputs = layers->length_in * layers->in, classes = layers[count - 1].out;
+    for (int64_t t = 0; t < job->times; t++) {
+        for (int64_t l = 0; l < count; l++)
+            pack(layers + l, job->start + r * job->stride, job->moved ? job->moved + r * job->parameters : NULL, at + l);
+        for (int64_t n = 0; n < job->chosen; n += job->block) {
+            int64_t some = MIN(job->block, job->chosen - n), first = r * job->examples + (job->order ? 0 : n);
+            int64_t weight = (job->order ? r * job->times + t : r) * job->chosen + n;
+            const int64_t *which = job->order ? job->order + weight : NULL;
+            if (job->kept) {
+                arrange_kept(job, r, n, at);
+                pad(layers, count, some, at);
+            }
+            forward(layers, count, some, job->x + first * inputs, which, at);
+            loss_gradient(some, classes, job->targets + first * classes, which, job->weights + weight, at + count - 1);
+            backward(layers, count, some, at, job->into + r * job->parameters, n ? 1.0f : job->scale[t], job->step[t]);
+        }
+    }
+}
+
+static void gradient_rows(Shared *shared, int thread) {
+    const Job *job = shared->job;
+    Buffers at[job->count + 1];
+    int64_t bytes = fused_scratch(job->layers, job->count, job->block), r;
+    arrange_all(job->layers, job->count, job->block, job->scratch + thread * bytes, at);
+    while ((r = next_row(shared)) >= 0) gradient_row(job, r, at);
+}
+
 /* At t = 0, ..., times - 1: into[r] = scale[t] * into[r] + step[t] * the gradient at phi[r] of the sum over n of
 weights[r][n] * cross-entropy.
 
@@ -643,32 +596,38 @@ void fused_gradient(const Layer *layers, int64_t count, int64_t rows, int64_t ex
                     int64_t parameters, const float *start, int64_t stride, const float *moved, const float *x,
                     const float *targets, const float *weights, const int64_t *order, int64_t times, const float *scale,
                     const float *step, float *into, char *kept, char *scratch, int threads) {
-    int64_t bytes = fused_scratch(layers, count, block), inputs = layers->length_in * layers->in;
-    int64_t classes = layers[count - 1].out, blocks = CEIL(chosen, block), bytes_kept = fused_kept(layers, count, block);
-#pragma omp parallel num_threads(threads)
-    {
-        Buffers at[count + 1];
-        arrange_all(layers, count, block, scratch + omp_get_thread_num() * bytes, at);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t r = 0; r < rows; r++) {
-            for (int64_t t = 0; t < times; t++) {
-                for (int64_t l = 0; l < count; l++)
-                    pack(layers + l, start + r * stride, moved ? moved + r * parameters : NULL, at + l);
-                for (int64_t n = 0; n < chosen; n += block) {
-                    int64_t some = MIN(block, chosen - n), first = r * examples + (order ? 0 : n);
-                    int64_t weight = (order ? r * times + t : r) * chosen + n;
-                    const int64_t *which = order ? order + weight : NULL;
-                    if (kept) {
-                        arrange_signals(layers, count, block, 1, kept + (r * blocks + n / block) * bytes_kept, at);
-                        pad(layers, count, some, at);
-                    }
-                    forward(layers, count, some, x + first * inputs, which, at);
-                    loss_gradient(some, classes, targets + first * classes, which, weights + weight, at + count - 1);
-                    backward(layers, count, some, at, into + r * parameters, n ? 1.0f : scale[t], step[t]);
-                }
-            }
-        }
+    Job job = {.layers = layers, .count = count, .examples = examples, .chosen = chosen, .block = block,
+               .parameters = parameters, .start = start, .stride = stride, .moved = moved, .x = x, .targets = targets,
+               .weights = weights, .order = order, .times = times, .scale = scale, .step = step, .into = into,
+               .kept = kept, .scratch = scratch};
+    share(gradient_rows, &job, rows, threads);
+}
+
+static void product_row(const Job *job, int64_t r, Buffers *at, const Buffers *moving) {
+    const Layer *layers = job->layers;
+    int64_t count = job->count, classes = layers[count - 1].out;
+    for (int64_t l = 0; l < count; l++) {
+        pack(layers + l, job->start + r * job->stride, NULL, at + l);
+        pack(layers + l, job->along + r * job->parameters, NULL, moving + l);
     }
+    for (int64_t n = 0; n < job->examples; n += job->block) {
+        int64_t some = MIN(job->block, job->examples - n);
+        arrange_kept(job, r, n, at);
+        move(layers, count, some, at, moving);
+        loss_product(some, classes, job->weights + r * job->examples + n, at + count - 1, moving + count - 1);
+        move_back(layers, count, some, at, moving, job->into + r * job->parameters, n ? 1.0f : *job->scale, *job->step);
+    }
+}
+
+static void product_rows(Shared *shared, int thread) {
+    const Job *job = shared->job;
+    Buffers at[job->count + 1], moving[job->count + 1];
+    int64_t bytes = fused_scratch(job->layers, job->count, job->block), r;
+    char *own = job->scratch + 2 * thread * bytes;
+    arrange_all(job->layers, job->count, job->block, own, at);
+    arrange_all(job->layers, job->count, job->block, own + bytes, moving);
+    moving->h = NULL;
+    while ((r = next_row(shared)) >= 0) product_row(job, r, at, moving);
 }
 
 /* into[r] = scale * into[r] + step * the Hessian at start[r] times along[r], of what fused_gradient took there once and
@@ -677,28 +636,8 @@ fused_scratch(layers, count, block) prepared bytes. All else is as there. */
 void fused_product(const Layer *layers, int64_t count, int64_t rows, int64_t examples, int64_t block,
                    int64_t parameters, const float *start, int64_t stride, const float *along, const float *weights,
                    float scale, float step, float *into, char *kept, char *scratch, int threads) {
-    int64_t bytes = fused_scratch(layers, count, block), bytes_kept = fused_kept(layers, count, block);
-    int64_t classes = layers[count - 1].out, blocks = CEIL(examples, block);
-#pragma omp parallel num_threads(threads)
-    {
-        Buffers at[count + 1], moving[count + 1];
-        char *own = scratch + 2 * omp_get_thread_num() * bytes;
-        arrange_all(layers, count, block, own, at);
-        arrange_all(layers, count, block, own + bytes, moving);
-        moving->h = NULL;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t r = 0; r < rows; r++) {
-            for (int64_t l = 0; l < count; l++) {
-                pack(layers + l, start + r * stride, NULL, at + l);
-                pack(layers + l, along + r * parameters, NULL, moving + l);
-            }
-            for (int64_t n = 0; n < examples; n += block) {
-                int64_t some = MIN(block, examples - n);
-                arrange_signals(layers, count, block, 1, kept + (r * blocks + n / block) * bytes_kept, at);
-                move(layers, count, some, at, moving);
-                loss_product(some, classes, weights + r * examples + n, at + count - 1, moving + count - 1);
-                move_back(layers, count, some, at, moving, into + r * parameters, n ? 1.0f : scale, step);
-            }
-        }
-    }
+    Job job = {.layers = layers, .count = count, .examples = examples, .chosen = examples, .block = block,
+               .parameters = parameters, .start = start, .stride = stride, .along = along, .weights = weights,
+               .scale = &scale, .step = &step, .into = into, .kept = kept, .scratch = scratch};
+    share(product_rows, &job, rows, threads);
 }

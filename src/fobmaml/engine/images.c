@@ -10,53 +10,21 @@ in registers. A dense layer is a convolution whose window is the whole image.
 No intrinsics: the vector extensions that GCC and Clang share. */
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
-#include <omp.h>
-#ifdef __SANITIZE_ADDRESS__ /* scripts/sanitize_kernel.py */
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(from, bytes) (void)0
-#endif
 
-#if defined __AVX512F__
-enum { LANES = 16, HEIGHT = 6, WIDTH = 4 }; /* a tile is HEIGHT x WIDTH vectors: 24 of 32 registers */
-#elif defined __AVX__
-enum { LANES = 8, HEIGHT = 6, WIDTH = 2 }; /* 12 of 16 */
+#include "threads.h"
+#include "vectors.h"
+
+#if LANES == 8
+enum { HEIGHT = 6, WIDTH = 2 }; /* a tile is HEIGHT x WIDTH vectors: 12 of AVX2's 16 registers */
 #else
-enum { LANES = 4, HEIGHT = 6, WIDTH = 4 }; /* NEON has 32 */
+enum { HEIGHT = 6, WIDTH = 4 }; /* 24 of 32 */
 #endif
 enum { DEPTH = 64, WINDOWS = 64 }; /* summed at a time: what is read again and again has to stay in the first cache */
 enum { TILES = 60, PARTS = 16 };   /* transformed at a time, and places of each */
 enum { CONVOLUTION, NORM, MAXIMUM, AVERAGE };     /* kinds of nodes */
 enum { IDENTITY, SILU, RELU, TANH, GELU };        /* and of activations */
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-#define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define ROUND(a) (CEIL(a, LANES) * LANES)
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-
-/* Cuts columns, a multiple of LANES, into panels of at most WIDTH vectors, as equal as can be; each has a first column
-and a width. */
-#define EACH_PANEL(columns, first, width)                                                                      \
-    for (int64_t all = (columns) / LANES, parts = CEIL(all, WIDTH), part = 0, first = 0, width;                \
-         part < parts && (width = (part + 1) * all / parts - part * all / parts); first += width * LANES, part++)
-enum { THREE = WIDTH < 3 ? WIDTH : 3 };
-/* CALL(width), with a width known to the compiler. */
-#define BY_WIDTH(width, CALL)              \
-    do {                                   \
-        if ((width) == 1) CALL(1);         \
-        else if ((width) == 2) CALL(2);    \
-        else if ((width) == 3) CALL(THREE); \
-        else CALL(WIDTH);                  \
-    } while (0)
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef float aliased __attribute__((vector_size(4 * LANES), may_alias));
-typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* What enters has ``in`` channels of height x width, what leaves ``out`` of height_out x width_out. A window takes
 kernel_height x kernel_width places and moves by strides; the padding is on both sides.
@@ -88,66 +56,6 @@ typedef struct {
     float *columns;       /* room for weights in another order, [in * kernel_height * kernel_width][LANES] */
     float *tiles_in, *tiles_out; /* what enters and leaves tiles, transformed: [PARTS][TILES][in or out] */
 } Buffers;
-
-INLINE vec load(const float *p) { return *(const aliased *)p; }
-
-INLINE void store(float *p, vec v) { *(aliased *)p = v; }
-
-/* The first n lanes, and zeros, from any address. */
-INLINE vec load_first(const float *p, int64_t n) {
-    if (n >= LANES) return *(const unaligned *)p;
-    vec v = {0};
-    for (int64_t i = 0; i < n; i++) v[i] = p[i];
-    return v;
-}
-
-INLINE void store_first(float *p, vec v, int64_t n) {
-    if (n >= LANES) *(unaligned *)p = v;
-    else for (int64_t i = 0; i < n; i++) p[i] = v[i];
-}
-
-/* v[i][j] becomes v[j][i]: by GCC's shuffles, blocks of h x h change places, for h = LANES / 2, ..., 2, 1. */
-INLINE void transpose(vec v[LANES]) {
-#ifdef __clang__
-    vec t[LANES];
-    UNROLL for (int i = 0; i < LANES; i++) UNROLL for (int j = 0; j < LANES; j++) t[j][i] = v[i][j];
-    UNROLL for (int i = 0; i < LANES; i++) v[i] = t[i];
-#else
-    UNROLL for (int h = LANES / 2; h; h /= 2) UNROLL for (int i = 0; i < LANES; i++) {
-        if (i & h) continue;
-        ivec upper, lower;
-        UNROLL for (int j = 0; j < LANES; j++) {
-            upper[j] = j & h ? LANES + j - h : j;
-            lower[j] = j & h ? LANES + j : j + h;
-        }
-        vec above = v[i];
-        v[i] = __builtin_shuffle(above, v[i + h], upper);
-        v[i + h] = __builtin_shuffle(above, v[i + h], lower);
-    }
-#endif
-}
-
-INLINE vec spread(float x) { return (vec){0} + x; }
-
-INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
-
-/* e^x for |x| <= 87: 2^n e^r with |r| <= ln(2) / 2, where a polynomial is within two ulp. */
-INLINE vec exponential(vec x) {
-    const float to_integer = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded, into its last bits */
-    x = choose(x < -87.0f, spread(-87.0f), x);
-    x = choose(x > 87.0f, spread(87.0f), x);
-    vec t = x * 1.44269504f + to_integer;
-    ivec n = (ivec)t << 23;
-    t -= to_integer;
-    vec r = x - t * 0.693359375f + t * 2.12194440e-4f; /* ln(2), in two parts */
-    vec p = 1.0f / 5040 * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    return (vec)((ivec)p + n);
-}
 
 /* The normal distribution's function, within 2e-7 (Abramowitz and Stegun, 7.1.26); ``bell`` = e^(-y^2 / 2). */
 INLINE vec normal(vec y, vec bell) {
@@ -1020,6 +928,67 @@ void images_prepare(const Node *nodes, int64_t count, int64_t block, char *scrat
     }
 }
 
+/* What images_gradient and images_outputs are told, see there, and what they do of a row. */
+typedef struct Job {
+    void (*row)(const struct Job *job, int64_t r, const Buffers *at);
+    const Node *nodes;
+    int64_t count, examples, chosen, block, parameters;
+    const float *start;
+    int64_t stride;
+    const float *moved, *x, *targets, *weights;
+    const int64_t *order;
+    int64_t times;
+    const float *scale, *step;
+    float *into;
+    char *scratch;
+} Job;
+
+static void each_row(Shared *shared, int thread) {
+    const Job *job = shared->job;
+    Buffers at[job->count + 1];
+    int64_t bytes = images_scratch(job->nodes, job->count, job->block), r;
+    arrange(job->nodes, job->count, job->block, job->scratch + thread * bytes, at);
+    while ((r = next_row(shared)) >= 0) job->row(job, r, at);
+}
+
+static void gradient_row(const Job *job, int64_t r, const Buffers *at) {
+    const Node *nodes = job->nodes;
+    int64_t count = job->count, classes = nodes[count - 1].out, inputs = nodes->in * nodes->height * nodes->width;
+    float *into = job->into + r * job->parameters;
+    for (int64_t t = 0; t < job->times; t++) {
+        for (int64_t l = 0; l < count; l++) {
+            clear(nodes, l, at + l);
+            if (nodes[l].kind <= NORM)
+                pack(nodes, l, job->start + r * job->stride, job->moved ? job->moved + r * job->parameters : NULL, at + l);
+        }
+        for (int64_t n = 0; n < job->chosen; n += job->block) {
+            int64_t some = MIN(job->block, job->chosen - n), first = r * job->examples + (job->order ? 0 : n);
+            int64_t weight = (job->order ? r * job->times + t : r) * job->chosen + n;
+            const int64_t *which = job->order ? job->order + weight : NULL;
+            enter(nodes, some, job->x + first * inputs, which, at);
+            forward(nodes, count, some, at);
+            loss_gradient(some, classes, job->targets + first * classes, which, job->weights + weight, at + count);
+            backward(nodes, count, some, at);
+        }
+        for (int64_t l = 0; l < count; l++)
+            if (nodes[l].kind <= NORM) unpack(nodes, l, at + l, into, job->scale[t], job->step[t]);
+    }
+}
+
+static void outputs_row(const Job *job, int64_t r, const Buffers *at) {
+    const Node *nodes = job->nodes;
+    int64_t count = job->count, classes = nodes[count - 1].out, inputs = nodes->in * nodes->height * nodes->width;
+    for (int64_t l = 0; l < count; l++)
+        if (nodes[l].kind <= NORM) pack(nodes, l, job->start + r * job->stride, NULL, at + l);
+    for (int64_t n = 0; n < job->examples; n += job->block) {
+        int64_t some = MIN(job->block, job->examples - n), first = r * job->examples + n;
+        enter(nodes, some, job->x + first * inputs, NULL, at);
+        forward(nodes, count, some, at);
+        for (int64_t i = 0; i < some; i++)
+            memcpy(job->into + (first + i) * classes, at[count].h + i * ROUND(classes), classes * sizeof(float));
+    }
+}
+
 /* At t = 0, ..., times - 1: into[r] = scale[t] * into[r] + step[t] * the gradient at phi[r] of the sum over n of
 weights[r][n] * cross-entropy.
 
@@ -1036,54 +1005,17 @@ void images_gradient(const Node *nodes, int64_t count, int64_t rows, int64_t exa
                      int64_t parameters, const float *start, int64_t stride, const float *moved, const float *x,
                      const float *targets, const float *weights, const int64_t *order, int64_t times,
                      const float *scale, const float *step, float *into, char *scratch, int threads) {
-    int64_t bytes = images_scratch(nodes, count, block), inputs = nodes->in * nodes->height * nodes->width;
-    int64_t classes = nodes[count - 1].out;
-#pragma omp parallel num_threads(threads)
-    {
-        Buffers at[count + 1];
-        arrange(nodes, count, block, scratch + omp_get_thread_num() * bytes, at);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t r = 0; r < rows; r++) for (int64_t t = 0; t < times; t++) {
-            for (int64_t l = 0; l < count; l++) {
-                clear(nodes, l, at + l);
-                if (nodes[l].kind <= NORM)
-                    pack(nodes, l, start + r * stride, moved ? moved + r * parameters : NULL, at + l);
-            }
-            for (int64_t n = 0; n < chosen; n += block) {
-                int64_t some = MIN(block, chosen - n), first = r * examples + (order ? 0 : n);
-                int64_t weight = (order ? r * times + t : r) * chosen + n;
-                const int64_t *which = order ? order + weight : NULL;
-                enter(nodes, some, x + first * inputs, which, at);
-                forward(nodes, count, some, at);
-                loss_gradient(some, classes, targets + first * classes, which, weights + weight, at + count);
-                backward(nodes, count, some, at);
-            }
-            for (int64_t l = 0; l < count; l++)
-                if (nodes[l].kind <= NORM) unpack(nodes, l, at + l, into + r * parameters, scale[t], step[t]);
-        }
-    }
+    Job job = {.row = gradient_row, .nodes = nodes, .count = count, .examples = examples, .chosen = chosen,
+               .block = block, .parameters = parameters, .start = start, .stride = stride, .moved = moved, .x = x,
+               .targets = targets, .weights = weights, .order = order, .times = times, .scale = scale, .step = step,
+               .into = into, .scratch = scratch};
+    share(each_row, &job, rows, threads);
 }
 
 /* outputs [rows][examples][classes] at the parameters start[r]; all else is as there. */
 void images_outputs(const Node *nodes, int64_t count, int64_t rows, int64_t examples, int64_t block, const float *start,
                     int64_t stride, const float *x, float *outputs, char *scratch, int threads) {
-    int64_t bytes = images_scratch(nodes, count, block), inputs = nodes->in * nodes->height * nodes->width;
-    int64_t classes = nodes[count - 1].out;
-#pragma omp parallel num_threads(threads)
-    {
-        Buffers at[count + 1];
-        arrange(nodes, count, block, scratch + omp_get_thread_num() * bytes, at);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t r = 0; r < rows; r++) {
-            for (int64_t l = 0; l < count; l++)
-                if (nodes[l].kind <= NORM) pack(nodes, l, start + r * stride, NULL, at + l);
-            for (int64_t n = 0; n < examples; n += block) {
-                int64_t some = MIN(block, examples - n), first = r * examples + n;
-                enter(nodes, some, x + first * inputs, NULL, at);
-                forward(nodes, count, some, at);
-                for (int64_t i = 0; i < some; i++)
-                    memcpy(outputs + (first + i) * classes, at[count].h + i * ROUND(classes), classes * sizeof(float));
-            }
-        }
-    }
+    Job job = {.row = outputs_row, .nodes = nodes, .count = count, .examples = examples, .block = block, .start = start,
+               .stride = stride, .x = x, .into = outputs, .scratch = scratch};
+    share(each_row, &job, rows, threads);
 }

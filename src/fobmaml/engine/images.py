@@ -67,6 +67,7 @@ class Described:
         shape: Sequence[int],
         turned: Collection[str] = (),
     ):
+        self.shape = tuple(shape)
         *begins, self.parameters = accumulate((math.prod(each) for each in shapes.values()), initial=0)
         self.starts = dict(zip(shapes, begins, strict=True))
         self.shapes, self.unused, self.turned = shapes, set(shapes), turned
@@ -197,53 +198,54 @@ class Described:
         return most
 
 
-def knows(nodes: Sequence[Node], network: Network, shape: Sequence[int]) -> bool:
-    """Whether the kernel is there and takes such a network for examples of ``shape``."""
+def described(nodes: Sequence[Node], network: Network, shape: Sequence[int]) -> Described | None:
+    """Such a network for examples of ``shape``; None where the kernel does not know it."""
     try:
-        return library.kernel() is not None and bool(Described(nodes, network.shapes, shape, network.turned).classes)
+        return Described(nodes, network.shapes, shape, network.turned)
     except ValueError:
-        return False
+        return None
 
 
-def outputs(nodes: Sequence[Node], network: Network, phi: Tensor, x: Tensor) -> Tensor:
-    """The network, as ``nodes``, with parameters phi[r] on x[r]: [R, P], [R, N, ...] -> [R, N, classes]."""
-    classes = Described(nodes, network.shapes, x.shape[2:], network.turned).classes
-    nothing = x.new_zeros(*x.shape[:2], classes)
-    return ImageGradient(nodes, network.shapes, x, nothing, nothing[..., :1], network.turned).outputs(phi)
+def outputs(described: Described, phi: Tensor, x: Tensor) -> Tensor:
+    """The network with parameters phi[r] on x[r]: [R, P], [R, N, ...] -> [R, N, classes]."""
+    nothing = x.new_zeros(*x.shape[:2], described.classes)
+    return ImageGradient(described, x, nothing, nothing[..., :1]).outputs(phi)
 
 
 class ImageGradient(RowGradient):
-    """See ``RowGradient``, for a chain of ``nodes``.
+    """See ``RowGradient``, for a network as ``described``.
 
-    ``shapes``, ``turned``: see ``Described``. ``x`` [R, N, channels, height, width], [R, N, channels, length] or
-    [R, N, values], ``targets`` [R, N, classes], each summing to one, ``weights`` [R, N] or
-    [R, N, 1]. Memory, a thread: the parameters three times and the signals of the examples taken at once, twice.
+    ``x`` [R, N, channels, height, width], [R, N, channels, length] or [R, N, values], ``targets`` [R, N, classes], each
+    summing to one, ``weights`` [R, N] or [R, N, 1]. Memory, a thread: the parameters three times and the signals of the
+    examples taken at once, twice.
 
-    Raises ValueError naming the argument (``x`` is called inputs), and as ``Described``.
+    Raises ValueError naming the argument (``x`` is called inputs).
     """
 
-    def __init__(
-        self,
-        nodes: Sequence[Node],
-        shapes: Mapping[str, torch.Size],
-        x: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        turned: Collection[str] = (),
-    ):
+    def __init__(self, described: Described, x: Tensor, targets: Tensor, weights: Tensor):
         check("inputs", x)
         found = library.kernel()
         if found is None:
             raise refuse("engine", "images", f"a compiled kernel: {library.missing()}")
-        if x.dim() < 3:
-            raise refuse("inputs", tuple(x.shape), "[rows, examples, ...]")
-        described, rows_and_examples = Described(nodes, shapes, x.shape[2:], turned), x.shape[:2]
+        if x.shape[2:] != described.shape:
+            raise refuse(
+                "inputs", tuple(x.shape), f"[rows, examples, *{described.shape}], as the network was described for"
+            )
+        rows_and_examples = x.shape[:2]
         if MOST * described.largest() > MOST_NUMBERS:
             raise refuse("inputs", tuple(x.shape), "signals that fit into memory")
         check("targets", targets, (*rows_and_examples, described.classes))
         check("weights", weights, tuple(rows_and_examples), (*rows_and_examples, 1))
         data = {"inputs": in_order(x), "targets": in_order(targets), "weights": in_order(weights)}
         super().__init__(found, "images", described.layers, data, described.parameters, described.at_once())
+
+    @classmethod
+    def of(
+        cls, nodes: Sequence[Node], shapes: Mapping[str, torch.Size], x: Tensor, targets: Tensor, weights: Tensor
+    ) -> "ImageGradient":
+        """For a chain of ``nodes``; raises ValueError as ``Described``, too."""
+        check("inputs", x)
+        return cls(Described(nodes, shapes, x.shape[2:]), x, targets, weights)
 
     def outputs(self, start: Tensor) -> Tensor:
         """The network's, [R, N, classes], with the parameters ``start`` [1, P] or [R, P]."""
@@ -269,16 +271,15 @@ class ImageGradient(RowGradient):
 
 
 class FusedImages(Loop):
-    """Outputs, gradients and descent in calls of the kernel, which takes the network as ``nodes``; Hessian products are
+    """Outputs, gradients and descent in calls of the kernel, for a network as ``described``; Hessian products are
     ``Loop``'s, and descent with momentum calls for one gradient after another. Memory of the descent: the
     displacements, and a few examples' signals a thread."""
 
-    def __init__(self, nodes: Sequence[Node], network: Network, x: Tensor, loss: CrossEntropy):
+    def __init__(self, described: Described, network: Network, x: Tensor, loss: CrossEntropy):
         super().__init__(network, x, loss, WHOLE)
-        self.nodes, self.cross_entropy = nodes, loss
-        classes = Described(nodes, network.shapes, x.shape[2:]).classes
-        loss.prepare(x.new_empty(*x.shape[:2], classes))
-        self.kernel = ImageGradient(nodes, network.shapes, x, loss.one_hot, loss.weights, network.turned)
+        self.described, self.cross_entropy = described, loss
+        loss.prepare(x.new_empty(*x.shape[:2], described.classes))
+        self.kernel = ImageGradient(described, x, loss.one_hot, loss.weights)
 
     def outputs(self, phi: Tensor) -> Tensor:
         return self.kernel.outputs(phi.detach())
@@ -295,7 +296,7 @@ class FusedImages(Loop):
 
     def of_examples(self, examples: Tensor, parts: Sequence[Part]) -> "FusedImages":
         loss = self.cross_entropy.of_examples(examples, parts)
-        return FusedImages(self.nodes, self.network, rows_taken(self.x, examples), loss)
+        return FusedImages(self.described, self.network, rows_taken(self.x, examples), loss)
 
     def _add_gradient(self, phi: Tensor, into: Tensor, scale: float, step: float) -> None:
         self.kernel.add(phi, None, into, scale, step)

@@ -17,7 +17,6 @@ from fobmaml.engine.loop import Loop
 from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss
 from fobmaml.engine.modules import private_copy
 from fobmaml.engine.network import Network
-from fobmaml.engine.nodes import Node
 from fobmaml.engine.selection import Adapt, adapted_names
 from fobmaml.engine.stacked import Stacked
 from fobmaml.engine.trial import Trial
@@ -121,8 +120,8 @@ class Learner(Network):
         """
         loss = RowLoss(self.loss, x, [Part(slice(None), 1.0)])  # outputs ask for nothing of it
         with torch.no_grad():
-            if nodes := self._of_images(x):
-                return images.outputs(nodes, self, phi, x)
+            if described := self._of_images(x):
+                return images.outputs(described, phi, x)
             return self._chosen(x, loss, second_order=False)[1].outputs(phi)
 
     def row_loss(self, targets: Tensor, parts: Sequence[Part] | None = None, mask: Tensor | None = None) -> RowLoss:
@@ -145,8 +144,8 @@ class Learner(Network):
         if isinstance(loss, CrossEntropy):
             if chain and self.fuses(chain):
                 return f"fused-{library.instructions()}", fused.Fused(self, x, loss, chain)
-            if not second_order and (nodes := self._of_images(x)):
-                return f"images-{library.instructions()}", images.FusedImages(nodes, self, x, loss)
+            if not second_order and (described := self._of_images(x)):
+                return f"images-{library.instructions()}", images.FusedImages(described, self, x, loss)
         if chain:
             return "stacked", Stacked(self, x, loss, chain)
         batched = self._trial.batched(x, second_order)
@@ -160,14 +159,13 @@ class Learner(Network):
         """The network as the engines by hand take it, or None."""
         return None if self.layout else self._trial.chain(x)
 
-    def _of_images(self, x: Tensor) -> Sequence[Node] | None:
+    def _of_images(self, x: Tensor) -> images.Described | None:
         """The network as the kernel for images takes it, or None; what the other kernel takes is its own."""
         if self.engine != "auto" or x.dtype != torch.float32 or x.device.type != "cpu" or self.layout:
             return None
         if (chain := self._chain(x)) and self.fuses(chain):
             return None
-        nodes = self._trial.nodes(x)
-        return nodes if nodes and images.knows(nodes, self, x.shape[2:]) else None
+        return self._trial.images(x) if library.kernel() is not None else None
 
     def fuses(self, chain: Chain) -> bool:
         """Whether the compiled kernel takes the network."""

@@ -1,6 +1,6 @@
 """The compiled kernels ``fused.c`` and ``images.c``: finding them, and what their functions take.
 
-They were compiled when the package was installed, once for AVX2 and once for AVX-512.
+They were compiled when the package was installed: for x86-64 once for AVX2 and once for AVX-512, for ARM with NEON.
 """
 
 import ctypes
@@ -16,6 +16,7 @@ import torch
 from fobmaml.engine.activations import SiLU
 from fobmaml.engine.layers import Convolution, Dense
 
+ARM = ("aarch64", "arm64")  # 64 bits, as Linux and macOS call it
 MOST_LAYERS = 512  # a thread describes them on its stack
 LANES = 16  # of the widest vectors
 
@@ -57,15 +58,16 @@ class Image(ctypes.Structure):
 
 
 def instructions() -> str:
-    """The set of vector instructions that torch uses and the kernel is chosen for: avx512, avx2 or another."""
-    return torch.backends.cpu.get_cpu_capability().lower()
+    """The set of vector instructions that the kernel is chosen for: neon on ARM, which always has it; elsewhere what
+    torch uses: avx512, avx2 or another."""
+    return "neon" if platform.machine() in ARM else torch.backends.cpu.get_cpu_capability().lower()
 
 
 @cache
 def kernel() -> ctypes.CDLL | None:
-    """The library for the vector instructions that torch uses, too; None if there is none, see ``missing``.
+    """The library for ``instructions()``; None if there is none, see ``missing``.
 
-    ATEN_CPU_CAPABILITY=default, an environment variable of torch, turns it off.
+    On x86-64 ATEN_CPU_CAPABILITY=default, an environment variable of torch, turns it off.
     """
     try:
         return load(path) if (path := _compiled()) else None
@@ -130,15 +132,15 @@ def missing() -> str:
     if kernel() is not None:
         return ""
     machine, compiler = platform.machine(), (sysconfig.get_config_var("CC") or "cc").split()[0]
-    if machine not in ("x86_64", "AMD64"):
-        return f"it is for x86-64 processors with AVX2, and this one is {machine}"
-    if instructions() not in ("avx2", "avx512"):
+    if machine not in ("x86_64", "AMD64", *ARM):
+        return f"it is for x86-64 processors with AVX2 and for ARM's of 64 bits, and this one is {machine}"
+    if instructions() not in ("avx2", "avx512", "neon"):
         return "it is for processors with AVX2, which torch does not use here (ATEN_CPU_CAPABILITY, or none)"
     if path := _compiled():
         return f"{path} cannot be loaded"
     if shutil.which(compiler) is None:
         return f"there is no C compiler ({compiler})"
-    return f"the C compiler ({compiler}) does not compile it: it takes gcc with OpenMP"
+    return f"the C compiler ({compiler}) does not compile it: it takes gcc or clang"
 
 
 def fits(layers: Sequence[Convolution | Dense], dtype: torch.dtype, device: torch.device) -> bool:

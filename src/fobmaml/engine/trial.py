@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fobmaml.arguments import refuse
 from fobmaml.engine.autograd import rows_batched
 from fobmaml.engine.chain import Chain, chain_of
+from fobmaml.engine.images import Described, described
 from fobmaml.engine.loop import rows_one_by_one
 from fobmaml.engine.losses import close, hvp
 from fobmaml.engine.modules import differentiable, private_copy
@@ -36,6 +37,7 @@ class Trial:
         self.network, self.engine = network, engine
         self._nodes: dict[Kind, list[Node] | None] = {}
         self._chains: dict[Kind, Chain | None] = {}
+        self._images: dict[Kind, Described | None] = {}
         self.untraced = ""  # the layer because of which the network is no sequence that an engine by hand takes
         self._batches: dict[bool, bool] = {}  # by whether Hessian products follow
         self._joint: bool | None = None
@@ -62,6 +64,14 @@ class Trial:
                     raise refuse("engine", self.engine, f"a sequence of {known}, not {found}; auto takes any")
             self._chains[kind] = None if isinstance(found, str) else found
         return self._chains[kind]
+
+    def images(self, x: Tensor) -> Described | None:
+        """And for the kernel for images."""
+        kind = x.shape[2:], x.dtype
+        if kind not in self._images:
+            nodes = self.nodes(x)
+            self._images[kind] = None if nodes is None else described(nodes, self.network, x.shape[2:])
+        return self._images[kind]
 
     def batched(self, x: Tensor, second_order: bool) -> bool:
         """Whether rows are evaluated by vmap: it is the faster, and agrees with the module itself."""

@@ -32,16 +32,16 @@ class CNN1d(nn.Module):
             raise refuse("input_shape", tuple(input_shape), "one sequence of at least 3 values; model=mlp takes others")
         self.activation = activation_function(activation)
         self.convolutions = nn.ModuleList()
-        length, channels, device = input_shape[0], 1, torch.get_default_device()
+        length, channels = input_shape[0], 1
         self.strides = [2 if layer < HALVINGS else 1 for layer in range(depth)]
         sizes = [5, *[3] * (depth - 1)]
         for size, stride in zip(sizes, self.strides, strict=True):
-            convolution = nn.Conv1d(channels, width, size, stride, padding=1, device="meta").to_empty(device=device)
-            _draw(convolution.weight, convolution.bias)
+            convolution = nn.Conv1d(channels, width, size, stride, padding=1, device="meta")
+            _draw(convolution, (width, channels, size))
             self.convolutions.append(convolution)
             length, channels = (length + 2 - size) // stride + 1, width
-        self.head = nn.Linear(channels * length, outputs, device="meta").to_empty(device=device)
-        _draw(self.head.weight.view(outputs, channels, length), self.head.bias)
+        self.head = nn.Linear(channels * length, outputs, device="meta")
+        _draw(self.head, (outputs, channels, length))
         least = most = length
         for size, stride in zip(reversed(sizes), reversed(self.strides), strict=True):
             least, most = max((least - 1) * stride + size - 2, 1), most * stride + size - 3
@@ -57,12 +57,12 @@ class CNN1d(nn.Module):
         return self.head(h.flatten(1))
 
 
-@torch.no_grad()
-def _draw(weight: Tensor, bias: Tensor | None) -> None:
-    """As torch.nn.Conv1d and Linear do, but in an order in which a seed stands for the network that the measurements in
-    results/ began with; ``weight`` [out, in, places]."""
-    channels_out, channels_in, places = weight.shape
+def _draw(layer: nn.Conv1d | nn.Linear, shape: tuple[int, int, int]) -> None:
+    """Parameters as torch.nn.Conv1d and Linear draw them, but in an order in which a seed stands for the network that
+    the measurements in results/ began with. ``layer``: on the meta device, where torch itself has drawn nothing
+    (``to_empty`` would import sympy). ``shape``: the weight's as (out, in, places)."""
+    channels_out, channels_in, places = shape
     bound = 1.0 / math.sqrt(channels_in * places)
-    weight.copy_(torch.empty(places, channels_in, channels_out).uniform_(-bound, bound).permute(2, 1, 0))
-    if bias is not None:
-        bias.copy_(torch.empty(channels_out).uniform_(-bound, bound))
+    weight = torch.empty(places, channels_in, channels_out).uniform_(-bound, bound).permute(2, 1, 0)
+    layer.weight = nn.Parameter(weight.reshape(layer.weight.shape))
+    layer.bias = nn.Parameter(torch.empty(channels_out).uniform_(-bound, bound))

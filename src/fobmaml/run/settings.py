@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 GROUPS = ("dataset", "model", "estimator", "solver", "optimizer")
 """Of each one is chosen."""
 # Runs that agree in everything else are the same run, and continue each other's checkpoints.
-NOT_PART_OF_A_RUN = ("resume", "wandb", "device", "engine", "checkpoint_every")
+NOT_PART_OF_A_RUN = ("resume", "wandb", "device", "engine", "prefetch", "checkpoint_every")
 
 
 def open_node(name: str, key: str) -> None:

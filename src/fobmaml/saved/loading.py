@@ -56,8 +56,8 @@ class Run:
         with the run and is the caller's own.
 
         ``support_x`` [S, ...], ``support_y`` [S, ...]: tensors or NumPy arrays, on any device; classes are 0 ... ways −
-        1. No query set. Cost: the solver's K gradients of S examples; the first time, seconds in which torch is loaded
-        further and the network is tried. Raises ValueError for examples that do not fit.
+        1. No query set. Cost: the solver's K gradients of S examples; the first time, what it takes to try the
+        network once. Raises ValueError for examples that do not fit.
         """
         return self.adapt_tasks(one_task("support_x", support_x), one_task("support_y", support_y), None)[0]
 

@@ -108,17 +108,19 @@ class TaskBatch:
         return cls(support_x, support_y, query_x, query_y, None, masks[0], masks[2], layout=layout)
 
     def __getitem__(self, rows: slice | Tensor) -> "TaskBatch":
-        return self._each(lambda t: t[rows])
+        changed: dict[str, Any] = {name: tensor[rows] for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by name."""
         tensors = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "TaskBatch":
-        """With ``change`` of every tensor that there is."""
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
-        return replace(self, **changed)
+    def _like(self, changed: dict[str, Tensor]) -> "TaskBatch":
+        """With these tensors, which belong together as its own do and are not checked again."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), **changed)
+        return other
 
     @classmethod
     def joined(cls, parts: Sequence["TaskBatch"]) -> "TaskBatch":
@@ -143,7 +145,7 @@ class TaskBatch:
     def keyed(self, generator: torch.Generator | None = None) -> "TaskBatch":
         """The same tasks, with new ``keys`` from ``generator``, torch's own by default."""
         keys = torch.randint(2**62, (len(self),), generator=generator).to(self.support_x.device)
-        return replace(self, keys=keys)
+        return self._like({"keys": keys})
 
     def pooled(self) -> "TaskBatch":
         """The same tasks, with all of their examples in the support set."""
@@ -156,11 +158,12 @@ class TaskBatch:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TaskBatch":
         """The same tasks on ``device``; floating-point tensors as ``dtype``, class labels as they are."""
-
-        def move(t: Tensor) -> Tensor:
-            return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
-
-        return self._each(move)
+        return self._like(
+            {
+                name: t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+                for name, t in self.tensors().items()
+            }
+        )
 
 
 class TaskSource(Protocol):

@@ -106,7 +106,7 @@ def sample(source: TaskSource, split: Split, count: int, generator: torch.Genera
 def _check_labels(what: str, labels: Tensor, source: TaskSource) -> None:
     if labels.is_floating_point():  # probabilities of classes
         return
-    least, most = labels.aminmax()
+    least, most = (int(each) for each in labels.aminmax())
     if least >= 0 and most < source.outputs:
         return
     labels, ignored = labels.long(), ignored_label(source.loss_fn)

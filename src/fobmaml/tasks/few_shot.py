@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 from fobmaml.arguments import one_of, refuse, whole_number
 from fobmaml.engine.losses import LossFn
 from fobmaml.tasks.batch import Split, TaskBatch
-from fobmaml.tasks.splits import SPLITS, Division, Pool, pools
+from fobmaml.tasks.splits import SPLITS, Division, Numbers, pools
 
 Transform = Callable[[Tensor], Tensor]
 FRACTIONS = (0.64, 0.16, 0.2)
+LOW, NEVER = 2**32 - 1, 2**63 - 1
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -49,7 +50,8 @@ class FewShot:
     which they do to functions; its random choices, if they are by torch's own generator, are a function of the task's.
     ``loss``: ``cross_entropy``, or ``mse``, the mean squared distance of the outputs to one-hot targets.
 
-    Cost: gathers of the drawn examples, and one random number for each example of the classes drawn.
+    Cost: gathers of the drawn examples, and half as many random numbers again, however large the classes are
+    (``distinct``).
     Raises ValueError for examples and labels that do not belong together, and for a split with too few classes or
     too few examples of a class.
 
@@ -78,6 +80,7 @@ class FewShot:
         self.shots = whole_number("shots", shots)
         self.queries = whole_number("queries", queries)
         self.loss_fn = LOSSES[one_of("loss", loss, tuple(LOSSES))]
+        self._labels = [torch.arange(self.ways).repeat_interleave(each) for each in (self.shots, self.queries)]
         self.rotations = rotations
         self._transforms = _transforms(transform)
         self._x, labels = _examples(x, y)
@@ -99,14 +102,14 @@ class FewShot:
         for split, pool in found.items():
             if len(pool.classes) < self.ways:
                 raise refuse("ways", self.ways, f"at most {len(pool.classes)}, the classes of the split {split}")
-        split, pool = min(found.items(), key=lambda item: item[1].fewest)
-        if self.shots + self.queries > pool.fewest:
-            name, value = ("shots", self.shots) if self.shots >= pool.fewest else ("queries", self.queries)
+        split, pool = min(found.items(), key=lambda item: item[1].counts.min())
+        if self.shots + self.queries > (fewest := pool.counts.min()):
+            name, value = ("shots", self.shots) if self.shots >= fewest else ("queries", self.queries)
             smallest = self.classes[pool.classes[int(pool.counts.argmin())]]
             raise refuse(
                 name,
                 value,
-                f"at most {pool.fewest} with shots and queries together, the examples of class {smallest} in the split "
+                f"at most {fewest} with shots and queries together, the examples of class {smallest} in the split "
                 f"{split} (shots={self.shots}, queries={self.queries})",
             )
 
@@ -114,7 +117,7 @@ class FewShot:
         """Of an example as it is drawn."""
         generator = torch.Generator().manual_seed(0)
         shapes = {
-            split: tuple(self._transformed(self._x[pool.order[:1]], split, generator).shape[1:])
+            split: tuple(self._transformed(self._x[torch.from_numpy(pool.order[:1])], split, generator).shape[1:])
             for split, pool in self._pools.items()
             if pool is not None
         }
@@ -145,28 +148,20 @@ class FewShot:
         one_of("split", split, SPLITS)
         if (pool := self._pools[split]) is None:
             raise refuse("split", split, "one that has classes, and this has none")
-        classes = torch.rand(count, len(pool.counts), generator=generator).topk(self.ways, largest=False).indices
-        chosen = self._chosen(pool, classes, generator)
+        classes = distinct(np.full(count, len(pool.counts)), self.ways, generator)
+        take = self.shots + self.queries
+        places = distinct(pool.counts[classes].ravel(), take, generator).reshape(*classes.shape, take)
+        chosen = pool.order[pool.starts[classes][..., None] + places]
         turned = self.rotations and split == "train"
         turns = torch.randint(4, (count, self.ways, 1), generator=generator) if turned else None
         parts: list[Tensor] = []
-        for places, each in ((slice(self.shots), self.shots), (slice(self.shots, None), self.queries)):
-            numbers = chosen[:, :, places].reshape(-1)
-            x = self._x.index_select(0, numbers.to(self._x.device))
+        for numbers, labels in zip((chosen[..., : self.shots], chosen[..., self.shots :]), self._labels, strict=True):
+            x = self._x.index_select(0, torch.from_numpy(numbers.reshape(-1)).to(self._x.device))
             if turns is not None:
-                x = _turned(x, turns.expand(-1, -1, each).flatten())
+                x = _turned(x, turns.expand(-1, -1, numbers.shape[2]).flatten())
             x = self._transformed(x, split, generator)
-            labels = torch.arange(self.ways, device=x.device).view(1, -1, 1).expand(count, -1, each).flatten(1)
-            parts += [x.view(*labels.shape, *x.shape[1:]), labels]
+            parts += [x.view(count, -1, *x.shape[1:]), labels.to(x.device).expand(count, -1).clone()]
         return TaskBatch(*parts)
-
-    def _chosen(self, pool: Pool, classes: Tensor, generator: torch.Generator) -> Tensor:
-        """Numbers of as many examples as a task takes of each of ``classes`` [T, ways], distinct: [T, ways, take]."""
-        keys = torch.rand(*classes.shape, pool.most, generator=generator)
-        if pool.beyond is not None:
-            keys[..., pool.fewest :].masked_fill_(pool.beyond[classes], -1.0)
-        places = largest(keys.flatten(0, 1), self.shots + self.queries).view(*classes.shape, -1)
-        return pool.order[pool.starts[classes].unsqueeze(-1) + places]
 
     def _transformed(self, x: Tensor, split: Split, generator: torch.Generator) -> Tensor:
         """Drawn examples [n, ...] as floats, through the split's transform."""
@@ -184,21 +179,32 @@ class FewShot:
         return found
 
 
-def largest(keys: Tensor, count: int) -> Tensor:
-    """Where the ``count`` largest numbers of each row stand, from the largest on: [n, m] -> [n, count].
+def distinct(sizes: Numbers, take: int, generator: torch.Generator) -> Numbers:
+    """``take`` distinct numbers below each of ``sizes`` [n], in random order, every choice uniform: [n, take].
 
-    What ``keys.topk(count)`` gives, in half the time: NumPy's partition takes all of a processor's lanes.
+    The first ``take`` that are new among half as many more draws with replacement, however large a size is; where the
+    least is below 4 ``take``, the places of the largest of as many random numbers.
     """
-    rows = keys.numpy()
-    least = np.partition(rows, -count, axis=1)[:, -count, None]
-    places = np.flatnonzero(rows >= least)
-    if len(places) == len(rows) * count:
-        values = rows.ravel()[places].reshape(-1, count)
-        order = np.argsort(-values, axis=1)
-        values = np.take_along_axis(values, order, axis=1)
-        if (values[:, 1:] < values[:, :-1]).all():
-            return torch.from_numpy(np.take_along_axis(places.reshape(-1, count), order, axis=1) % rows.shape[1])
-    return keys.topk(count).indices  # numbers that are equal, which it is left to
+    rows, most = len(sizes), int(sizes.max())
+    if (fewest := int(sizes.min())) < 4 * take:
+        keys = torch.rand(rows, most, generator=generator)
+        if fewest < most:
+            keys[torch.from_numpy(np.arange(most) >= sizes[:, None])] = -1.0
+        places: Numbers = keys.topk(take).indices.numpy()
+        return places
+    draws = take + take // 2 + 2
+    drawn = torch.rand(rows, draws, generator=generator, dtype=torch.float64).numpy() * sizes[:, None]
+    # Numbers and when they were drawn as one integer: sorted once to find what was drawn before, once more by time.
+    packed = (drawn.astype(np.int64) << 32) | np.arange(draws)
+    packed.sort(axis=1)
+    numbers = packed >> 32
+    by_time = ((packed & LOW) << 32) | numbers
+    by_time[:, 1:][numbers[:, 1:] == numbers[:, :-1]] = NEVER
+    by_time.sort(axis=1)
+    found: Numbers = by_time[:, :take] & LOW
+    if (few := by_time[:, take - 1] == NEVER).any():
+        found[few] = distinct(sizes[few], take, generator)
+    return found
 
 
 def _turned(images: Tensor, turns: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""N-way k-shot tasks from image files, in a folder for each class. Pillow reads them, which comes with matplotlib."""
+"""N-way k-shot tasks from image files, in a folder for each class.
+
+Pillow reads them, which comes with matplotlib: by default torchvision's ImageFolder does so, too, and each of
+torchvision's releases takes one release of torch.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -95,7 +95,7 @@ def _published(y: NDArray[np.int64], training: int) -> Division:
     held_out = [np.flatnonzero(y[:training] == digit)[-VALIDATION_EXAMPLES_PER_CLASS:] for digit in range(DIGITS)]
     validation = np.concatenate(held_out)
     return {
-        "train": np.setdiff1d(np.arange(training), validation).tolist(),
+        "train": np.delete(np.arange(training), validation).tolist(),
         "validation": validation.tolist(),
         "test": list(range(training, len(y))),
     }

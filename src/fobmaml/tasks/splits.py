@@ -7,7 +7,6 @@ from numbers import Integral, Real
 from typing import Any, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,21 +23,17 @@ TAKES = "three fractions or three counts, of train, validation and test, or a ma
 class Pool:
     """The examples of a split, class by class: those of its class c are ``order[starts[c] : starts[c] + counts[c]]``.
 
-    ``classes`` [C]: their numbers among all classes. ``fewest``, ``most``: examples of a class. ``beyond``
-    [C, most − fewest]: which of these last places a class has no example for, None where classes are of one size.
+    ``classes`` [C]: their numbers among all classes.
     """
 
     classes: Numbers
-    order: Tensor
-    starts: Tensor
-    counts: Tensor
-    fewest: int
-    most: int
-    beyond: Tensor | None
+    order: Numbers
+    starts: Numbers
+    counts: Numbers
 
-    def examples(self) -> list[Tensor]:
+    def examples(self) -> list[Numbers]:
         """The numbers of each class's examples."""
-        return list(self.order.split(self.counts.tolist()))
+        return np.split(self.order, self.starts[1:])
 
 
 def pools(labels: Sequence[Any], numbers: Numbers, split_by: str, split: Division) -> dict[Split, Pool | None]:
@@ -107,13 +102,4 @@ def _pool(numbers: Numbers, examples: Numbers) -> Pool | None:
         return None
     order = examples[np.argsort(numbers[examples], kind="stable")]
     classes, counts = np.unique(numbers[order], return_counts=True)
-    fewest, most = int(counts.min()), int(counts.max())
-    return Pool(
-        classes,
-        torch.from_numpy(order),
-        torch.from_numpy(np.cumsum(counts) - counts),
-        torch.from_numpy(counts),
-        fewest,
-        most,
-        torch.from_numpy(np.arange(fewest, most) >= counts[:, None]) if fewest < most else None,
-    )
+    return Pool(classes, order, np.cumsum(counts) - counts, counts)
