@@ -91,7 +91,7 @@ def test_a_wheel_has_everything(built):
     modules = {name.removeprefix("src/") for name in files() if name.startswith("src/") and name.endswith(".py")}
     assert modules == {name for name in held if name.endswith(".py")}
     with tarfile.open(source) as archive:
-        needed = settings | {name for name in _files() if name.startswith("src/") and name.endswith((".c", ".h"))}
+        needed = settings | {name for name in files() if name.startswith("src/") and name.endswith((".c", ".h"))}
         assert {f"{source.name.removesuffix('.tar.gz')}/{name}" for name in needed} <= set(archive.getnames())
 
 
