@@ -202,6 +202,14 @@ class TestPage:
             error = math.dist(gradient, (0.1, -0.1)) / math.hypot(*gradient)
             assert tab.numbers("curvature", "error")[0] == [pytest.approx(error, abs=1e-6)]
 
+        said = tab.tab.locator("#curvature-measured").inner_text()
+        rows = [row for row in read_csv(ROOT / "results" / "curvature_curves.csv") if row["dataset.loss"][0] == "c"]
+        for key, pair in zip(
+            ("hessian", "fomaml_error"), re.findall(r"from ([\d.]*\d) to ([\d.]*\d)", said), strict=True
+        ):
+            for step, shown in zip(("0", "400"), pair, strict=True):
+                values = [float(row[f"curvature/{key}"]) for row in rows if row["step"] == step]
+                assert float(shown) == pytest.approx(sum(values) / len(values), rel=0.02)
         setting = {"a": 0.5, "b": -0.1, "c": 0.0, "x1": 0.3, "x2": 0.1}
         agrees(**setting)
         assert tab.numbers("curvature", "gradient")[0] == pytest.approx((0.04, -0.08), abs=1e-12)
