@@ -16,7 +16,7 @@ from pathlib import Path
 
 import vl_convert
 from drawing import Missing, folder_given
-from explorer_data import FINE_NUS, NODES, compare, measured, methods, tradeoff
+from explorer_data import FINE_NUS, NODES, compare, curvature, measured, methods, tradeoff
 from playwright.sync_api import Browser, sync_playwright
 
 from fobmaml.files import write_atomically, write_csv, write_json
@@ -29,7 +29,13 @@ MOVES = 20
 
 def build(path: Path, folder: Path, nodes: int = NODES, nus: Sequence[float] = FINE_NUS) -> None:
     """``nodes``: of the grid of θ, a side; ``nus``: of the panel on ν and δ."""
-    data = {"methods": methods(), "compare": compare(nodes), "tradeoff": tradeoff(nus), "measured": measured(folder)}
+    data = {
+        "methods": methods(),
+        "curvature": curvature(folder),
+        "compare": compare(nodes),
+        "tradeoff": tradeoff(nus),
+        "measured": measured(folder),
+    }
     page = (PARTS / "page.html").read_text(encoding="utf-8")
     commit = provenance()["commit"]
     for place, part in (

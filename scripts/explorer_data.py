@@ -199,6 +199,22 @@ def tradeoff(nus: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def curvature(folder: Path) -> list[dict[str, float]]:
+    """Before and after meta-training with a cross-entropy: the norm of the support loss's Hessian at θ, and FO-MAML's
+    relative error, means over runs."""
+    rows = [
+        row
+        for row in load(folder, "curvature_curves")
+        if row["dataset.loss"] == "cross_entropy" and row["curvature/hessian"] is not None
+    ]
+    steps = groups(rows, "step")
+    keys = ("curvature/hessian", "curvature/fomaml_error")
+    return [
+        {"step": step} | {key: sum(row[key] for row in steps[step]) / len(steps[step]) for key in keys}
+        for step in (min(steps), max(steps))
+    ]
+
+
 def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows {method, x, y, ...} of each chart of measured results."""
     accuracy = []

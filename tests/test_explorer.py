@@ -1,6 +1,7 @@
 """The interactive page in a real browser: every control changes what it should, to what the estimators return."""
 
 import fcntl
+import itertools
 import math
 import os
 import re
@@ -201,6 +202,14 @@ class TestPage:
             error = math.dist(gradient, (0.1, -0.1)) / math.hypot(*gradient)
             assert tab.numbers("curvature", "error")[0] == [pytest.approx(error, abs=1e-6)]
 
+        said = tab.tab.locator("#curvature-measured").inner_text()
+        rows = [row for row in read_csv(ROOT / "results" / "curvature_curves.csv") if row["dataset.loss"][0] == "c"]
+        for key, pair in zip(
+            ("hessian", "fomaml_error"), re.findall(r"from ([\d.]*\d) to ([\d.]*\d)", said), strict=True
+        ):
+            for step, shown in zip(("0", "400"), pair, strict=True):
+                values = [float(row[f"curvature/{key}"]) for row in rows if row["step"] == step]
+                assert float(shown) == pytest.approx(sum(values) / len(values), rel=0.02)
         setting = {"a": 0.5, "b": -0.1, "c": 0.0, "x1": 0.3, "x2": 0.1}
         agrees(**setting)
         assert tab.numbers("curvature", "gradient")[0] == pytest.approx((0.04, -0.08), abs=1e-12)
@@ -269,6 +278,20 @@ class TestPage:
             tab.drawn("compare")
             assert len(tab.arrows("compare")) == left
             assert tab.tab.locator(f"#compare-{name}").get_attribute("class") == "off"
+
+    def test_map_of_the_bias(self, tab, size):
+        theta = tuple(tab.shown("compare", name) for name in ("theta1", "theta2"))
+        for name, nu in (("symmetric", 2), ("fomaml", 2), ("forward", 0)):
+            tab.slide("compare", "nu", nu)
+            tab.tab.locator("#compare-of").select_option(name)
+            tab.drawn("compare")
+            cells = tab.tab.locator("#compare-map td").all()
+            assert [cell.get_attribute("class") for cell in cells].index("now") == built.STEPS.index(10)
+            shown = [float(cell.get_attribute("data-value")) for cell in cells]
+            for cell, (lam, steps) in zip(shown, itertools.product(built.LAMS, built.STEPS), strict=True):
+                found = _estimates(theta, lam, steps, built.NUS[nu])
+                wanted = float((found[name] - found["exact"]).norm() / found["exact"].norm())
+                assert cell == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
     def test_paths_end_where_their_method_does(self, tab, size):
         """At a zero of its own field, and the exact one's at the optimum that Newton's method found."""

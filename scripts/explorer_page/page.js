@@ -226,6 +226,10 @@ async function curvature() {
       {id: "angle", label: ["angle between them"], cells: [[[angle(G, gradient)], `${fixed(angle(G, gradient), 1)}°`]]},
       {id: "error", label: ["relative error"], cells: [[[error(G, gradient)], `${fixed(100 * error(G, gradient), 1)} %`]]}]);
   });
+  const [before, after] = data.curvature, told = (key, show) => `from ${show(before[key])} to ${show(after[key])}`;
+  document.getElementById("curvature-measured").textContent = "Has it a say after training? Measured on MNIST-1D in " +
+    `${after.step} meta-steps: the norm of the support loss's Hessian at θ goes ${told("curvature/hessian", precise)}, ` +
+    `the relative error of FO-MAML's direction ${told("curvature/fomaml_error", two)}.`;
   const bend = range(-1, 0.01, 201), place = range(LOW, 0.01, 141);
   const a = slider(here, "a", "a", bend, 0.5, two), b = slider(here, "b", "b", bend, -0.1, two);
   const c = slider(here, "c", "c", bend, 0, two);
@@ -248,10 +252,10 @@ async function compare() {
   const losses = unpack(data.compare.loss), across = nodes + 2;
   let view;
   const here = panel("compare", async () => {
-    const node = (nodes - 1 - t2.index) * nodes + t1.index, row = lam.index * steps.length + inner.index;
-    const blocks = {exact: lam.index, forward: row * nus.length + nu.index, symmetric: row * nus.length + nu.index};
-    const vector = (name, place) => {
-      const start = 2 * ((blocks[name] ?? row) * nodes * nodes + place);
+    const node = (nodes - 1 - t2.index) * nodes + t1.index, vector = (name, place, l = lam.index, k = inner.index) => {
+      const row = l * steps.length + k, perturbed = ["forward", "symmetric"].includes(name);
+      const block = name === "exact" ? l : perturbed ? row * nus.length + nu.index : row;
+      const start = 2 * (block * nodes * nodes + place);
       return [vectors[name][start], vectors[name][start + 1]];
     };
     const found = Object.fromEntries(Object.keys(vectors).map(name => [name, vector(name, node)]));
@@ -273,7 +277,19 @@ async function compare() {
       off: !shown.has(name), cells: [[[angle(vector, exact)], `${fixed(angle(vector, exact), 1)}°`],
         [[error(vector, exact)], precise(error(vector, exact))], [vector, precise(norm(vector))],
         [ways[name].at(-1), ended(ways[name].at(-1), optima[lam.index])]]})));
+    bias_map(lams.map((_, l) => steps.map((_, k) => error(vector(of.value, node, l, k), vector("exact", node, l)))));
   });
+  /** The relative error of one method, by λ and K. */
+  function bias_map(errors) {
+    const table = document.getElementById("compare-map");
+    table.caption.textContent = `Relative error of ${looks[of.value].label} by λ and K, at this θ and ν`;
+    table.tHead.replaceChildren(element("tr", {}, element("th", {scope: "col"}, "λ"),
+      ...steps.map(k => element("th", {scope: "col"}, `K = ${k}`))));
+    table.tBodies[0].replaceChildren(...errors.map((line, l) => element("tr", {},
+      element("th", {scope: "row"}, String(lams[l])), ...line.map((x, k) => element("td", {"data-value": x,
+        style: `--bias: ${Math.max(0, Math.min(30, 6 * (Math.log10(x) + 4)))}%`,
+        ...(l === lam.index && k === inner.index && {class: "now"})}, precise(x))))));
+  }
   const ended = (end, goal) => end.every((x, k) => x >= axes[k][0] && x <= axes[k].at(-1))
     ? two(norm([end[0] - goal[0], end[1] - goal[1]])) : "off the map";
   const lam = slider(here, "lam", "λ, strength of the proximal term", lams, 0.25);
@@ -282,6 +298,11 @@ async function compare() {
   const t1 = slider(here, "theta1", "θ₁ (w₁)", axes[0], 2, two);
   const t2 = slider(here, "theta2", "θ₂ (w₂)", axes[1], 1.5, two);
   const true_length = checkbox(here.form, here.redraw, "compare-lengths", ["lengths as they are (to three times the exact one)"], false);
+  const of = element("select", {id: "compare-of"}, ...Object.keys(vectors).filter(name => name !== "exact").map(name =>
+    element("option", {value: name}, looks[name].label)));
+  of.value = "symmetric";
+  of.addEventListener("change", here.redraw);
+  here.form.append(element("label", {for: of.id}, "Map of the bias: ", of));
   const downhill = checkbox(here.form, here.redraw, "compare-paths", ["paths downhill, each to its end"], true);
   const shown = switches(here, ["exact", ...Object.keys(vectors).filter(name => name !== "exact")]);
   view = await draggable(here, plane(axes.map(axis => [axis[0], axis.at(-1)]), nodes, ["θ₁", "θ₂"]), t1, t2);
