@@ -95,10 +95,11 @@ class Recording(_Operations, TorchDispatchMode):
         no tensor that came of them). Afterwards ``operations`` are those that the result depends on. What writes into
         a tensor is recorded as what it computes, and the tensors given are not changed. Raises UnknownLayerError where
         anything but tensors comes of a tensor, and for operations that write all the same."""
-        given = [tensor.clone() for tensor in (*parameters, x)]
-        values = [self._value_of(tensor) for tensor in given]
-        with torch.inference_mode(False), torch.no_grad(), self:
-            result = functionalize(call, remove="mutations")(given[:-1], given[-1])
+        with torch.inference_mode(False), torch.no_grad():
+            given = [tensor.clone() for tensor in (*parameters, x)]
+            values = [self._value_of(tensor) for tensor in given]
+            with self:
+                result = functionalize(call, remove="mutations")(given[:-1], given[-1])
         while self.operations and self.operations[-1].target is WRITE_BACK and self.operations[-1].args[0] in values:
             self.operations.pop()  # what the function has written into what it was given
         for operation in self.operations:

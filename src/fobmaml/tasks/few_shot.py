@@ -50,7 +50,7 @@ class FewShot:
     which they do to functions; its random choices, if they are by torch's own generator, are a function of the task's.
     ``loss``: ``cross_entropy``, or ``mse``, the mean squared distance of the outputs to one-hot targets.
 
-    Cost: gathers of the drawn examples, and half as many random numbers again, however large the classes are
+    Cost: gathers of the drawn examples, and about three random numbers for two of them, however large the classes are
     (``distinct``).
     Raises ValueError for examples and labels that do not belong together, and for a split with too few classes or
     too few examples of a class.
@@ -182,8 +182,8 @@ class FewShot:
 def distinct(sizes: Numbers, take: int, generator: torch.Generator) -> Numbers:
     """``take`` distinct numbers below each of ``sizes`` [n], in random order, every choice uniform: [n, take].
 
-    The first ``take`` that are new among half as many more draws with replacement, however large a size is; where the
-    least is below 4 ``take``, the places of the largest of as many random numbers.
+    The first ``take`` that are new among 3/2 ``take`` draws with replacement, so that sizes cost nothing. Where one is
+    below 4 ``take``, as many random numbers as the largest size a row, and the places of those that are greatest.
     """
     rows, most = len(sizes), int(sizes.max())
     if (fewest := int(sizes.min())) < 4 * take:
