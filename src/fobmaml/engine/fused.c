@@ -45,7 +45,8 @@ typedef struct {
 } Buffers;
 
 /* Where the vectors of a panel begin, of all ``columns`` from its first one on. The last one ends where they end, and has
-some lanes of the one before: nothing is masked, but where there are fewer columns than lanes. */
+some lanes of the one before. Only where there are fewer columns than lanes, the lanes behind them are the next window's:
+written over by it, or not written. */
 INLINE int64_t place(const int width, int v, int64_t columns) {
     return v + 1 < width ? v * LANES : MAX(MIN(columns, width * LANES) - LANES, 0);
 }
@@ -99,9 +100,9 @@ INLINE void forward_panel(const int width, const int activate, const Layer *laye
                 vec e = exponential(-z[i][v]), sigmoid = 1.0f / (1.0f + e), silu = z[i][v] * sigmoid;
                 vec rest = e * sigmoid;
                 store_first(at[1].h + to, silu, n);
-                store_first(at->slope + own, sigmoid + silu * rest, n);
+                store(at->slope + own, sigmoid + silu * rest);
                 if (at->bend) /* s (1 - s) (2 + z (1 - 2 s)) */
-                    store_first(at->bend + own, sigmoid * rest * (2.0f + z[i][v] * (rest - sigmoid)), n);
+                    store(at->bend + own, sigmoid * rest * (2.0f + z[i][v] * (rest - sigmoid)));
             }
         }
     }
@@ -130,7 +131,7 @@ INLINE void moving_panel(const int width, const int activate, const Layer *layer
                 int64_t o = first + place(width, v, columns), n = width > 1 ? LANES : columns;
                 int64_t to = at->to[m + i] + o, own = (m + i) * layer->out + o;
                 if (activate) {
-                    store_first(moving->gz + own, load(at->bend + own) * dz[i][v], n);
+                    store(moving->gz + own, load(at->bend + own) * dz[i][v]);
                     dz[i][v] *= load(at->slope + own);
                 }
                 store_first(moving[1].h + to, dz[i][v], n);
@@ -157,9 +158,9 @@ INLINE void input_panel(const int width, const Layer *layer, const Buffers *at, 
         if (other) multiply(width, out, b, v_rows + first, depth, last, sum);
         for (int i = 0; i < MIN(windows - m, HEIGHT); i++) {
             float *to = gh + at->from[m + i] + first;
+            if (width == 1) sum[i][0] = only_first(sum[i][0], columns);
             UNROLL for (int v = 0; v < width; v++) sum[i][v] += load(to + place(width, v, columns));
-            UNROLL for (int v = 0; v < width; v++)
-                store_first(to + place(width, v, columns), sum[i][v], width > 1 ? LANES : columns);
+            UNROLL for (int v = 0; v < width; v++) store(to + place(width, v, columns), sum[i][v]);
         }
     }
 }

@@ -48,6 +48,7 @@ Both keep sums in registers, tiles of HEIGHT x WIDTH vectors, which each of them
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vec load(const float *p) { return *(const unaligned *)p; }
@@ -66,7 +67,7 @@ INLINE vec load_first(const float *p, int64_t n) {
     return load(lanes);
 }
 
-/* Nor written; by copies of 8, 4, 2 and 1, sizes that the compiler knows. */
+/* The same for writing, by copies of 8, 4, 2 and 1: sizes that the compiler knows. */
 INLINE void store_first(float *p, vec v, int64_t n) {
     if (n >= LANES) {
         store(p, v);
@@ -80,6 +81,13 @@ INLINE void store_first(float *p, vec v, int64_t n) {
         memcpy(p + i, lanes + i, h * sizeof(float));
         i += h;
     }
+}
+
+/* v, and zeros behind its first n lanes. */
+INLINE vec only_first(vec v, int64_t n) {
+    ivec lane;
+    UNROLL for (int i = 0; i < LANES; i++) lane[i] = i;
+    return n < LANES ? (vec)((ivec)v & (lane < (int32_t)n)) : v;
 }
 
 /* Blocks of h x h change places: of lane j, where it comes from. */
@@ -114,13 +122,12 @@ INLINE void transpose(vec v[LANES]) {
     EXCHANGE(v, 1)
 }
 
-/* e^x for |x| <= 87: 2^n e^r with |r| <= ln(2) / 2, where a polynomial is within two ulp. */
+/* e^x, within two ulp; 0 below -87 and 6e37 above 87. It is 2^n e^r with |r| <= ln(2) / 2, and e^r a polynomial. */
 INLINE vec exponential(vec x) {
     const float to_integer = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded, into its last bits */
-    x = choose(x < -87.0f, spread(-87.0f), x);
-    x = choose(x > 87.0f, spread(87.0f), x);
+    uvec least = (uvec)(x < -87.0f), most = (uvec)(x > 87.0f);
     vec t = x * 1.44269504f + to_integer;
-    ivec n = (ivec)t << 23;
+    uvec n = (uvec)t << 23;
     t -= to_integer;
     vec r = x - t * 0.693359375f + t * 2.12194440e-4f; /* ln(2), in two parts */
     vec p = 1.38145e-3f * r + 8.36875e-3f;
@@ -128,7 +135,7 @@ INLINE vec exponential(vec x) {
     p = p * r + 1.666652e-1f;
     p = p * r + 4.9999993e-1f;
     p = p * r * r + r + 1.0f;
-    return (vec)((ivec)p + n);
+    return (vec)((((uvec)p + n) & ~(least | most)) | (most & (uvec)spread(6e37f)));
 }
 
 #endif
