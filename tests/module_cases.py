@@ -357,7 +357,7 @@ CASES = {
 
 
 def tasks(
-    x: Callable[..., Tensor], y: Callable[..., Tensor], count: int = 2, support: int = 4, query: int = 5
+    x: Callable[..., Tensor], y: Callable[..., Tensor], count: int = 3, support: int = 4, query: int = 5
 ) -> TaskBatch:
     return TaskBatch(x(count, support), y(count, support), x(count, query), y(count, query))
 

@@ -80,7 +80,7 @@ print(json.dumps({"grown": grown, "measured": peak_bytes(lambda: estimate(estima
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("kind", "width", "steps"), [("maml", 256, 4), ("symmetric", 256, 2)])
+@pytest.mark.parametrize(("kind", "width", "steps"), [("maml", 256, 4), ("symmetric", 320, 2)])
 def test_cpu_memory_agrees_with_resident_memory(kind, width, steps):
     """Within 15 % of the growth of the process's peak resident memory, on cases of hundreds of MB.
 

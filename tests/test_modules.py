@@ -49,7 +49,7 @@ def _check(model, loss_fn, batch, case):
 def test_modules(case):
     torch.manual_seed(0)
     make, x = CASES[case]
-    batch = tasks(x, LOSSES["cross_entropy"][1])
+    batch = tasks(x, LOSSES["cross_entropy"][1], count=2)
     _check(made(make, batch.support_x[0]), F.cross_entropy, batch, case)
 
 
@@ -59,7 +59,7 @@ def test_losses(case, network):
     """By the engines for listed networks, for batched ones and for rows one by one."""
     torch.manual_seed(0)
     loss_fn, y = LOSSES[case]
-    batch = tasks(vectors, y)
+    batch = tasks(vectors, y, count=2)
     _check(made(VECTORS[network], batch.support_x[0]), loss_fn, batch, case)
 
 
