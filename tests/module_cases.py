@@ -211,6 +211,7 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "weight norm": lambda: on_vectors(parametrizations.weight_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3)),
     "weight norm by a hook": lambda: on_vectors(weight_norm_by_hook(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3)),
     "orthogonal": lambda: on_vectors(parametrizations.orthogonal(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 3)),
+    "writes into its inputs": lambda: on_vectors(nn.LeakyReLU(0.5, inplace=True), nn.Linear(6, 3)),
     "writes into zeros": lambda: Of(into_zeros, a=nn.Linear(6, 2), b=nn.Linear(6, 1)),
     "boolean mask": lambda: _two(by_mask),
     "branches on data": lambda: _two(branching),
@@ -400,7 +401,7 @@ class Plain:
 
     def loss(self, phi: list[Tensor], task: int, part: str) -> Tensor:
         """Of parameters that may have a history; the module's buffers are those that it came with."""
-        x, y = getattr(self.batch, f"{part}_x")[task], getattr(self.batch, f"{part}_y")[task]
+        x, y = getattr(self.batch, f"{part}_x")[task].clone(), getattr(self.batch, f"{part}_y")[task]
         buffers = {name: b.clone() for name, b in self.state.items()}
         given = dict(zip(self.names, phi, strict=True))
         before = [(m, dict(m._parameters)) for m in self.model.modules()]

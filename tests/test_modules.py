@@ -30,7 +30,7 @@ ONE_BY_ONE = ("symmetric", "maml", "fomaml")
 
 
 def _check(model, loss_fn, batch, case):
-    plain = Plain(model, loss_fn, batch)
+    plain, before = Plain(model, loss_fn, batch), batch.support_x.clone()
     for name in ESTIMATORS:
         if case in FIRST_DERIVATIVES_ONLY and name in SECOND_DERIVATIVES:
             with pytest.raises(ValueError, match=FIRST_DERIVATIVES_ONLY[case]):
@@ -43,6 +43,7 @@ def _check(model, loss_fn, batch, case):
             assert list(found.gradient) == plain.names
             error = float((flat - wanted).norm() / wanted.norm())
             assert error < TOLERANCE[name], f"{name}, task_chunk={chunk}, {found.engine}: {error}"
+    assert torch.equal(batch.support_x, before)
 
 
 @pytest.mark.parametrize("case", CASES)

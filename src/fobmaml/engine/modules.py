@@ -41,7 +41,7 @@ def private_copy(model: nn.Module, share: bool = True) -> nn.Module:
 
 class PureModule:
     """(parameters, inputs) -> outputs by a private copy of ``model``: every call begins from the model's present
-    buffers and frozen parameters, and leaves nothing behind.
+    buffers and frozen parameters, and leaves nothing behind, in the inputs neither.
 
     Raises ValueError, naming the layer and the way out, for what cannot be a function of parameters and inputs:
     running batch statistics, active dropout, weights that ``forward`` itself changes, gradient hooks on parameters.
@@ -70,15 +70,16 @@ class PureModule:
             **parameters,
             **{name: parameters[first] for name, first in self._tied.items() if first in parameters},
         }
+        inputs = self.unpack(x.clone())  # forward may write to them
         if self._all_trainable:
-            return functional_call(self.copy, parameters, (self.unpack(x),), tie_weights=False)
+            return functional_call(self.copy, parameters, (inputs,), tie_weights=False)
         state = {
             name: p.clone() if p.is_inference() else p
             for name, p in self.model.named_parameters()
             if name not in self.trainable
         }
-        state |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # forward may write to them
-        return functional_call(self.copy, {**state, **parameters}, (self.unpack(x),), tie_weights=False)
+        state |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # and to these
+        return functional_call(self.copy, {**state, **parameters}, (inputs,), tie_weights=False)
 
     def foreign(self, outputs: Tensor) -> str:
         """A trainable parameter of the caller's that ``outputs`` were computed with, reached around the call; or ''."""
