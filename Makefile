@@ -16,9 +16,9 @@ setup: .venv/complete ## make .venv and install everything (nothing to do when i
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or later is needed, and $(PYTHON) is {sys.version.split()[0]}")'
 	@echo "installing into .venv (a minute or two, once)"
 	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt torch setuptools
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
 	@rm -f src/fobmaml/engine/fused_*.so
-	@$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c 'from fobmaml.engine import library; why = library.missing(); print(f"no compiled kernel, so gradients take longer: {why}\n" * bool(why), end="")'
 	@touch $@
 
@@ -79,7 +79,7 @@ docs: setup .venv/docs .venv/sweeps .venv/explorer ## build the site, outputs/si
 
 .venv/sweeps .venv/bench .venv/explorer .venv/docs: .venv/%: .venv/complete
 	@echo "installing the packages for $* into .venv"
-	@$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt 'fobmaml[$*]'  # which is there
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt 'fobmaml[$*]'  # which is there
 	@touch $@
 
 .venv/chromium: .venv/explorer
