@@ -47,6 +47,7 @@ figures: setup ## redraw every figure, and the tables of the READMEs, from resul
 	@$(BIN)/python scripts/figures.py
 
 reproduce: setup ## run the experiments behind results/ again (what is complete is not run twice), then draw; FAST=1: small ones
+	@$(if $(FAST)$(ARGS),,$(BIN)/python scripts/tune.py)
 	@$(BIN)/python scripts/reproduce.py $(if $(FAST),--fast) $(ARGS)
 	@$(if $(FAST),cp results/bench.csv outputs/fast/)
 	@$(BIN)/python scripts/figures.py $(if $(FAST),outputs/fast)

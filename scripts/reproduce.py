@@ -37,7 +37,7 @@ EXPERIMENTS = {
     "tuning_clipped": f"steps=30 optimizer.lr=0.1 {TRAINING}",
     "tuning_long": f"steps=30 {TRAINING}",
     "accuracy": f"steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
-    "accuracy_1shot": f"steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
+    "accuracy_1shot": f"tuned=symmetric,maml steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
     "inner_steps": f"steps=60 seed=0,1 solver.steps=5,10 eval.tasks=100 {TRAINING}",
     "memory": "width=25,100,250 solver.steps=10",
     "memory_steps": "solver.steps=1,10,50",
