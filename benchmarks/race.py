@@ -49,7 +49,7 @@ from fobmaml.files import write_csv, write_json
 from fobmaml.measure.accuracy import score
 from fobmaml.run.allocator import keep_freed_memory
 from fobmaml.run.build import build
-from fobmaml.run.provenance import provenance
+from fobmaml.run.provenance import distinct, provenance
 from fobmaml.training import Diverged, MetaTraining
 
 ROOT = Path(__file__).parents[1]
@@ -371,8 +371,7 @@ def collect(folder: Path, results: Path, races: list[Race]) -> None:
         rows.append(row)
     write_csv(results / "race.csv", rows)
     made_with = [one["provenance"] for one in (*runs, *times.values())]
-    distinct = [one for place, one in enumerate(made_with) if one not in made_with[:place]]
-    write_json(results / "race.json", {"command": "make race", "provenance": distinct})
+    write_json(results / "race.json", {"command": "make race", "provenance": distinct(made_with)})
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from fobmaml.files import write_csv, write_json
 from fobmaml.logged import KEYS
 from fobmaml.run.events import read_events
+from fobmaml.run.provenance import distinct
 
 ROOT = Path(__file__).parents[1]
 
@@ -238,17 +239,13 @@ def collect(name: str, folder: Path, results: Path) -> None:
         )
         write_csv(results / f"{name}_curves.csv", [{key: row.get(key) for key in columns} for row in curves])
     first = settings[next(iter(settings))]
-    made_with: list[Any] = []
-    for summary in runs.values():
-        if summary["provenance"] not in made_with:
-            made_with.append(summary["provenance"])
     write_json(
         results / f"{name}.json",
         {
             "command": f"make reproduce ARGS={name}",
             "jobs": len(runs),
             "seconds": round(sum(summary["seconds"] for summary in runs.values())),
-            "provenance": made_with,
+            "provenance": distinct([summary["provenance"] for summary in runs.values()]),
             "settings": {key: value for key, value in first.items() if key not in varied},
             "varied": {key: list(dict.fromkeys(found.get(key) for found in settings.values())) for key in varied},
         },

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from scipy.stats import qmc
 from tqdm import tqdm
 
@@ -37,7 +37,7 @@ from fobmaml.files import write_atomically, write_csv, write_json
 from fobmaml.measure.accuracy import score
 from fobmaml.run.allocator import keep_freed_memory
 from fobmaml.run.build import build
-from fobmaml.run.provenance import provenance
+from fobmaml.run.provenance import distinct, provenance
 from fobmaml.training import Diverged
 
 ROOT = Path(__file__).parents[1]
@@ -193,13 +193,20 @@ def overrides(method: Method, point: Settings, shots: int) -> Settings:
     return {name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in found.items()}
 
 
+def said(given: Settings) -> list[str]:
+    """For the command line."""
+    return [f"{name}={'null' if value is None else value}" for name, value in given.items()]
+
+
 def accuracy(given: Settings, experiment: str, seed: int, least: float, shorter: Sequence[str]) -> dict[str, Any]:
     """How a run with these settings ends, which it does after a third of its steps if its accuracy is not above
     ``least`` then: validation accuracy, also then, work, and whether it diverged."""
-    said = [f"{name}={'null' if value is None else value}" for name, value in given.items()]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         training = build(
-            compose("train", [f"experiment={experiment}", *said, f"seed={seed}", "device=cpu", "measure=[]", *shorter])
+            compose(
+                "train",
+                [f"experiment={experiment}", *said(given), f"seed={seed}", "device=cpu", "measure=[]", *shorter],
+            )
         )
     tasks, third = training.fixed("validation", TASKS), None
     try:
@@ -293,21 +300,14 @@ def beyond_edges(method: Method, point: Settings) -> Iterator[tuple[str, float]]
 
 def file_of(given: Settings, shots: int) -> str:
     """The text of configs/tuned/METHOD.yaml."""
-    groups = {key: value for key, value in given.items() if "." not in key and key in GROUPS}
-    nested: dict[str, Any] = {}
-    for key, value in given.items():
-        if key in groups:
-            continue
-        *path, last = key.split(".")
-        at = nested
-        for part in path:
-            at = at.setdefault(part, {})
-        at[last] = value
-    defaults = [{f"override /{group}": choice} for group, choice in groups.items()]
+    file = OmegaConf.create({"defaults": [{f"override /{group}": given[group]} for group in GROUPS]})
+    for name, value in given.items():
+        if name not in GROUPS:
+            OmegaConf.update(file, name, value)
     head = (
         f"# @package _global_\n# What tuning chose for {shots} {'shots' if shots > 1 else 'shot'} (scripts/tune.py).\n"
     )
-    return head + yaml.safe_dump({"defaults": defaults, **nested}, sort_keys=False)
+    return head + OmegaConf.to_yaml(file)
 
 
 GROUPS = ("estimator", "solver", "optimizer")
@@ -349,15 +349,14 @@ def main() -> None:
                 "chosen": str(run["who"]["trial"] == chosen.get(run["who"]["estimator"], ("",))[0]).lower(),
                 **{key: run[key] for key in ("accuracy", "third", "steps", "work")},
                 "diverged": str(run["diverged"]).lower(),
-                "settings": " ".join(f"{key}={'null' if v is None else v}" for key, v in run["settings"].items()),
+                "settings": " ".join(said(run["settings"])),
             }
             for run in runs
         ]
         made_with += [run["provenance"] for run in runs]
     results = outputs if arguments.fast else ROOT / "results"
     write_csv(results / "tuning.csv", rows)
-    distinct = [one for place, one in enumerate(made_with) if one not in made_with[:place]]
-    write_json(results / "tuning.json", {"command": "python scripts/tune.py", "provenance": distinct})
+    write_json(results / "tuning.json", {"command": "python scripts/tune.py", "provenance": distinct(made_with)})
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ POINTS = tune.points(4)
 @pytest.mark.parametrize("name", tune.METHODS)
 def test_no_setting_of_a_trial_is_unknown_to_its_method(name):
     given = tune.overrides(tune.METHODS[name], POINTS[1], 1)
-    said = [f"{key}={'null' if value is None else value}" for key, value in given.items()]
     with initialize_config_dir(str(tune.ROOT / "configs"), version_base="1.3"):
-        training = build(compose("train", ["experiment=accuracy_1shot", *said, "width=4", "measure=[]"]))
+        training = build(compose("train", ["experiment=accuracy_1shot", *tune.said(given), "width=4", "measure=[]"]))
     assert training.adapting.solver.batch is None
     assert training.settings.steps == 1000
 

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ def provenance(device: torch.device | str = "cpu", engine: str | None = None) ->
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
         **({} if engine is None else {"engine": engine}),
     }
+
+
+def distinct(made_with: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each provenance once, in their order: what measurements of one table were made with."""
+    return [one for place, one in enumerate(made_with) if one not in made_with[:place]]
 
 
 def _git(*arguments: str) -> str | None:
