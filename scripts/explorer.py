@@ -19,7 +19,7 @@ from drawing import Missing, folder_given
 from explorer_data import FINE_NUS, NODES, compare, curvature, measured, methods, tradeoff
 from playwright.sync_api import Browser, sync_playwright
 
-from fobmaml.files import write_atomically, write_csv, write_json
+from fobmaml.files import write_csv, write_json, write_text
 from fobmaml.run.provenance import provenance
 
 PARTS = Path(__file__).parent / "explorer_page"
@@ -47,7 +47,7 @@ def build(path: Path, folder: Path, nodes: int = NODES, nus: Sequence[float] = F
     ):
         page = page.replace(place, part, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(page.encode()))
+    write_text(path, page)
     print(f"{os.path.relpath(path)}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from claims import CLAIMS
 from drawing import Missing, Row, folder_given, groups, load, settings
 
-from fobmaml.files import write_atomically
+from fobmaml.files import write_text
 from fobmaml.run.plotting import method
 
 TUNING = ("tuning_adam", "tuning_sngdm", "tuning_clipped")
@@ -97,7 +97,7 @@ def page(folder: Path) -> str:
 
 def write(folder: Path) -> None:
     path, text = folder / "README.md", page(folder)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
     print(os.path.relpath(path))
 
 

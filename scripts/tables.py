@@ -15,7 +15,7 @@ from pathlib import Path
 from drawing import RESULTS, Missing, Row, groups, load, parse, settings
 from statistics_of_runs import interval
 
-from fobmaml.files import read_csv, write_atomically
+from fobmaml.files import read_csv, write_text
 from fobmaml.run.plotting import METHODS, method
 
 ROOT = Path(__file__).parents[1]
@@ -217,11 +217,7 @@ def _marked(name: str, folder: Path) -> str:
 
 def write(folder: Path) -> None:
     for path, text in pages(folder).items():
-        _replace(path, text.encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda file: file.write(content))
+        write_text(path, text)
 
 
 def main() -> None:

@@ -23,9 +23,8 @@ import statistics
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -33,7 +32,7 @@ from omegaconf import OmegaConf
 from scipy.stats import qmc
 from tqdm import tqdm
 
-from fobmaml.files import write_atomically, write_csv, write_json
+from fobmaml.files import write_csv, write_json, write_text
 from fobmaml.measure.accuracy import score
 from fobmaml.run.allocator import keep_freed_memory
 from fobmaml.run.build import build
@@ -314,10 +313,6 @@ GROUPS = ("estimator", "solver", "optimizer")
 EXPERIMENTS = {5: "accuracy", 1: "accuracy_1shot"}
 
 
-def _write(text: bytes, file: BinaryIO) -> None:
-    file.write(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -340,8 +335,8 @@ def main() -> None:
         tuned = outputs / "tuned" if arguments.fast else ROOT / "configs" / "tuned"
         tuned.mkdir(parents=True, exist_ok=True)
         for name, (_, point) in chosen.items():
-            text = file_of(overrides(METHODS[name], point, shots), shots).encode()
-            write_atomically(tuned / f"{name}{'_1shot' if shots == 1 else ''}.yaml", partial(_write, text))
+            text = file_of(overrides(METHODS[name], point, shots), shots)
+            write_text(tuned / f"{name}{'_1shot' if shots == 1 else ''}.yaml", text)
         runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
         rows += [
             {

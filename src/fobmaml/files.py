@@ -42,6 +42,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """As UTF-8, atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def plain(value: Any) -> Any:
     """A value for JSON: numbers that are not finite become null."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -51,7 +56,7 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps({key: plain(value) for key, value in content.items()}, indent=2, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
+    write_text(path, text + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -60,7 +65,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fobmaml.files import failures_named, plain, write_atomically
+from fobmaml.files import failures_named, plain, write_text
 from fobmaml.saved.checkpoints import CheckpointError
 
 
@@ -15,7 +15,7 @@ class EventLog:
     def __init__(self, path: Path, kept: Sequence[Mapping[str, Any]] = ()):
         """``kept``: the events that it begins with, of ``events_until``."""
         text = "".join(json.dumps(event) + "\n" for event in kept)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, text)
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, step: int, event: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from fobmaml import distributed
-from fobmaml.files import CannotWrite, failures_named, write_atomically
+from fobmaml.files import CannotWrite, failures_named, write_text
 from fobmaml.run.errors import FolderInUse, one_line
 
 LONGEST_NAME = 255
@@ -164,4 +164,4 @@ def write_settings(folder: Path, config: DictConfig) -> None:
 
 
 def save(path: Path, content: Any) -> None:
-    write_atomically(path, lambda file: file.write(OmegaConf.to_yaml(content).encode()))
+    write_text(path, OmegaConf.to_yaml(content))
