@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fobmaml.measure.accuracy import ignored_label, mean_accuracy, task_accuracies
+from fobmaml.measure.accuracy import ignored_label, task_accuracies
+from fobmaml.measure.intervals import mean_interval
 
 CLASSES, TASKS, QUERIES = 4, 50, 6
 
@@ -47,7 +48,7 @@ def _simulated(generator, length=None, ignored=0.0, layout="behind", tasks=TASKS
 )
 def test_the_interval_covers_the_mean_in_95_of_100_cases(length, layout, ignored, loss):
     generator, sets = torch.Generator().manual_seed(0), 1000
-    found = [mean_accuracy(task_accuracies(*_simulated(generator, length, ignored, layout), loss)) for _ in range(sets)]
+    found = [mean_interval(task_accuracies(*_simulated(generator, length, ignored, layout), loss)) for _ in range(sets)]
     covered = sum(abs(mean - 0.7) <= half for mean, half in found) / sets
     assert abs(covered - 0.95) < 0.025  # three standard errors, and Student's t is a little wider
     mean = sum(mean for mean, _ in found) / sets
@@ -62,10 +63,10 @@ def test_ignored_labels_do_not_count():
     targets = torch.tensor([[0, 1, -100, 2], [-100, -100, -100, -100], [0, -100, 1, -100]])
     found = task_accuracies(outputs, targets, F.cross_entropy)
     torch.testing.assert_close(found, torch.tensor([2 / 3, math.nan, 0.5], dtype=torch.float64), equal_nan=True)
-    assert mean_accuracy(found)[0] == pytest.approx((2 / 3 + 1 / 2) / 2)
-    assert mean_accuracy(found)[1] == pytest.approx(1.96 * (1 / 6) / math.sqrt(2) / math.sqrt(2))
-    assert mean_accuracy(found[1:2]) == (None, None)
-    assert mean_accuracy(found[2:]) == (0.5, None)
+    assert mean_interval(found)[0] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert mean_interval(found)[1] == pytest.approx(1.96 * (1 / 6) / math.sqrt(2) / math.sqrt(2))
+    assert mean_interval(found[1:2]) == (None, None)
+    assert mean_interval(found[2:]) == (0.5, None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from fobmaml import TaskBatch
 from fobmaml.estimators import FOMAML
 from fobmaml.measure import R2, Accuracy, MeanSquaredError, TokenAccuracy
-from fobmaml.measure.accuracy import mean_accuracy, score
+from fobmaml.measure.accuracy import score
+from fobmaml.measure.intervals import mean_interval
 from fobmaml.models import MLP
 from fobmaml.settings import Settings
 from fobmaml.solvers import GradientDescent
@@ -69,7 +70,7 @@ def test_the_interval_is_that_of_the_mean_over_tasks(case):
     metric, simulate, how = CASES[case]
     generator = torch.Generator().manual_seed(0)
     values = metric(*simulate(generator, TASKS * SETS, **how), F.cross_entropy).view(SETS, TASKS)
-    found = [mean_accuracy(one) for one in values]
+    found = [mean_interval(one) for one in values]
     means, halves = (np.array(part) for part in zip(*found, strict=True))
     true = values.std() / math.sqrt(TASKS)  # of all tasks at once
     assert np.sqrt((halves**2).mean()) / 1.96 == pytest.approx(float(true), rel=0.02)
@@ -92,7 +93,7 @@ def test_metrics_by_hand():
     found = R2()(outputs, targets, mask, F.mse_loss)
     assert found[0] == pytest.approx(1 - 5 / 2)
     assert found[1].isnan()  # all targets are equal
-    assert mean_accuracy(found) == (pytest.approx(-1.5), None)
+    assert mean_interval(found) == (pytest.approx(-1.5), None)
     tokens = torch.tensor([[[0, 1], [1, -100], [2, 2]]])
     said = F.one_hot(torch.tensor([[[0, 0], [1, 1], [0, 0]]]), 3).float()
     assert TokenAccuracy()(said.movedim(-1, 2), tokens, None, F.cross_entropy).tolist() == [pytest.approx(2 / 5)]

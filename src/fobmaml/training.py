@@ -23,7 +23,7 @@ from fobmaml.engine import Learner, Work
 from fobmaml.estimators import Adaptation, Estimator, MeanEstimate, chunk_size, estimate
 from fobmaml.logged import LINEAR, loss_name, worked
 from fobmaml.measure import Accuracy, Event, Measurement, Metric, peak_bytes
-from fobmaml.measure.accuracy import task_scores
+from fobmaml.measure.accuracy import TaskScores
 from fobmaml.outer import Outer
 from fobmaml.settings import Settings
 from fobmaml.stages import Stage, Stages
@@ -109,7 +109,7 @@ class MetaTraining:
             with failures_named(f"model: forward at examples {list(one.query_x.shape[1:])} of the data set"):
                 outputs = self.learner.outputs(theta[None], one.query_x)
             with failures_named("dataset: loss_fn"):
-                task_scores(self.learner, self.source, outputs, one, self.metrics)
+                TaskScores.of(self.learner, self.source, outputs, one, self.metrics)
 
     @property
     def _ends(self) -> list[tuple[float, float]]:

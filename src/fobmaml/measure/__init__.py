@@ -1,7 +1,7 @@
 """Measurements that look on from the side."""
 
 from fobmaml.measure.accuracy import MetaTest, Validation
-from fobmaml.measure.base import Event, Measurement, Metric, OnValidationTasks, Periodic, Training
+from fobmaml.measure.base import Event, Measurement, Metric, OnValidationTasks, Periodic, RatioMetric, Training
 from fobmaml.measure.bias import Bias, BiasMeasurement, bias
 from fobmaml.measure.curvature import Curvature, CurvatureMeasurement, curvature
 from fobmaml.measure.error_estimate import ErrorEstimate, ErrorEstimateMeasurement, error_estimate
@@ -26,6 +26,7 @@ __all__ = [
     "Metric",
     "OnValidationTasks",
     "Periodic",
+    "RatioMetric",
     "Smoothness",
     "SmoothnessMeasurement",
     "TokenAccuracy",

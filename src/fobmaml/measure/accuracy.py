@@ -1,8 +1,7 @@
 """Scores of adapted tasks: the loss, and metrics such as the accuracy, with the intervals of their means over tasks."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.engine import Learner
 from fobmaml.logged import WORK, worked
-from fobmaml.measure.base import Event, Measurement, Metric, Periodic, Training, shown
+from fobmaml.measure.base import Event, Measurement, Metric, Periodic, RatioMetric, Training, shown
+from fobmaml.measure.intervals import Ratios, mean_interval, same_examples
 from fobmaml.precision import full_precision
 from fobmaml.tasks import TaskBatch, TaskSource
 
@@ -39,6 +39,15 @@ def task_accuracies(
 
     Raises ValueError where shapes do not fit.
     """
+    right, counted = right_answers(outputs, targets, loss_fn, mask)
+    return right.sum(1) / counted.sum(1)
+
+
+def right_answers(
+    outputs: Tensor, targets: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor], mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of each example, float64 [T, Q]: how many of its counted targets are right, and how many count. As in
+    ``task_accuracies``. Raises ValueError."""
     dim = class_dim(outputs, targets, loss_fn)
     found = outputs.argmax(dim)
     if targets.is_floating_point():
@@ -48,7 +57,13 @@ def task_accuracies(
         counted = (targets >= 0) & (targets < outputs.shape[dim]) & (targets != ignored_label(loss_fn))
     if mask is not None:
         counted = counted & mask.view(*mask.shape, *[1] * (counted.dim() - 2))
-    return ((found == targets) & counted).flatten(1).sum(1).double() / counted.flatten(1).sum(1)
+    right = (found == targets) & counted
+    return _of_examples(right), _of_examples(counted)
+
+
+def _of_examples(targets: Tensor) -> Tensor:
+    """Of targets [T, Q, ...], true or false, how many are true, [T, Q]."""
+    return targets.double().view(*targets.shape[:2], -1).sum(2)
 
 
 def class_dim(outputs: Tensor, targets: Tensor, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> int:
@@ -73,24 +88,15 @@ def class_dim(outputs: Tensor, targets: Tensor, loss_fn: Callable[[Tensor, Tenso
     return fitting[losses[1] < losses[0]]
 
 
-def mean_accuracy(accuracies: Tensor) -> tuple[float | None, float | None]:
-    """Of the tasks [T] that have one: mean and half width of its 95 % interval, 1.96 standard errors over tasks.
-
-    None where there is none, and for the interval of a single task.
-    """
-    known = accuracies[~accuracies.isnan()].double()
-    if not len(known):
-        return None, None
-    return float(known.mean()), 1.96 * float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else None
-
-
 @dataclass(frozen=True)
 class Score:
     """Means over tasks: the ``loss``, and of each metric by name its mean and the half width of its 95 % interval (1.96
-    standard errors over tasks), None where there is none. A task whose labels are all ignored is in no mean."""
+    standard errors, clustered by task and, of a ``RatioMetric``, by example), None where there is none. A task whose
+    labels are all ignored is in no mean. ``ratios``: of each such metric, example by example."""
 
     loss: float
     metrics: dict[str, tuple[float | None, float | None]]
+    ratios: Mapping[str, Ratios] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float | None:
@@ -111,31 +117,49 @@ def score(training: Training, tasks: TaskBatch) -> Score:
             phi = training.adapting.adapt(learner, theta, part).phi
             with torch.no_grad():
                 outputs = learner.outputs(phi, part.query_x)
-                parts.append(task_scores(learner, training.source, outputs, part, training.metrics))
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    losses, counted = found.pop(LOSS), found.pop(COUNTED)
-    return Score(float(losses[counted].mean()), {name: mean_accuracy(values) for name, values in found.items()})
+                parts.append(TaskScores.of(learner, training.source, outputs, part, training.metrics))
+    losses, counted = (torch.cat([getattr(part, name) for part in parts]) for name in ("losses", "counted"))
+    found = {name: mean_interval(torch.cat([part.values[name] for part in parts])) for name in parts[0].values}
+    ratios = dict[str, Ratios]()
+    if parts[0].ratios:
+        examples = same_examples(tasks.query_x)
+        for name in parts[0].ratios:
+            above, below = (torch.cat([part.ratios[name][place] for part in parts]).cpu() for place in (0, 1))
+            ratios[name] = Ratios(above, below, examples)
+    found |= {name: ratio.mean_interval() for name, ratio in ratios.items()}
+    return Score(float(losses[counted].mean()), found, ratios)
 
 
-LOSS, COUNTED = "loss", "counted"
+@dataclass(frozen=True)
+class TaskScores:
+    """Of each task, [T]: the loss, whether any label counted, and each metric's value, NaN where there is none; of a
+    ``RatioMetric`` its parts instead, [T, Q]."""
 
+    losses: Tensor
+    counted: Tensor
+    values: dict[str, Tensor]
+    ratios: dict[str, tuple[Tensor, Tensor]]
 
-def task_scores(
-    learner: Learner, source: TaskSource, outputs: Tensor, tasks: TaskBatch, metrics: Sequence[Metric]
-) -> dict[str, Tensor]:
-    """Of each task, [T]: the loss, each of ``metrics`` by name, NaN where there is none, and whether any label counted.
-
-    Raises ValueError where outputs and targets do not fit a metric.
-    """
-    targets, mask = tasks.query_y, tasks.query_mask
-    losses = learner.losses(outputs, targets, mask).double()
-    counted = torch.ones_like(losses, dtype=torch.bool)
-    if source.classification:
-        counted = ~task_accuracies(outputs, targets, learner.loss_fn, mask).isnan()
-    metrics = [metric for metric in metrics if source.classification or not metric.of_classes]
-    return {LOSS: losses, COUNTED: counted} | {
-        metric.name: metric(outputs, targets, mask, learner.loss_fn) for metric in metrics
-    }
+    @classmethod
+    def of(
+        cls, learner: Learner, source: TaskSource, outputs: Tensor, tasks: TaskBatch, metrics: Sequence[Metric]
+    ) -> "TaskScores":
+        """Raises ValueError where outputs and targets do not fit a metric."""
+        targets, mask, loss_fn = tasks.query_y, tasks.query_mask, learner.loss_fn
+        losses = learner.losses(outputs, targets, mask).double()
+        counted = torch.ones_like(losses, dtype=torch.bool)
+        if source.classification:
+            counted = ~task_accuracies(outputs, targets, loss_fn, mask).isnan()
+        metrics = [metric for metric in metrics if source.classification or not metric.of_classes]
+        ratios = {
+            metric.name: metric.parts(outputs, targets, mask, loss_fn)
+            for metric in metrics
+            if isinstance(metric, RatioMetric)
+        }
+        values = {
+            metric.name: metric(outputs, targets, mask, loss_fn) for metric in metrics if metric.name not in ratios
+        }
+        return cls(losses, counted, values, ratios)
 
 
 def _count(tasks: int) -> int:
@@ -185,14 +209,17 @@ class Validation(Periodic):
 @dataclass
 class MetaTest(Measurement):
     """The score on ``tasks`` fixed meta-test tasks, which every estimator and seed shares, once, at the very end;
-    tasks=0: never. Raises ValueError."""
+    tasks=0: never. ``by_example``: also how often each example was right, for intervals of differences between runs.
+    Raises ValueError."""
 
     tasks: int = 600
+    by_example: bool = False
 
     keys: ClassVar = {
         "test/accuracy": "fraction of a meta-test task's query labels that it gets right, mean over tasks",
-        "test/accuracy_ci95": "half width of its 95 % interval, 1.96 standard errors over tasks",
+        "test/accuracy_ci95": "half width of its 95 % interval, 1.96 standard errors, clustered by task and by example",
         "test/loss": "query loss there, mean over tasks",
+        "test/right": "how often each example was right, in all tasks, where eval.by_example asks for it",
         "test/novel_classes": "whether training sees none of the test tasks' classes, where the data set says it",
     }
     results = ("test/accuracy", "test/accuracy_ci95", "test/loss")
@@ -217,6 +244,8 @@ class MetaTest(Measurement):
         }
         for name, (mean, half) in found.metrics.items():
             event |= {f"test/{name}": mean, f"test/{name}_ci95": half}
+        if self.by_example and "accuracy" in found.ratios:
+            event["test/right"] = " ".join(f"{right:g}" for right in found.ratios["accuracy"].by_example().tolist())
         return event
 
     def rows(self, summary: Mapping[str, Any]) -> list[tuple[str, str]]:

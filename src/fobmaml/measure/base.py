@@ -61,6 +61,23 @@ class Metric(ABC):
         [T, Q]: the examples that there are, None: all. ``loss_fn``: the data set's, which may ignore a label."""
 
 
+class RatioMetric(Metric):
+    """A metric that is, of each task, a sum over its examples divided by another: its interval knows then which tasks
+    share examples."""
+
+    @abstractmethod
+    def parts(
+        self, outputs: Tensor, targets: Tensor, mask: Tensor | None, loss_fn: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Of each example what is summed, and what the sum is divided by, float64 [T, Q]."""
+
+    def __call__(
+        self, outputs: Tensor, targets: Tensor, mask: Tensor | None, loss_fn: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        parts, of = self.parts(outputs, targets, mask, loss_fn)
+        return parts.sum(1) / of.sum(1)
+
+
 class Measurement(ABC):
     """To add one, subclass it, or ``Periodic``, and write a file in configs/measure that names it."""
 
