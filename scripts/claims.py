@@ -10,14 +10,12 @@ from typing import Any, Protocol
 
 from drawing import Row, groups
 from figure_bias import THEORY, best_nu
-from statistics_of_runs import interval, slope
-from tables import CHANCE, percent, stopped
-from verdicts import Verdict, above, below, level, of_all, over_runs, within
+from statistics_of_runs import CHANCE, interval, of_examples, slope
+from tables import percent, points
+from verdicts import MARGIN, Verdict, above, below, level, of_all, over_runs, within
 
 from fobmaml.run.plotting import OF_OTHERS, method
 
-MARGIN = 2.0
-"""Points of accuracy, within which two methods are level."""
 SHORT = 10
 """Inner steps."""
 MAML = ("maml", "maml_plus")
@@ -55,37 +53,37 @@ class Claim:
     examine: Callable[[Tables], Finding]
 
 
-def against_maml(rows: Sequence[Row]) -> list[float]:
-    """symmetric − MAML in points of test accuracy, of each seed; MAML as it is best."""
-    scores = {
-        name: {row["seed"]: CHANCE if stopped(row) else 100 * row["test/accuracy"] for row in found}
-        for name, found in groups(rows, "estimator").items()
-    }
-    rival = max((scores[name] for name in MAML if name in scores), key=lambda of: statistics.fmean(of.values()))
-    return [one - rival[seed] for seed, one in scores["symmetric"].items() if seed in rival]
+def against_maml(rows: Sequence[Row], examples: Sequence[Row] = ()) -> tuple[list[float], float]:
+    """symmetric − MAML, as it is best, in points of test accuracy: of each seed, and the variance that the seeds share,
+    as their test examples are the same (0 where ``examples`` are not given)."""
+    scores = {name: points(found) for name, found in groups(rows, "estimator").items()}
+    name = max((each for each in MAML if each in scores), key=lambda each: statistics.fmean(scores[each].values()))
+    found = [one - scores[name][seed] for seed, one in scores["symmetric"].items() if seed in scores[name]]
+    return found, of_examples([row["symmetric"] - row[name] for row in examples]) if examples else 0.0
 
 
-def _points(found: Sequence[float]) -> str:
-    mean, half = interval(found)
+def _difference(found: Sequence[float], shared: float) -> str:
+    mean, half = interval(found, shared)
     return f"{mean:+.1f} ± {half:.1f}"
 
 
 def accuracy(table: str, tables: Tables) -> Finding:
-    rows = tables.rows(table)
-    found = against_maml(rows)
-    parts = [f"{method(name).label} {percent(of)}" for name, of in groups(rows, "estimator").items()]
+    rows, examples = tables.rows(table), tables.rows(f"{table}_examples")
+    found, shared = against_maml(rows, examples)
+    parts = [f"{method(name).label} {percent(of, examples)}" for name, of in groups(rows, "estimator").items()]
     return Finding(
-        f"symmetric − MAML = {_points(found)} points over {len(found)} seeds. Meta-test accuracy: {', '.join(parts)}.",
-        level(found, MARGIN),
+        f"symmetric − MAML = {_difference(found, shared)} points over {len(found)} seeds. Meta-test accuracy: "
+        f"{', '.join(parts)}.",
+        level(found, MARGIN, shared),
     )
 
 
 def inner_steps(tables: Tables) -> Finding:
     parts, verdicts = [], []
     for steps, rows in sorted(groups(tables.rows("inner_steps"), "solver.steps").items()):
-        found = against_maml(rows)
-        verdicts.append(level(found, MARGIN))
-        parts.append(f"K = {steps:.0f}: {_points(found)} ({verdicts[-1]})")
+        found, shared = against_maml(rows)
+        verdicts.append(level(found, MARGIN, shared))
+        parts.append(f"K = {steps:.0f}: {_difference(found, shared)} ({verdicts[-1]})")
     return Finding(f"symmetric − MAML in points: {'; '.join(parts)}.", of_all(verdicts))
 
 
@@ -318,6 +316,7 @@ LEVEL = (
     f"counts at chance, {CHANCE:g} %; fewer than three seeds decide nothing. Of MAML as published and MAML with its "
     "remedies, the one with the higher mean."
 )
+OF_EXAMPLES = " Its interval is over seeds and over test examples, which the runs share."
 DEEP = (
     "At every size, symmetric's peak grows less than 1.05-fold from the fewest to the most inner steps, which must be "
     "four times as many; and MAML's is above it at 10."
@@ -326,14 +325,14 @@ CLAIMS = [
     Claim(
         "Accuracy",
         "FO-B-MAML with the symmetric estimator is level with second-order MAML.",
-        LEVEL,
+        LEVEL + OF_EXAMPLES,
         "accuracy",
         partial(accuracy, "accuracy"),
     ),
     Claim(
         "Accuracy, one shot",
         "The same with one support example a class, tuned for that.",
-        LEVEL,
+        LEVEL + OF_EXAMPLES,
         "",
         partial(accuracy, "accuracy_1shot"),
     ),

@@ -43,7 +43,7 @@ def load(folder: Path, name: str, made_by: str | None = None, columns: Iterable[
     """A table with numbers as numbers and empty cells as None. Raises Missing, saying what makes it: ``made_by``, by
     default the experiment of the same name."""
     path = folder / f"{name}.csv"
-    command = made_by or f"make reproduce ARGS={name.removesuffix('_curves')}"
+    command = made_by or f"make reproduce ARGS={name.removesuffix('_curves').removesuffix('_examples')}"
     if not path.exists():
         raise Missing(f"{os.path.relpath(path)} is missing: {command} makes it")
     rows = [{key: parse(value) for key, value in row.items()} for row in read_csv(path)]
@@ -60,7 +60,8 @@ def settings(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     if not path.exists():
         raise Missing(f"{os.path.relpath(path)} is missing: make reproduce ARGS={name} makes it")
-    return json.loads(path.read_text())["settings"]
+    about = json.loads(path.read_text())
+    return about["settings"] | {key: values[0] for key, values in about["varied"].items() if len(values) == 1}
 
 
 def parse(text: str) -> float | str | None:

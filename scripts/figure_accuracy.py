@@ -1,40 +1,92 @@
-"""Draws accuracy.png and .pdf: validation accuracy by meta-step and by training time, every method."""
+"""Draws accuracy.png and .pdf: test accuracy of every run with as many meta-steps and with as much work, and validation
+accuracy by work, every method."""
 
+import statistics
 from pathlib import Path
+from typing import Literal
 
-from drawing import draw_alone, groups, legend_below, load, save, style
-from statistics_of_runs import interval
+import numpy as np
+from drawing import Row, draw_alone, groups, load, save, settings, style
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from statistics_of_runs import CHANCE, interval, of_examples
+from tables import completed, points, work
 
-from fobmaml.run.plotting import new_figure
+from fobmaml.run.plotting import method, new_figure
 
 
 def draw(folder: Path) -> None:
-    rows = [
-        row
-        for row in load(folder, "accuracy_curves", columns=("seed", "time/train_s"))
-        if row["val/accuracy"] is not None
-    ]
-    figure, axes = new_figure(columns=2, width_in=7.0, height_in=3.1)
-    seeds = sorted({len({row["seed"] for row in found}) for found in groups(rows, "estimator").values()})
-    seeds = seeds if len(seeds) == 1 else [seeds[0], seeds[-1]]
-    for name, found in groups(rows, "estimator").items():
-        steps = groups(found, "step")
-        bands = [interval([100 * row["val/accuracy"] for row in at]) for at in steps.values()]
-        seconds = [sum(row["time/train_s"] for row in at) / len(at) for at in steps.values()]
-        for ax, x, first in ((axes[0], list(steps), 0), (axes[1], seconds, 1)):  # no zero on a logarithmic axis
-            low, middle, high = ([mean + sign * half for mean, half in bands][first:] for sign in (-1, 0, 1))
-            ax.plot(x[first:], middle, **style(name, markevery=4))
-            ax.fill_between(x[first:], low, high, color=style(name)["color"], alpha=0.15, linewidth=0)
-    axes[0].set_xlabel("meta-step")
-    axes[1].set_xlabel("seconds of training (one thread)")
-    axes[1].set_xscale("log")
-    axes[1].set_title("jobs side by side on two cores", fontsize=8)
-    axes[0].set_ylabel("validation accuracy (%)")
-    for ax in axes:
-        ax.set_ylim(15, 100)
-    axes[0].set_title(f"mean and 95 % interval over {' to '.join(map(str, seeds))} seeds", fontsize=8)
-    legend_below(figure, axes, 4)
+    by_steps, by_work = load(folder, "accuracy"), load(folder, "accuracy_budget")
+    names = list(reversed([*groups(by_steps, "estimator")]))
+    common, budget = settings(folder, "accuracy"), settings(folder, "accuracy_budget")["budget"]
+    figure, (left, middle, right) = new_figure(columns=3, width_in=7.0, height_in=3.4)
+    for ax, rows, table, title in (
+        (left, by_steps, "accuracy", f"{common['steps']} meta-steps of {common['meta_batch']} tasks"),
+        (middle, by_work, "accuracy_budget", f"{budget / 1e6:g} million example-gradients"),
+    ):
+        each_run(ax, rows, load(folder, f"{table}_examples"), names)
+        ax.set_title(title, fontsize=8)
+    left.set_yticks(range(len(names)), [method(name).label for name in names])
+    middle.set_yticks(range(len(names)), [])
+    along_the_way(right, load(folder, "accuracy_budget_curves", columns=("work/example_gradients",)))
+    right.set_title("median run by its work so far", fontsize=8)
     save(figure, folder, "accuracy")
+
+
+def each_run(ax: Axes, rows: list[Row], examples: list[Row], names: list[str]) -> None:
+    """A point a run; a bar for the mean and its interval."""
+    for name, found in groups(rows, "estimator").items():
+        place, look = names.index(name), method(name)
+        accuracies, whole = points(found), {row["seed"]: completed(row) for row in found}
+        for number, (seed, accuracy) in enumerate(sorted(accuracies.items())):
+            ax.plot(
+                accuracy,
+                place + 0.3 * (2 * number / max(len(accuracies) - 1, 1) - 1),
+                marker=look.marker if whole[seed] else "x",
+                color=look.colour,
+                markersize=2.5 if whole[seed] else 5.0,
+                alpha=0.6 if whole[seed] else 1.0,
+                markeredgewidth=0.6 if whole[seed] else 1.2,
+                linestyle="none",
+            )
+        mean, half = interval([*accuracies.values()], of_examples([row[name] for row in examples]))
+        ax.errorbar(
+            mean, place, xerr=half, color="#D62728", capsize=2.5, elinewidth=1.0, marker="|", markersize=9, zorder=3
+        )
+    ax.axvline(CHANCE, color="#777777", linewidth=0.8, linestyle=":")
+    by_error(ax, "x")
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    ax.set_xlabel("test accuracy (%)")
+
+
+def by_error(ax: Axes, which: Literal["x", "y"]) -> None:
+    """An axis of accuracies in per cent, by the logarithm of their error: 90 is as far from 80 as 95 is from 90."""
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    scale, limits = (ax.set_xscale, ax.set_xlim) if which == "x" else (ax.set_yscale, ax.set_ylim)
+    scale("function", functions=(lambda of: -np.log(np.maximum(100.0 - of, 1e-3)), lambda to: 100.0 - np.exp(-to)))
+    limits(10.0, 98.5)
+    axis.set_major_locator(FixedLocator([20, 60, 80, 90, 95, 98]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
+def along_the_way(ax: Axes, rows: list[Row]) -> None:
+    """The median of the runs at each validation; one that diverged is at chance from then on."""
+    for name, found in groups([row for row in rows if row["val/accuracy"] is not None], "estimator").items():
+        runs, curve = len(groups(found, "run")), []
+        for step, at in sorted(groups(found, "step").items()):
+            known = [100 * row["val/accuracy"] for row in at]
+            middle = statistics.median([*known, *[CHANCE] * (runs - len(known))])
+            if step:  # no zero on a logarithmic axis
+                curve.append((statistics.median(map(work, at)) / 1e6, middle))
+        ax.plot(*zip(*curve, strict=True), **style(name, markevery=0.2, markersize=3.0))
+    ax.axhline(CHANCE, color="#777777", linewidth=0.8, linestyle=":")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    by_error(ax, "y")
+    ax.set_xlabel("million example-gradients")
+    ax.set_ylabel("validation accuracy (%)")
 
 
 if __name__ == "__main__":

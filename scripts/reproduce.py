@@ -10,10 +10,11 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from statistics_of_runs import CHANCE
 from tqdm import tqdm
 
 from fobmaml.files import write_csv, write_json
-from fobmaml.logged import KEYS
+from fobmaml.logged import KEYS, WORK
 from fobmaml.run.events import read_events
 from fobmaml.run.provenance import distinct
 
@@ -39,6 +41,7 @@ EXPERIMENTS = {
     "tuning_long": f"steps=30 {TRAINING}",
     "accuracy": f"steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
     "accuracy_1shot": f"tuned=symmetric,maml steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
+    "accuracy_budget": f"tuned=symmetric,maml budget=400000 meta_batch=2 seed=10,11 eval.tasks=100 {TRAINING}",
     "inner_steps": f"steps=60 seed=0,1 solver.steps=5,10 eval.tasks=100 {TRAINING}",
     "memory": "width=25,100,250 solver.steps=10",
     "memory_steps": "solver.steps=1,10,50",
@@ -57,7 +60,8 @@ EXPERIMENTS = {
 }
 """The experiments in results/, each with its settings for ``--fast``."""
 
-NOT_IN_TABLES = ("meta_gradient/", "model/", "loss/", "linear/", "optimizer/")
+RIGHT = "test/right"
+NOT_IN_TABLES = ("meta_gradient/", "model/", "loss/", "linear/", "optimizer/", RIGHT)
 """All else that a run measures is."""
 OUTCOMES = ("the meta-gradient at step ", "inner solve: ", "linear solve: ")
 """How the reason of a failed run begins that belongs to the results: it diverged, or found no exact meta-gradient."""
@@ -177,12 +181,17 @@ def stopping_too(running: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[Non
 
 def method_of(choices: Mapping[str, Any]) -> str:
     """As it is named in tables: by what was tuned, whatever for, or by the estimator."""
-    return str(choices.get("tuned") or choices["estimator"]).removesuffix("_1shot")
+    return str(choices.get("tuned") or choices["estimator"]).removesuffix("_1shot").removesuffix("_budget")
 
 
 def of_a_curve(key: str) -> bool:
     """Whether it is measured every so many steps, beside training's own numbers."""
     return "/" in key and key not in KEYS and not key.startswith(AT_THE_END)
+
+
+def of_curves(key: str) -> bool:
+    """Whether a table of curves shows it: a measurement of theirs, or the work until then."""
+    return of_a_curve(key) or key in WORK
 
 
 def collect(name: str, folder: Path, results: Path) -> None:
@@ -235,9 +244,11 @@ def collect(name: str, folder: Path, results: Path) -> None:
     ]
     if any(row["step"] for row in curves):
         columns = dict.fromkeys(
-            key for row in curves for key in row if key in ("run", "estimator", "step", *varied) or of_a_curve(key)
+            key for row in curves for key in row if key in ("run", "estimator", "step", *varied) or of_curves(key)
         )
         write_csv(results / f"{name}_curves.csv", [{key: row.get(key) for key in columns} for row in curves])
+    if parts := by_example(runs.values()):
+        write_csv(results / f"{name}_examples.csv", parts)
     first = settings[next(iter(settings))]
     write_json(
         results / f"{name}.json",
@@ -252,6 +263,27 @@ def collect(name: str, folder: Path, results: Path) -> None:
     )
     failed = sum(summary["status"] == "failed" for summary in runs.values())
     print(f"{results.name}/{name}.csv: {len(runs)} jobs" + f", {failed} of them failed" * bool(failed))
+
+
+def by_example(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each test example what it gives to a method's mean accuracy over its runs, in points, so that a method's
+    column adds up to it; a run that diverged counts at chance. Empty where the runs did not ask for it."""
+    shares: dict[str, list[list[float] | None]] = {}
+    for run in runs:
+        counts = [float(count) for count in (run.get(RIGHT) or "").split()]
+        share = [100 * run["test/accuracy"] * count / sum(counts) for count in counts] or None
+        shares.setdefault(method_of(run["choices"]), []).append(share)
+    examples = max(len(share or ()) for found in shares.values() for share in found)
+    return [
+        {
+            "example": place,
+            **{
+                name: float(f"{statistics.fmean(share[place] if share else CHANCE / examples for share in found):.4g}")
+                for name, found in shares.items()
+            },
+        }
+        for place in range(examples)
+    ]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,55 +13,105 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drawing import RESULTS, Missing, Row, groups, load, parse, settings
-from statistics_of_runs import interval
+from statistics_of_runs import CHANCE, interval, of_examples
+from verdicts import MARGIN, Verdict, level
 
+from fobmaml.engine import Work
 from fobmaml.files import read_csv, write_text
 from fobmaml.run.plotting import METHODS, method
 
 ROOT = Path(__file__).parents[1]
 FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "data.md")
 MARK = re.compile(r"<!-- table:(\w+) -->\n.*?<!-- end -->", re.DOTALL)
-CHANCE = 20.0
-"""Per cent, of five classes."""
 PRODUCT = "matrix product"
 """The limit that times are compared with, where no loop of multiply-adds was compiled."""
 
 
 def accuracy(folder: Path) -> str:
-    rows = load(folder, "accuracy")
-    common = settings(folder, "accuracy")
+    """At equal meta-steps and at equal work."""
+    rows, common = load(folder, "accuracy"), settings(folder, "accuracy")
+    equal, examples = load(folder, "accuracy_budget"), load(folder, "accuracy_examples")
+    equal_examples, budget = load(folder, "accuracy_budget_examples"), settings(folder, "accuracy_budget")["budget"]
+    by_work = groups(equal, "estimator")
     lines = [
-        f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {common['width']}, {common['steps']} meta-steps of "
-        f"{common['meta_batch']} tasks, {common['solver.steps']} inner steps, {common['eval.tasks']} "
-        f"meta-test tasks; mean and 95 % interval over seeds, a run that diverged counted at chance ({CHANCE:g} %); "
-        "settings chosen by the same trials for each method on validation tasks. The test classes were seen in "
-        "training, the test examples were not.",
+        f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {common['width']}, {common['eval.tasks']} meta-test tasks; "
+        "mean and 95 % interval over seeds and test examples, a run that diverged counted at chance "
+        f"({CHANCE:g} %); settings chosen by the same trials for each method on validation tasks, for each of the two "
+        "comparisons apart. The test classes were seen in training, the test examples were not.",
         "",
-        "| method | seeds | diverged | meta-test accuracy | outer steps |",
-        "|---|---|---|---|---|",
+        f"| method | {common['steps']} meta-steps of {common['meta_batch']} tasks | diverged | work, million "
+        f"example-gradients | {budget / 1e6:g} million example-gradients | diverged |",
+        "|---|---|---|---|---|---|",
     ]
     for name, found in groups(rows, "estimator").items():
+        others = by_work.get(name, [])
         cells = [
             method(name).label,
-            str(len(found)),
-            str(sum(map(stopped, found))),
-            percent(found),
-            f"{found[0]['optimizer']}, lr {found[0]['optimizer.lr']:g}; inner lr "
-            f"{found[0].get('solver.lr', common.get('solver.lr')):g}",
+            percent(found, examples),
+            diverged(found),
+            f"{statistics.median(map(work, filter(completed, found))) / 1e6:.1f}"
+            if any(map(completed, found))
+            else "–",
+            percent(others, equal_examples) if others else "–",
+            diverged(others) if others else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"With as many meta-steps, {the_best(rows, examples)}. With as much work, "
+            f"{the_best(equal, equal_examples)}.",
+        ]
+    )
 
 
-def percent(rows: Sequence[Row]) -> str:
-    """Mean test accuracy and its interval; a run that stopped counts at chance."""
-    mean, half = interval([CHANCE if stopped(row) else 100 * row["test/accuracy"] for row in rows])
+def the_best(rows: Sequence[Row], examples: Sequence[Row]) -> str:
+    """Which method has the highest mean, and which cannot be told from it or are level with it."""
+    scores = {name: points(found) for name, found in groups(rows, "estimator").items()}
+    best = max(scores, key=lambda name: statistics.fmean(scores[name].values()))
+    level_with, not_told = [], []
+    for name in scores:
+        if name == best:
+            continue
+        differences = [scores[best][seed] - value for seed, value in scores[name].items() if seed in scores[best]]
+        shared = of_examples([row[best] - row[name] for row in examples])
+        mean, half = interval(differences, shared)
+        if level(differences, MARGIN, shared) == Verdict.HOLDS:
+            level_with.append(method(name).label)
+        elif mean <= half:
+            not_told.append(method(name).label)
+    said = f"{method(best).label} has the highest mean"
+    if level_with:
+        said += f", and within {MARGIN:g} points of it are {', '.join(level_with)}"
+    if not_told:
+        said += f"; {', '.join(not_told)} cannot be told from it"
+    return said
+
+
+def points(rows: Sequence[Row]) -> dict[float, float]:
+    """Of each seed the test accuracy in per cent; a run that diverged is at chance."""
+    return {row["seed"]: 100 * row["test/accuracy"] if completed(row) else CHANCE for row in rows}
+
+
+def percent(rows: Sequence[Row], examples: Sequence[Row]) -> str:
+    """Mean test accuracy and its interval over seeds and test examples."""
+    mean, half = interval([*points(rows).values()], of_examples([row[rows[0]["estimator"]] for row in examples]))
     return f"{mean:.1f} ± {half:.1f} %"
 
 
-def stopped(row: Row) -> bool:
-    """Whether a run ended before its last step."""
-    return row["test/accuracy"] is None or row["status"] != "completed"
+def completed(row: Row) -> bool:
+    """Whether a run came to its end."""
+    return row["test/accuracy"] is not None and row["status"] == "completed"
+
+
+def diverged(rows: Sequence[Row]) -> str:
+    return f"{sum(not completed(row) for row in rows)} of {len(rows)}"
+
+
+def work(row: Row) -> float:
+    """Of a run, in example-gradients."""
+    return Work(gradients=row["work/example_gradients"], hessian_products=row["work/hessian_products"]).total
 
 
 def speed(folder: Path) -> str:

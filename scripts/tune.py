@@ -1,10 +1,10 @@
-"""Chooses the settings of every method on validation tasks: python scripts/tune.py [--methods NAME ...] [--shots N]
+"""Chooses the settings of every method on validation tasks: python scripts/tune.py [--methods ...] [--experiments ...]
 
-The rule, written before the runs, for five shots and for one apart:
+The rule, written before the runs, for each experiment of accuracy apart (EXPERIMENTS):
 
-- A trial is a run of the accuracy experiment (configs/experiment/accuracy.yaml) with all of its meta-steps. It is
-  judged by its accuracy on TASKS validation tasks at its end; a run that diverged, by chance. One that after a third
-  of its steps is BEHIND the best of the method's trials at that step, or further, ends there.
+- A trial is a run of the experiment (configs/experiment/accuracy.yaml and its like) with all of its meta-steps, or of
+  its budget. It is judged by its accuracy on TASKS validation tasks at its end; a run that diverged, by chance. One
+  that after a third of its way is BEHIND the best of the method's trials there, or further, ends.
 - A method has TRIALS trials at points of a scrambled Sobol sequence, the same for all, of which it reads the settings
   that it has; and before them one at KNOWN, with what is known to be better for it.
 - The AGAIN best are run with a second seed, and the best by the mean of both is chosen.
@@ -21,8 +21,8 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,8 @@ SPACE: dict[str, Range | Choice] = {
     "authors": Choice((False, True)),
 }
 """Every setting that is searched, for those methods that have it."""
+OF_BUDGET = {"meta_batch": Choice((2, 4, 8, 16))}
+"""What else is searched where a run ends by its work: tasks a meta-step."""
 COMMON = (*list(SPACE)[:7], "adaptation.steps", "adaptation.lr")
 KNOWN: Settings = {
     "optimizer": "sngdm",
@@ -107,6 +109,7 @@ KNOWN: Settings = {
     "estimator.learn_lr": 0.03,
     "estimator.second_order_from": 0.1,
     "authors": False,
+    "meta_batch": 8,
 }
 AUTHORS: Settings = {
     "estimator.damping": 1.0,
@@ -115,6 +118,22 @@ AUTHORS: Settings = {
     "eval.lam": 0.0,
 }
 """What the code of iMAML's authors does beside the paper's formula."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What methods are tuned for. ``suffix``: of the files' names in configs/tuned. ``also``: what is searched too."""
+
+    suffix: str = ""
+    shots: int = 5
+    also: Mapping[str, Choice] = field(default_factory=dict)
+
+
+EXPERIMENTS = {
+    "accuracy": Experiment(),
+    "accuracy_1shot": Experiment("_1shot", shots=1),
+    "accuracy_budget": Experiment("_budget", also=OF_BUDGET),
+}
 
 
 @dataclass(frozen=True)
@@ -153,19 +172,20 @@ METHODS = {
 """The methods of the accuracy table: MAML as published first, and with its remedies."""
 
 
-def points(count: int) -> list[Settings]:
+def points(count: int, experiment: Experiment) -> list[Settings]:
     """KNOWN apart, the settings of ``count`` trials, of which a method reads those that it has."""
+    space = {**SPACE, **experiment.also}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # 24 is no power of two, and nothing is integrated
-        found = qmc.Sobol(len(SPACE), seed=0).random(count)
-    return [{name: part.at(u) for (name, part), u in zip(SPACE.items(), point, strict=True)} for point in found]
+        found = qmc.Sobol(len(space), seed=0).random(count)
+    return [{name: part.at(u) for (name, part), u in zip(space.items(), point, strict=True)} for point in found]
 
 
-def overrides(method: Method, point: Settings, shots: int) -> Settings:
+def overrides(method: Method, point: Settings, experiment: Experiment) -> Settings:
     """Of a trial, the settings for the command line, groups first."""
     given = {name: point[name] for name in method.searched}
     steps = round(given["solver.steps"])
-    examples = WAYS * (shots + QUERIES if method.estimator == "reptile" else shots)
+    examples = WAYS * (experiment.shots + QUERIES if method.estimator == "reptile" else experiment.shots)
 
     def batch(size: int | None, of: int) -> int | None:
         return size if size is not None and size < of else None
@@ -188,6 +208,7 @@ def overrides(method: Method, point: Settings, shots: int) -> Settings:
         found["solver.query_batch"] = batch(given["solver.query_batch"], WAYS * QUERIES)
         found["eval.solver.query_batch"] = None
     found |= {name: value for name, value in given.items() if name.startswith("estimator.")}
+    found |= {name: point[name] for name in experiment.also}
     found |= AUTHORS if given.get("authors") else {}
     return {name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in found.items()}
 
@@ -198,7 +219,7 @@ def said(given: Settings) -> list[str]:
 
 
 def accuracy(given: Settings, experiment: str, seed: int, least: float, shorter: Sequence[str]) -> dict[str, Any]:
-    """How a run with these settings ends, which it does after a third of its steps if its accuracy is not above
+    """How a run with these settings ends, which it does after a third of its way if its accuracy is not above
     ``least`` then: validation accuracy, also then, work, and whether it diverged."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         training = build(
@@ -227,7 +248,6 @@ class Tuning:
 
     folder: Path
     experiment: str
-    shots: int
     trials: int = TRIALS
     shorter: tuple[str, ...] = ()
     only_read: bool = False
@@ -239,9 +259,9 @@ class Tuning:
             if self.only_read:
                 raise FileNotFoundError(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            given = overrides(METHODS[name], point, self.shots)
+            given = overrides(METHODS[name], point, EXPERIMENTS[self.experiment])
             made_with = provenance(torch.device("cpu"))
-            who = {"estimator": name, "shots": self.shots, "trial": number, "seed": seed}
+            who = {"experiment": self.experiment, "estimator": name, "trial": number, "seed": seed}
             before = [json.loads(each.read_text())["third"] or 0.0 for each in path.parent.glob("*.json")]
             ended = accuracy(given, self.experiment, seed, max(before, default=0.0) - BEHIND, self.shorter)
             write_json(path, {"who": who, **ended, "settings": given, "provenance": made_with})
@@ -252,13 +272,16 @@ class Tuning:
 
     def points(self, name: str) -> dict[str, Settings]:
         first = KNOWN | (METHODS[name].known or {})
-        return {str(number): point for number, point in enumerate([first, *points(self.trials)])}
+        return {
+            str(number): point
+            for number, point in enumerate([first, *points(self.trials, EXPERIMENTS[self.experiment])])
+        }
 
     def tune(self, name: str) -> tuple[str, Settings]:
         """The number and the settings of the chosen trial, after those that are missing were run."""
         tried = self.points(name)
         quiet = True if self.only_read else None  # None: on a terminal alone
-        bar = tqdm(tried.items(), f"{name}, {self.shots} shots", unit="trial", dynamic_ncols=True, disable=quiet)
+        bar = tqdm(tried.items(), f"{self.experiment}: {name}", unit="trial", dynamic_ncols=True, disable=quiet)
         once = {n: self.run(name, n, point, SEEDS[0])["accuracy"] for n, point in bar}
         ranked = sorted(once, key=lambda n: (-once[n], int(n)))[:AGAIN]
         twice = {n: self.both(name, n, tried[n]) for n in ranked}
@@ -297,26 +320,23 @@ def beyond_edges(method: Method, point: Settings) -> Iterator[tuple[str, float]]
             yield name, max(part.high, point[name]) * 2
 
 
-def file_of(given: Settings, shots: int) -> str:
+def file_of(given: Settings, experiment: str) -> str:
     """The text of configs/tuned/METHOD.yaml."""
     file = OmegaConf.create({"defaults": [{f"override /{group}": given[group]} for group in GROUPS]})
     for name, value in given.items():
         if name not in GROUPS:
             OmegaConf.update(file, name, value)
-    head = (
-        f"# @package _global_\n# What tuning chose for {shots} {'shots' if shots > 1 else 'shot'} (scripts/tune.py).\n"
-    )
+    head = f"# @package _global_\n# What tuning chose for experiment={experiment} (scripts/tune.py).\n"
     return head + OmegaConf.to_yaml(file)
 
 
 GROUPS = ("estimator", "solver", "optimizer")
-EXPERIMENTS = {5: "accuracy", 1: "accuracy_1shot"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--shots", type=int, nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
+    parser.add_argument("--experiments", nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
     parser.add_argument("--collect", action="store_true", help="run nothing, write the tables of what is there")
     parser.add_argument("--fast", action="store_true", help="two short trials a method, below outputs/fast")
     arguments = parser.parse_args()
@@ -325,22 +345,24 @@ def main() -> None:
     outputs = ROOT / "outputs" / ("fast" if arguments.fast else "")
     trials, shorter = (1, ("steps=6", "meta_batch=2", "width=4")) if arguments.fast else (TRIALS, ())
     rows, made_with = list[dict[str, Any]](), list[Any]()
-    for shots in arguments.shots:
-        folder = outputs / "tuning" / str(shots)
-        tuning = Tuning(folder, EXPERIMENTS[shots], shots, trials, shorter, only_read=arguments.collect)
+    for experiment in arguments.experiments:
+        folder = outputs / "tuning" / experiment
+        tuning = Tuning(folder, experiment, trials, shorter, only_read=arguments.collect)
         chosen = {}
         for name in arguments.methods:
             with contextlib.suppress(FileNotFoundError):
                 chosen[name] = tuning.tune(name)
         tuned = outputs / "tuned" if arguments.fast else ROOT / "configs" / "tuned"
         tuned.mkdir(parents=True, exist_ok=True)
+        about = EXPERIMENTS[experiment]
         for name, (_, point) in chosen.items():
-            text = file_of(overrides(METHODS[name], point, shots), shots)
-            write_text(tuned / f"{name}{'_1shot' if shots == 1 else ''}.yaml", text)
+            text = file_of(overrides(METHODS[name], point, about), experiment)
+            write_text(tuned / f"{name}{about.suffix}.yaml", text)
         runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
         rows += [
             {
-                **{key: run["who"][key] for key in ("estimator", "shots", "trial", "seed")},
+                "experiment": experiment,
+                **{key: run["who"][key] for key in ("estimator", "trial", "seed")},
                 "chosen": str(run["who"]["trial"] == chosen.get(run["who"]["estimator"], ("",))[0]).lower(),
                 **{key: run[key] for key in ("accuracy", "third", "steps", "work")},
                 "diverged": str(run["diverged"]).lower(),

@@ -11,6 +11,9 @@ from enum import StrEnum
 from scipy import stats
 from statistics_of_runs import interval
 
+MARGIN = 2.0
+"""Points of accuracy, within which two methods are level."""
+
 
 class Verdict(StrEnum):
     """On a claim."""
@@ -46,16 +49,16 @@ def of_all(parts: Sequence[Verdict]) -> Verdict:
     return Verdict.IN_PART if {Verdict.HOLDS, Verdict.IN_PART} & {*parts} else Verdict.NOT_DECIDED
 
 
-def level(found: Sequence[float], margin: float) -> Verdict:
+def level(found: Sequence[float], margin: float, shared: float = 0.0) -> Verdict:
     """Whether paired differences are equivalent to zero: two one-sided t tests at 5 % that their mean is within ±
     ``margin``. Holds in part where only the lower one passes: no worse, and perhaps better. Does not hold where the
-    95 % interval is below −``margin``.
+    95 % interval is below −``margin``. ``shared``: the variance of what they have in common (``interval``).
 
     Reference: Schuirmann 1987. Fewer than three differences decide nothing.
     """
     if len(found) < 3:
         return Verdict.NOT_DECIDED
-    mean, half = interval(found)
+    mean, half = interval(found, shared)
     one_sided = half * float(stats.t.ppf(0.95, len(found) - 1) / stats.t.ppf(0.975, len(found) - 1))
     if mean + half < -margin:
         return Verdict.DOES_NOT

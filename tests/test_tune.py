@@ -9,12 +9,13 @@ from hydra import compose, initialize_config_dir
 
 from fobmaml.run.build import build
 
-POINTS = tune.points(4)
+FIVE, ONE, BUDGET = (tune.EXPERIMENTS[f"accuracy{each}"] for each in ("", "_1shot", "_budget"))
+POINTS = tune.points(4, FIVE)
 
 
 @pytest.mark.parametrize("name", tune.METHODS)
 def test_no_setting_of_a_trial_is_unknown_to_its_method(name):
-    given = tune.overrides(tune.METHODS[name], POINTS[1], 1)
+    given = tune.overrides(tune.METHODS[name], POINTS[1], ONE)
     with initialize_config_dir(str(tune.ROOT / "configs"), version_base="1.3"):
         training = build(compose("train", ["experiment=accuracy_1shot", *tune.said(given), "width=4", "measure=[]"]))
     assert training.adapting.solver.batch is None
@@ -22,7 +23,7 @@ def test_no_setting_of_a_trial_is_unknown_to_its_method(name):
 
 
 def test_all_methods_have_the_same_points():
-    one, other = (tune.overrides(tune.METHODS[name], POINTS[0], 5) for name in ("symmetric", "maml_plus"))
+    one, other = (tune.overrides(tune.METHODS[name], POINTS[0], FIVE) for name in ("symmetric", "maml_plus"))
     common = {
         "optimizer",
         "optimizer.lr",
@@ -33,12 +34,17 @@ def test_all_methods_have_the_same_points():
         "task_clip",
     }
     assert {key: one[key] for key in common} == {key: other[key] for key in common}
-    assert tune.points(24)[:4] == POINTS
+    assert tune.points(24, FIVE)[:4] == POINTS
+
+
+def test_the_tasks_of_a_step_are_searched_where_work_is_what_ends_a_run():
+    one, other = (tune.overrides(tune.METHODS["maml"], tune.points(4, each)[2], each) for each in (FIVE, BUDGET))
+    assert other.keys() - one.keys() == {"meta_batch"}
 
 
 def test_a_batch_of_all_examples_is_none():
-    for name, shots, expected in (("symmetric", 1, None), ("symmetric", 5, 10), ("reptile", 1, 10)):
-        given = tune.overrides(tune.METHODS[name], tune.KNOWN | {"solver.batch": 10}, shots)
+    for name, experiment, expected in (("symmetric", ONE, None), ("symmetric", FIVE, 10), ("reptile", ONE, 10)):
+        given = tune.overrides(tune.METHODS[name], tune.KNOWN | {"solver.batch": 10}, experiment)
         assert given["solver.batch"] == expected
 
 
@@ -50,8 +56,8 @@ def test_edges():
 
 
 def test_a_file_holds_its_settings():
-    given = tune.overrides(tune.METHODS["imaml"], tune.KNOWN | {"authors": True}, 5)
-    found = yaml.safe_load(tune.file_of(given, 5))
+    given = tune.overrides(tune.METHODS["imaml"], tune.KNOWN | {"authors": True}, FIVE)
+    found = yaml.safe_load(tune.file_of(given, "accuracy"))
     assert found.pop("defaults") == [
         {"override /estimator": "imaml"},
         {"override /solver": "gd"},
@@ -80,15 +86,15 @@ def runs(monkeypatch):
 
 
 def test_the_best_by_both_seeds_is_taken_beyond_the_edge_and_not_run_twice(runs, tmp_path):
-    tuning = tune.Tuning(tmp_path, "accuracy", 5)
+    tuning = tune.Tuning(tmp_path, "accuracy")
     number, point = tuning.tune("symmetric")
     assert "solver.lr=" in number
     assert point["solver.batch"] is not None
     assert 1.0 < point["solver.lr"] < 4.0
     assert len(runs) == len(list(tmp_path.glob("symmetric/*.json"))) > tune.TRIALS + 1 + tune.AGAIN
     count = len(runs)
-    assert tune.Tuning(tmp_path, "accuracy", 5, only_read=True).tune("symmetric") == (number, point)
+    assert tune.Tuning(tmp_path, "accuracy", only_read=True).tune("symmetric") == (number, point)
     assert len(runs) == count
     with pytest.raises(FileNotFoundError):
-        tune.Tuning(tmp_path, "accuracy", 5, only_read=True).tune("maml")
+        tune.Tuning(tmp_path, "accuracy", only_read=True).tune("maml")
     assert len(runs) == count
