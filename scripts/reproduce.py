@@ -33,6 +33,7 @@ from fobmaml.run.provenance import distinct
 ROOT = Path(__file__).parents[1]
 
 TRAINING = "eval.every=20 eval.validation_tasks=50 bias.every=0"
+PARTS = f"bias_parts.tasks=2 bias_parts.every=20 eval.tasks=50 {TRAINING}"
 EXPERIMENTS = {
     "verify": "",
     "tuning_adam": f"steps=30 optimizer.lr=0.003 solver.lr=0.1 {TRAINING}",
@@ -42,6 +43,10 @@ EXPERIMENTS = {
     "accuracy": f"steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
     "accuracy_1shot": f"tuned=symmetric,maml steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
     "accuracy_budget": f"tuned=symmetric,maml budget=400000 meta_batch=2 seed=10,11 eval.tasks=100 {TRAINING}",
+    "parts_sngdm": f"steps=30 seed=0 optimizer.lr=0.3 eval.tasks=50 {TRAINING}",
+    "parts_adam": f"steps=30 seed=0 optimizer.lr=0.003 eval.tasks=50 {TRAINING}",
+    "parts_sngdm_zero": f"steps=30 seed=0 optimizer.lr=0.3 eval.tasks=50 {TRAINING}",
+    "parts_adam_zero": f"steps=30 seed=0 optimizer.lr=0.003 eval.tasks=50 {TRAINING}",
     "inner_steps": f"steps=60 seed=0,1 solver.steps=5,10 eval.tasks=100 {TRAINING}",
     "memory": "width=25,100,250 solver.steps=10",
     "memory_steps": "solver.steps=1,10,50",
@@ -51,6 +56,7 @@ EXPERIMENTS = {
     "bias_floor": "solver.delta=1e-6,1e-3",
     "bias_delta": "solver.delta=1e-6,1e-3 estimator.nu=1e-3,1e-2,0.1,0.3",
     "bias_steps": "solver.steps=5,20,100",
+    "bias_map": f"steps=20 seed=0 estimator.lam=0.5 solver.steps=5,10 estimator.nu=0.05 {PARTS}",
     "nu": "estimator=symmetric estimator.nu=1e-4,1e-2,1.0",
     "smoothness": "steps=100 seed=0",
     "smoothness_logistic": "steps=100 seed=0",

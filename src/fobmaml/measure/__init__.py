@@ -3,6 +3,7 @@
 from fobmaml.measure.accuracy import MetaTest, Validation
 from fobmaml.measure.base import Event, Measurement, Metric, OnValidationTasks, Periodic, RatioMetric, Training
 from fobmaml.measure.bias import Bias, BiasMeasurement, bias
+from fobmaml.measure.bias_parts import BiasPartsMeasurement, bias_parts
 from fobmaml.measure.curvature import Curvature, CurvatureMeasurement, curvature
 from fobmaml.measure.error_estimate import ErrorEstimate, ErrorEstimateMeasurement, error_estimate
 from fobmaml.measure.memory import MemoryMeasurement, peak_bytes
@@ -14,6 +15,7 @@ __all__ = [
     "Accuracy",
     "Bias",
     "BiasMeasurement",
+    "BiasPartsMeasurement",
     "Curvature",
     "CurvatureMeasurement",
     "ErrorEstimate",
@@ -33,6 +35,7 @@ __all__ = [
     "Training",
     "Validation",
     "bias",
+    "bias_parts",
     "curvature",
     "error_estimate",
     "peak_bytes",

@@ -65,13 +65,13 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     norm = exact.norm()
     if norm == 0 or not torch.isfinite(norm):
         return Bias(None, None, name, f"the exact meta-gradient has norm {float(norm)}")
-    relative_error = float((returned - exact).norm() / norm)
-    return Bias(
-        relative_error,
-        float(torch.nn.functional.cosine_similarity(returned, exact, dim=0)),
-        name,
-        exact_norm=float(norm),
-    )
+    return Bias(*distance(returned, exact), name, exact_norm=float(norm))
+
+
+def distance(returned: Tensor, exact: Tensor) -> tuple[float, float]:
+    """‖g − ∇F‖/‖∇F‖ and the cosine of the two."""
+    error = (returned - exact).norm() / exact.norm()
+    return float(error), float(torch.nn.functional.cosine_similarity(returned, exact, dim=0))
 
 
 def _mean(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskBatch, draws: int) -> Tensor:
