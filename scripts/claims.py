@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from drawing import Row, groups
 from figure_bias import THEORY, best_nu
+from figure_optimizers import NEAR
 from statistics_of_runs import interval, slope
-from tables import CHANCE, percent, stopped
+from tables import CHANCE, counted, percent
 from verdicts import Verdict, above, below, level, of_all, over_runs, within
 
 from fobmaml.run.plotting import OF_OTHERS, method
@@ -57,10 +58,7 @@ class Claim:
 
 def against_maml(rows: Sequence[Row]) -> list[float]:
     """symmetric − MAML in points of test accuracy, of each seed; MAML as it is best."""
-    scores = {
-        name: {row["seed"]: CHANCE if stopped(row) else 100 * row["test/accuracy"] for row in found}
-        for name, found in groups(rows, "estimator").items()
-    }
+    scores = {name: {row["seed"]: counted(row) for row in found} for name, found in groups(rows, "estimator").items()}
     rival = max((scores[name] for name in MAML if name in scores), key=lambda of: statistics.fmean(of.values()))
     return [one - rival[seed] for seed, one in scores["symmetric"].items() if seed in rival]
 
@@ -251,13 +249,13 @@ def optimizers(tables: Tables) -> Finding:
         good[name] = [
             rate
             for rate, runs in sorted(at.items())
-            if all(row["status"] == "completed" and row["val/loss"] < least + 0.15 for row in runs)
+            if all(row["status"] == "completed" and row["val/loss"] < least + NEAR for row in runs)
         ]
         best = min((row for row in found if row["val/loss"] is not None), key=lambda row: row["val/loss"])
         dead = sum(row["status"] != "completed" for row in found)
         parts.append(
             f"{name}: least loss {best['val/loss']:.2f} at {best['optimizer.lr']:g}, {len(good[name])} of {len(at)} "
-            f"rates with every run within 0.15 of the least of all, {dead} of {len(found)} runs stopped by a "
+            f"rates with every run within {NEAR:g} of the least of all, {dead} of {len(found)} runs stopped by a "
             "meta-gradient that was not finite"
         )
     verdicts = []
@@ -409,7 +407,7 @@ CLAIMS = [
     Claim(
         "Outer optimizers",
         "So normalized and clipped steps stand a wider range of learning rates than plain gradient descent.",
-        "Of the rates with which every run ends within 0.15 of the least validation loss of all, the ratio of the "
+        f"Of the rates with which every run ends within {NEAR:g} of the least validation loss of all, the ratio of the "
         "greatest to the least is larger for each of the two than for plain descent. Not decided: neither has two such "
         "rates, or some are on the edge of what was tried.",
         "optimizers",

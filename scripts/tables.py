@@ -55,8 +55,13 @@ def accuracy(folder: Path) -> str:
 
 def percent(rows: Sequence[Row]) -> str:
     """Mean test accuracy and its interval; a run that stopped counts at chance."""
-    mean, half = interval([CHANCE if stopped(row) else 100 * row["test/accuracy"] for row in rows])
+    mean, half = interval([counted(row) for row in rows])
     return f"{mean:.1f} ± {half:.1f} %"
+
+
+def counted(row: Row) -> float:
+    """A run's test accuracy in per cent; chance, where it stopped."""
+    return CHANCE if stopped(row) else 100 * row["test/accuracy"]
 
 
 def stopped(row: Row) -> bool:
