@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from drawing import Row, groups
 from figure_bias import THEORY, best_nu
+from figure_optimizers import NEAR
 from statistics_of_runs import CHANCE, interval, of_examples, slope
 from tables import percent, points
 from verdicts import MARGIN, Verdict, above, below, level, of_all, over_runs, within
@@ -249,13 +250,13 @@ def optimizers(tables: Tables) -> Finding:
         good[name] = [
             rate
             for rate, runs in sorted(at.items())
-            if all(row["status"] == "completed" and row["val/loss"] < least + 0.15 for row in runs)
+            if all(row["status"] == "completed" and row["val/loss"] < least + NEAR for row in runs)
         ]
         best = min((row for row in found if row["val/loss"] is not None), key=lambda row: row["val/loss"])
         dead = sum(row["status"] != "completed" for row in found)
         parts.append(
             f"{name}: least loss {best['val/loss']:.2f} at {best['optimizer.lr']:g}, {len(good[name])} of {len(at)} "
-            f"rates with every run within 0.15 of the least of all, {dead} of {len(found)} runs stopped by a "
+            f"rates with every run within {NEAR:g} of the least of all, {dead} of {len(found)} runs stopped by a "
             "meta-gradient that was not finite"
         )
     verdicts = []
@@ -408,7 +409,7 @@ CLAIMS = [
     Claim(
         "Outer optimizers",
         "So normalized and clipped steps stand a wider range of learning rates than plain gradient descent.",
-        "Of the rates with which every run ends within 0.15 of the least validation loss of all, the ratio of the "
+        f"Of the rates with which every run ends within {NEAR:g} of the least validation loss of all, the ratio of the "
         "greatest to the least is larger for each of the two than for plain descent. Not decided: neither has two such "
         "rates, or some are on the edge of what was tried.",
         "optimizers",

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+from scipy.optimize import isotonic_regression
 
 from fobmaml.files import read_csv
 from fobmaml.run.plotting import METHODS, method
@@ -20,6 +22,15 @@ from fobmaml.run.plotting import METHODS, method
 RESULTS = Path(__file__).parents[1] / "results"
 
 Row = dict[str, Any]
+
+LABEL_PT = 7.5
+"""Type of what is written into a figure."""
+
+FIT: Row = {"linestyle": (0, (4, 2)), "linewidth": 0.9}
+"""Of lines that are fitted; those that join what was measured are solid, or a method's own."""
+
+LEADER: Row = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
+"""Of the lines from a line's end to its label."""
 
 
 def folder_given() -> Path:
@@ -71,12 +82,16 @@ def parse(text: str) -> float | str | None:
         return text
 
 
+def lay_out(figure: Figure) -> None:
+    if layout := figure.get_layout_engine():
+        layout.execute(figure)
+
+
 def save(figure: Figure, folder: Path, name: str) -> None:
     """As FOLDER/figures/NAME.png and .pdf, laid out once for both; ``savefig`` would draw each twice."""
     (folder / "figures").mkdir(exist_ok=True)
-    if layout := figure.get_layout_engine():
-        layout.execute(figure)
-        figure.set_layout_engine("none")
+    lay_out(figure)
+    figure.set_layout_engine("none")
     png, pdf = (folder / "figures" / f"{name}.{suffix}" for suffix in ("png", "pdf"))
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     FigureCanvasPdf(figure).print_pdf(pdf, metadata={"CreationDate": None})
@@ -89,6 +104,11 @@ def groups(rows: Sequence[Row], *keys: str) -> dict[Any, list[Row]]:
     for row in rows:
         found.setdefault(row[keys[0]] if len(keys) == 1 else tuple(row[key] for key in keys), []).append(row)
     return found
+
+
+def short(name: str) -> str:
+    """A method's label where FO-B-MAML is understood."""
+    return method(name).label.removeprefix("FO-B-MAML, ")
 
 
 def style(name: str, **changes: Any) -> Row:
@@ -104,16 +124,19 @@ def style(name: str, **changes: Any) -> Row:
     } | changes
 
 
-def logarithmic(ax: Axes, x: Sequence[float] | None = None, y: bool = False) -> None:
-    """A logarithmic x axis with ticks where it was measured and there is room, or a y axis with plain numbers."""
+def logarithmic(ax: Axes, x: Sequence[float] | None = None, y: bool = False, apart: float = 0.1) -> None:
+    """A logarithmic x axis with ticks where it was measured and there is room, or a y axis with plain numbers.
+
+    ``apart``: the least distance of ticks, as a part of the axis.
+    """
     if x is not None:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
         ticks = sorted(set(x))
-        apart = 0.1 * math.log(ticks[-1] / ticks[0])
+        least = apart * math.log(ticks[-1] / ticks[0])
         shown = [ticks[-1]]
         for tick in reversed(ticks[:-1]):
-            if math.log(shown[-1] / tick) > apart:
+            if math.log(shown[-1] / tick) > least:
                 shown.append(tick)
         ax.set_xticks(shown)
         ax.xaxis.set_minor_locator(NullLocator())
@@ -129,3 +152,31 @@ def legend_below(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
         label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def label_ends(figure: Figure, *axes: Axes) -> None:
+    """Writes each line's label beside its right end, in place of a legend: no further up or down than keeps them apart.
+
+    To be called when all else is drawn: the heights of the axes are those of the layout.
+    """
+    lay_out(figure)
+    type_size = LABEL_PT / 72 * figure.dpi
+    for ax in axes:
+        lines = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
+        ends = {line: tuple(np.asarray(line.get_xydata())[-1]) for line in lines}
+        heights = {line: ax.transAxes.inverted().transform(ax.transData.transform(ends[line]))[1] for line in lines}
+        lines.sort(key=heights.__getitem__)
+        box = ax.get_window_extent()
+        lowest = 1.2 * type_size / box.height * np.arange(len(lines))
+        moved = isotonic_regression([heights[line] for line in lines] - lowest).x.clip(0, max(0, 1 - lowest[-1]))
+        for line, height in zip(lines, moved + lowest, strict=True):
+            ax.annotate(
+                str(line.get_label()),
+                ends[line],
+                (1 + type_size / box.width, height),
+                textcoords="axes fraction",
+                fontsize=LABEL_PT,
+                verticalalignment="center",
+                annotation_clip=False,
+                arrowprops=LEADER | {"color": line.get_color()},
+            )

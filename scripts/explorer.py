@@ -17,13 +17,15 @@ from pathlib import Path
 import vl_convert
 from drawing import Missing, folder_given
 from explorer_data import FINE_NUS, NODES, compare, curvature, measured, methods, tradeoff
+from explorer_sinusoid import networks
 from playwright.sync_api import Browser, sync_playwright
 
 from fobmaml.files import write_csv, write_json, write_text
 from fobmaml.run.provenance import provenance
 
 PARTS = Path(__file__).parent / "explorer_page"
-PANELS = ("curvature", "compare", "tradeoff", "measured")
+PANELS = ("curvature", "compare", "tradeoff", "sinusoid", "measured")
+SCRIPTS = ("formulas.js", "page.js")
 MOVES = 20
 
 
@@ -34,6 +36,7 @@ def build(path: Path, folder: Path, nodes: int = NODES, nus: Sequence[float] = F
         "curvature": curvature(folder),
         "compare": compare(nodes),
         "tradeoff": tradeoff(nus),
+        "sinusoid": networks(folder),
         "measured": measured(folder),
     }
     page = (PARTS / "page.html").read_text(encoding="utf-8")
@@ -43,7 +46,7 @@ def build(path: Path, folder: Path, nodes: int = NODES, nus: Sequence[float] = F
         ("/*page.css*/", (PARTS / "page.css").read_text(encoding="utf-8")),
         ("/*data*/", json.dumps(data).replace("</", "<\\/")),
         ("/*vega.js*/", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
-        ("/*page.js*/", (PARTS / "page.js").read_text(encoding="utf-8")),
+        ("/*page.js*/", "".join((PARTS / name).read_text(encoding="utf-8") for name in SCRIPTS)),
     ):
         page = page.replace(place, part, 1)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,15 @@
 """What the interactive page shows: this project's estimators on two tasks with two parameters, and rows of results/.
 
-All of it is computed when the page is built; the page looks up and draws.
+What the page computes itself, by its own formulas, is checked against the estimators by the tests.
 """
 
-import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from drawing import groups, load
+from explorer_sinusoid import packed
 from figure_bias import best_nu
 from figure_race import middle
 from statistics_of_runs import interval
@@ -58,6 +58,17 @@ def tasks() -> TaskBatch:
     y = height.view(2, 1, 1) * torch.tanh(steepness.view(2, 1, 1) * x)
     y += 0.2 * torch.randn(y.shape, generator=generator, dtype=torch.float64)
     return TaskBatch(x[:, :5], y[:, :5], x[:, 5:], y[:, 5:])
+
+
+def examples() -> list[dict[str, list[list[float]]]]:
+    """The tasks as the page has them: support and query examples [x, y]."""
+    return [
+        {
+            "support": torch.cat([task.support_x[0], task.support_y[0]], 1).tolist(),
+            "query": torch.cat([task.query_x[0], task.query_y[0]], 1).tolist(),
+        }
+        for task in tasks().split(1)
+    ]
 
 
 def estimators(lam: float, steps: int, nu: float) -> dict[str, Estimator]:
@@ -131,22 +142,8 @@ def optimum(lam: float, start: Tensor) -> Tensor:
     raise RuntimeError(f"no minimum of the meta-loss was found near {start.tolist()}")
 
 
-def packed(values: Tensor) -> str:
-    """float32, little endian, in base64."""
-    return base64.b64encode(values.float().contiguous().numpy().astype("<f4").tobytes()).decode()
-
-
 def compare(nodes: int) -> dict[str, Any]:
-    """Meta-gradients on the grid: by method [λ, K, ν, θ, 2], without the axes that it does not depend on."""
-    thetas = grid(nodes)
-    found: dict[str, list[Tensor]] = {name: [] for name in estimators(1.0, 1, 1.0)}
-    for lam in LAMS:
-        for steps in STEPS:
-            for nu in NUS:
-                for name, estimator in estimators(lam, steps, nu).items():
-                    perturbed = name in ("forward", "symmetric")
-                    if (perturbed or nu == NUS[0]) and (name != "exact" or (steps, nu) == (STEPS[0], NUS[0])):
-                        found[name].append(meta_gradients(estimator, thetas))
+    """The tasks, and the meta-loss on the grid and one node more on every side: [λ, θ]."""
     wider = grid(nodes, margin=1)
     losses = [meta_loss(lam, wider) for lam in LAMS]
     return {
@@ -155,7 +152,7 @@ def compare(nodes: int) -> dict[str, Any]:
         "nus": NUS,
         "axes": axes(nodes).tolist(),
         "inner_lr": INNER_LR,
-        "vectors": {name: packed(torch.stack(parts)) for name, parts in found.items()},
+        "tasks": examples(),
         "loss": packed(torch.stack(losses)),
         "optima": [optimum(lam, wider[loss.argmin()]).tolist() for lam, loss in zip(LAMS, losses, strict=True)],
     }

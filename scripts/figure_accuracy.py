@@ -10,7 +10,7 @@ from drawing import Row, draw_alone, groups, load, save, settings, style
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from statistics_of_runs import CHANCE, interval, of_examples
-from tables import completed, points, work
+from tables import points, stopped, work
 
 from fobmaml.run.plotting import method, new_figure
 
@@ -37,7 +37,7 @@ def each_run(ax: Axes, rows: list[Row], examples: list[Row], names: list[str]) -
     """A point a run; a bar for the mean and its interval."""
     for name, found in groups(rows, "estimator").items():
         place, look = names.index(name), method(name)
-        accuracies, whole = points(found), {row["seed"]: completed(row) for row in found}
+        accuracies, whole = points(found), {row["seed"]: not stopped(row) for row in found}
         for number, (seed, accuracy) in enumerate(sorted(accuracies.items())):
             ax.plot(
                 accuracy,

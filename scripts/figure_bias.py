@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from drawing import Row, draw_alone, groups, legend_below, load, logarithmic, save, style
+from drawing import FIT, LABEL_PT, Row, draw_alone, groups, label_ends, load, logarithmic, save, short, style
 from statistics_of_runs import slope
 
 from fobmaml.files import write_csv
@@ -25,8 +25,8 @@ def best_nu(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def draw(folder: Path) -> None:
     best, floor, steps = best_nu(load(folder, "bias_delta")), load(folder, "bias_floor"), load(folder, "bias_steps")
-    figure, (left, right) = new_figure(columns=2, width_in=7.0, height_in=3.4)
-    fitted = []
+    figure, (left, right) = new_figure(columns=2, width_in=7.0, height_in=3.0, sharey=True)
+    fitted: list[Row] = []
     for name, rows in best.items():
         delta, error = ([row[key] for row in rows] for key in ("solver.delta", "bias/relative_error"))
         rate, half, intercept = slope(delta, error)
@@ -34,16 +34,10 @@ def draw(folder: Path) -> None:
             {"estimator": name, "slope": rate, "slope_ci95": half, "theory": THEORY[name], "deltas": len(delta)}
         )
         left.plot(delta, error, **style(name, linestyle="none"))
-        left.plot(delta, [10**intercept * d**rate for d in delta], color=style(name)["color"], linewidth=1.0)
-        left.text(
-            0.97,
-            0.02 + 0.07 * len(best) - 0.07 * len(fitted),
-            f"power {rate:.2f} ± {half:.2f} (theory {THEORY[name]})",
-            color=style(name)["color"],
-            fontsize=8,
-            transform=left.transAxes,
-            ha="right",
-        )
+        left.plot(delta, [10**intercept * d**rate for d in delta], color=style(name)["color"], **FIT)
+    said = ["fits (dashed), powers of δ:"]
+    said += [f"{short(f['estimator'])} {f['slope']:.2f} ± {f['slope_ci95']:.2f} (theory {f['theory']})" for f in fitted]
+    left.text(0.98, 0.03, "\n".join(said), fontsize=LABEL_PT, transform=left.transAxes, ha="right")
     for name, rows in groups(floor, "estimator").items():
         rows = sorted(rows, key=lambda row: row["solver.delta"])
         left.plot([row["solver.delta"] for row in rows], [row["bias/relative_error"] for row in rows], **style(name))
@@ -52,15 +46,14 @@ def draw(folder: Path) -> None:
     left.set_yscale("log")
     left.set_xlabel("inner precision δ = ‖φ − φ*‖")
     left.set_ylabel("bias, ‖g − ∇F‖ / ‖∇F‖")
-    left.set_title("(a) logistic tasks, best ν, random errors", fontsize=8)
+    left.set_title("(a) logistic tasks, random errors, best ν", fontsize=8)
     for name, rows in groups([row for row in steps if row["bias/relative_error"] is not None], "estimator").items():
         rows = sorted(rows, key=lambda row: row["solver.steps"])
         right.plot([row["solver.steps"] for row in rows], [row["bias/relative_error"] for row in rows], **style(name))
     logarithmic(right, [row["solver.steps"] for row in steps])
-    right.set_yscale("log")
     right.set_xlabel("inner steps K")
     right.set_title("(b) MNIST-1D, CNN, λ = 2, float64", fontsize=8)
-    legend_below(figure, [left, right], 4)
+    label_ends(figure, right)
     save(figure, folder, "bias")
 
 

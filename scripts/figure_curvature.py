@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from drawing import draw_alone, groups, legend_below, load, save
+from drawing import draw_alone, groups, label_ends, load, save
 
 from fobmaml.run.plotting import method, new_figure
 
 LOSSES = {"cross_entropy": "cross-entropy", "mse": "mean squared error"}
 PARTS = {
-    "hessian": ("Hessian", "#000000", "s", "-"),
-    "gauss_newton": ("Gauss–Newton part", "#0072B2", "o", "-"),
-    "network": ("network's own curvature", "#D55E00", "P", "--"),
+    "hessian": ("Hessian", "#000000", "s"),
+    "gauss_newton": ("Gauss–Newton part", "#332288", "p"),
+    "network": ("network's own curvature", "#44AA99", "X"),
 }
 ERRORS = {
-    "fomaml_error": ("FO-MAML: without the Hessian", method("fomaml").colour, "^", "-"),
-    "gauss_newton_error": ("without the network's own curvature", "#D55E00", "P", "--"),
+    "fomaml_error": ("FO-MAML:\nwithout the Hessian", method("fomaml").colour, "^"),
+    "gauss_newton_error": ("with the Gauss–\nNewton part only", *PARTS["gauss_newton"][1:]),
 }
 
 
@@ -24,10 +24,11 @@ def draw(folder: Path) -> None:
         for row in load(folder, "curvature_curves", columns=("dataset.loss",))
         if row["curvature/hessian"] is not None
     ]
-    figure, axes = new_figure(columns=4, width_in=7.0, height_in=2.9)
-    for column, (loss, found) in enumerate(groups(rows, "dataset.loss").items()):
-        for ax, parts in ((axes[column], PARTS), (axes[2 + column], ERRORS)):
-            for key, (label, colour, marker, line) in parts.items():
+    by_loss = groups(rows, "dataset.loss")
+    figure, axes = new_figure(len(by_loss), 7.0, 3.8, rows=2, sharex=True, sharey="row")
+    for column, (loss, found) in enumerate(by_loss.items()):
+        for ax, parts in zip(axes[column :: len(by_loss)], (PARTS, ERRORS), strict=True):
+            for key, (label, colour, marker) in parts.items():
                 for index, run in enumerate(groups(found, "run").values()):
                     ax.plot(
                         [row["step"] for row in run],
@@ -36,18 +37,14 @@ def draw(folder: Path) -> None:
                         marker=marker,
                         markersize=3.5,
                         linewidth=1.0,
-                        linestyle=line,
                         label=None if index else label,
                     )
-            ax.set_title(LOSSES[loss], fontsize=8)
-            ax.set_xlabel("meta-step")
             ax.set_yscale("log")
-    for pair, label in ((axes[:2], "spectral norm at θ"), (axes[2:], "relative error")):
-        pair[0].set_ylabel(label)
-        limits = [f(ax.get_ylim()[i] for ax in pair) for i, f in enumerate((min, max))]
-        for ax in pair:
-            ax.set_ylim(*limits)
-    legend_below(figure, axes, 3)
+        axes[column].set_title(f"{LOSSES[loss]} (a line a run)", fontsize=8)
+        axes[len(by_loss) + column].set_xlabel("meta-step of MAML's training")
+    axes[0].set_ylabel("spectral norm at θ")
+    axes[len(by_loss)].set_ylabel("error, ‖g − ∇F‖ / ‖∇F‖")
+    label_ends(figure, axes[len(by_loss) - 1], axes[-1])
     save(figure, folder, "curvature")
 
 

@@ -1,32 +1,29 @@
-"""Draws memory.png and .pdf: peak memory of one task's meta-gradient by width, inner steps and depth."""
+"""Draws memory.png and .pdf: peak memory of one task's meta-gradient by width, inner steps and depth, on one scale."""
 
 from pathlib import Path
 
-from drawing import draw_alone, groups, legend_below, load, logarithmic, save, style
+from drawing import draw_alone, groups, label_ends, load, logarithmic, save, style
 
 from fobmaml.run.plotting import new_figure
 
 
 def draw(folder: Path) -> None:
-    width, steps, depth = load(folder, "memory"), load(folder, "memory_steps"), load(folder, "memory_depth")
-    longest = max((row["solver.steps"] for row in width if "solver.steps" in row), default=None)
-    width = [row for row in width if row.get("solver.steps") == longest]
-    figure, axes = new_figure(columns=3, width_in=7.0, height_in=3.4)
-    for ax, rows, key in zip(axes, (width, steps, depth), ("width", "solver.steps", "depth"), strict=True):
+    panels = [
+        (f"{steps:g} inner steps", "width", "channels", rows)
+        for steps, rows in sorted(groups(load(folder, "memory", columns=("solver.steps",)), "solver.steps").items())
+    ]
+    panels.append(("64 channels", "solver.steps", "inner steps", load(folder, "memory_steps")))
+    panels.append(("10 inner steps", "depth", "convolutions of 64", load(folder, "memory_depth")))
+    figure, axes = new_figure(columns=len(panels), width_in=7.0, height_in=3.2, sharey=True)
+    for ax, letter, (title, key, label, rows) in zip(axes, "abcdefgh", panels, strict=False):
         for name, found in groups(rows, "estimator").items():
             found = sorted(found, key=lambda row: row[key])
             ax.plot([row[key] for row in found], [row["memory/peak_bytes"] / 1e6 for row in found], **style(name))
-        logarithmic(ax, [row[key] for row in rows] if key != "depth" else None, y=True)
-    axes[0].set_xlabel("channels")
-    axes[0].set_title(f"(a) {longest or 10:.0f} inner steps", fontsize=8)
-    axes[1].set_xlabel("inner steps")
-    axes[1].set_title("(b) 64 channels", fontsize=8)
-    axes[2].set_xlabel("convolutions")
-    axes[2].set_xticks(sorted({row["depth"] for row in depth}))
-    axes[2].xaxis.set_major_formatter("{x:g}")
-    axes[2].set_title("(c) 64 channels, 10 inner steps", fontsize=8)
+        logarithmic(ax, [row[key] for row in rows], y=True, apart=0.25)
+        ax.set_title(f"({letter}) {title}", fontsize=8)
+        ax.set_xlabel(label)
     axes[0].set_ylabel("peak memory, one task (MB)")
-    legend_below(figure, axes, 3)
+    label_ends(figure, axes[-1])
     save(figure, folder, "memory")
 
 

@@ -18,18 +18,18 @@ def draw_panels(folder: Path, name: str, sizes: tuple[str, ...], x: str, label: 
     """A panel for each of ``sizes`` and each number of inner steps, one below and beside the other."""
     rows = load(folder, name)
     by_size, steps = groups(rows, *sizes), sorted({row["solver.steps"] for row in rows})
-    count = len(by_size)
-    figure, _ = new_figure(columns=0, width_in=7.0, height_in=1.5 * count + 0.6)
-    grid = figure.subplots(count, len(steps), sharex=True, sharey=True, squeeze=False)
-    for line, size in zip(grid, sorted(by_size), strict=True):
-        for ax, at in zip(line, steps, strict=True):
+    figure, axes = new_figure(len(steps), 7.0, 1.4 * len(by_size) + 0.6, rows=len(by_size), sharex=True, sharey=True)
+    for line, size in enumerate(sorted(by_size)):
+        beside = axes[len(steps) * line : len(steps) * (line + 1)]
+        for ax, at in zip(beside, steps, strict=True):
             _panel(ax, [row for row in by_size[size] if row["solver.steps"] == at], x)
-        line[0].set_ylabel(title.format(*(size if isinstance(size, tuple) else [size])) + "\nMB", fontsize=8)
-    for ax, at in zip(grid[0], steps, strict=True):
+        beside[0].set_ylabel(title.format(*(size if isinstance(size, tuple) else [size])))
+    for ax, at in zip(axes, steps, strict=False):
         ax.set_title(f"{at:g} inner steps", fontsize=8)
-    for ax in grid[-1]:
-        ax.set_xlabel(label, fontsize=8)
-    legend_below(figure, list(grid.flat), 3)
+    for ax in axes[-len(steps) :]:
+        ax.set_xlabel(label)
+    figure.supylabel("peak memory, one task (MB)", fontsize=8)
+    legend_below(figure, axes, 5)
     save(figure, folder, name)
 
 
@@ -38,8 +38,6 @@ def _panel(ax: Axes, rows: Sequence[Row], x: str) -> None:
         found = sorted(found, key=lambda row: row[x])
         ax.plot([row[x] for row in found], [row["memory/peak_bytes"] / 1e6 for row in found], **style(name))
     logarithmic(ax, [row[x] for row in rows], y=True)
-    ax.tick_params(labelsize=8)
-    ax.grid(alpha=0.3, linewidth=0.5)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from figure_memory_deep import draw_panels
 
 
 def draw(folder: Path) -> None:
-    draw_panels(folder, "memory_transformer", ("depth", "width"), "dataset.dimension", "length", "{:g} blocks of {:g}")
+    sizes, title = ("depth", "width"), "{:g} blocks,\nwidth {:g}"
+    draw_panels(folder, "memory_transformer", sizes, "dataset.dimension", "sequence length", title)
 
 
 if __name__ == "__main__":

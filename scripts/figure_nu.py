@@ -1,54 +1,78 @@
-"""Draws nu.png and .pdf: bias by ν, with the optimum that the theory gives, and in both precisions."""
+"""Draws nu.png and .pdf: bias by ν, beside what the theory says, in both precisions, and at ν=auto."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from drawing import draw_alone, groups, legend_below, load, save, style
+from drawing import FIT, Row, draw_alone, groups, legend_below, load, save, style
+from scipy.optimize import least_squares
 
 from fobmaml.run.plotting import method, new_figure
 
 ORDER = {"forward": 1, "symmetric": 2, "central4": 4}
 SHOWN_DELTA = 1e-6
+SMALL = 0.5
+"""Up to which ν the leading terms are fitted."""
+
+
+def fitted(nu: Sequence[float], error: Sequence[float], order: int) -> tuple[float, float]:
+    """a and b of a/ν + bνᵖ, by least squares of the logarithms."""
+
+    def residuals(logarithms: Sequence[float]) -> list[float]:
+        a, b = map(math.exp, logarithms)
+        return [math.log((a / x + b * x**order) / y) for x, y in zip(nu, error, strict=True)]
+
+    start = math.log(error[0] * nu[0]), math.log(error[-1] / nu[-1] ** order)
+    a, b = map(math.exp, least_squares(residuals, start).x)
+    return a, b
+
+
+def by_nu(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """ν, and the bias where it is known."""
+    known = [
+        (row["estimator.nu"], row["bias/relative_error"]) for row in rows if row["bias/relative_error"] is not None
+    ]
+    nu, error = zip(*sorted(known), strict=True)
+    return list(nu), list(error)
 
 
 def draw(folder: Path) -> None:
     logistic = [row for row in load(folder, "bias_delta") if row["solver.delta"] == SHOWN_DELTA]
-    network = load(folder, "nu")
-    figure, (left, right) = new_figure(columns=2, width_in=7.0, height_in=3.4)
+    network, rule = load(folder, "nu"), load(folder, "nu_rule", "python benchmarks/nu_rule.py")
+    figure, (left, middle, right) = new_figure(columns=3, width_in=7.0, height_in=3.1)
+    middle.sharey(left)
+    middle.tick_params(labelleft=False)
     for name, rows in groups(logistic, "estimator").items():
-        rows = sorted(rows, key=lambda row: row["estimator.nu"])
-        nu, error, p = [row["estimator.nu"] for row in rows], [row["bias/relative_error"] for row in rows], ORDER[name]
-        left.plot(nu, error, **style(name))
-        # error = a/ν + b ν^p: a from the smallest ν, where the solver's error rules, b where truncation does.
-        lowest = min(range(len(nu)), key=error.__getitem__)
-        a, ruled = error[0] * nu[0], min(lowest + 2, len(nu) - 1)
-        b = error[ruled] / nu[ruled] ** p
-        optimum = (a / (p * b)) ** (1 / (p + 1))
-        left.axvline(optimum, color=method(name).colour, linewidth=0.8, linestyle="--")
+        nu, error = by_nu(rows)
+        left.plot(nu, error, **style(name, linestyle="none"))
+        small = [x for x in nu if x < SMALL]
+        a, b = fitted(small, error[: len(small)], ORDER[name])
+        fine = [10 ** (place / 20) for place in range(round(20 * math.log10(nu[0])), round(20 * math.log10(SMALL)))]
+        left.plot(fine, [a / x + b * x ** ORDER[name] for x in fine], color=method(name).colour, **FIT)
     exponent = round(math.log10(SHOWN_DELTA))
-    left.set_title(f"(a) logistic tasks, δ = 10$^{{{exponent}}}$, float64\n(dashed: optimum of a/ν + bνᵖ)", fontsize=8)
+    left.set_title(f"(a) logistic tasks, δ = 10$^{{{exponent}}}$\n(dashed: fits of a/ν + bνᵖ)", fontsize=8)
     left.set_ylabel("bias, ‖g − ∇F‖ / ‖∇F‖")
     for (name, dtype), rows in groups(network, "estimator", "dtype").items():
-        rows = sorted(
-            (row for row in rows if row["bias/relative_error"] is not None), key=lambda row: row["estimator.nu"]
-        )
-        single = dtype == "float32"
+        single = {"linestyle": ":", "label": None, "markerfacecolor": "none"} if dtype == "float32" else {}
+        middle.plot(*by_nu(rows), **style(name, **single))
+    middle.set_title("(b) MNIST-1D, CNN, λ = 2, K = 200\n(dotted: float32, solid: float64)", fontsize=8)
+    for name, rows in groups(rule, "estimator").items():
         right.plot(
-            [row["estimator.nu"] for row in rows],
-            [row["bias/relative_error"] for row in rows],
-            **style(
-                name,
-                linestyle=":" if single else "-",
-                label=None if single else method(name).label,
-                markerfacecolor="none" if single else method(name).colour,
-            ),
+            [row["best_error"] for row in rows],
+            [row["auto_error"] for row in rows],
+            **style(name, linestyle="none", markerfacecolor="none"),
         )
-    right.set_title("(b) MNIST-1D, CNN, λ = 2, 200 inner steps\n(dotted: float32, solid: float64)", fontsize=8)
-    for ax in (left, right):
+    ends = [min(row["best_error"] for row in rule), max(row["best_error"] for row in rule)]
+    right.plot(ends, ends, color="#777777", linewidth=0.8)
+    right.set_title(f"(c) estimator.nu=auto, {len(rule)} cases\n(line: as good as the grid's best)", fontsize=8)
+    right.set_xlabel("error at the best ν of a grid")
+    right.set_ylabel("error at ν=auto")
+    for ax in (left, middle, right):
         ax.set_xscale("log")
         ax.set_yscale("log")
+    for ax in (left, middle):
         ax.set_xlabel("ν")
-    legend_below(figure, [left, right], 3)
+    legend_below(figure, [left, middle], 3)
     save(figure, folder, "nu")
 
 

@@ -6,18 +6,20 @@ Nothing is measured: contours and arrows are the formula. The numbers beside the
 from pathlib import Path
 
 import numpy as np
-from drawing import draw_alone, save
+from drawing import LABEL_PT, draw_alone, save
 
 from fobmaml.files import write_csv
 from fobmaml.run.plotting import method, new_figure
 
 CURVATURES = [(0.0, 0.0, 0.0), (0.1, 0.0, 0.1), (0.5, -0.1, 0.0), (0.5, 0.3, 0.5)]
+ARROWS = (("maml", "∇f(x)", 0.018, 2.8), ("fomaml", "∇f with C = 0", 0.009, 4.5))
+"""Method whose colour it has, label, width of the shaft as a part of the axes, and of the head as a multiple of it."""
 G, X = np.array([0.1, -0.1]), np.array([0.3, 0.1])
 
 
 def draw(folder: Path) -> None:
-    figure, axes = new_figure(columns=4, width_in=7.0, height_in=2.4)
-    grid = np.linspace(-0.4, 1.0, 81)
+    figure, axes = new_figure(columns=4, width_in=7.0, height_in=2.5, sharey=True)
+    grid = np.linspace(-0.7, 0.8, 81)
     points = np.stack(np.meshgrid(grid, grid), axis=-1) - 0.5
     table = []
     for ax, (a, b, c) in zip(axes, CURVATURES, strict=True):
@@ -41,24 +43,30 @@ def draw(folder: Path) -> None:
             }
         )
         ax.contour(grid, grid, values, 12, colors="#999999", linewidths=0.6, linestyles="solid")
-        for vector, name, label, width in ((gradient, "maml", "∇f(x)", 0.022), (G, "fomaml", "∇f with C = 0", 0.011)):
+        for vector, (name, label, width, head) in zip((gradient, G), ARROWS, strict=True):
             ax.quiver(
                 *X,
                 *vector,
                 angles="xy",
                 scale_units="xy",
-                scale=0.8,
+                scale=0.5,
                 width=width,
+                headwidth=head,
+                headlength=head,
+                headaxislength=head,
                 color=method(name).colour,
                 label=label,
                 zorder=3,
             )
-        ax.set_title(f"C = [[{a:g}, {b:g}], [{b:g}, {c:g}]]\nerror {100 * error:.0f} %, {angle:.0f}°", fontsize=8)
+        ax.plot(*X, "o", color="#333333", markersize=2.5, zorder=4)
+        ax.set_title(
+            f"C = [[{a:g}, {b:g}], [{b:g}, {c:g}]]\nerror {100 * error:.0f} %, {angle:.0f}°", fontsize=LABEL_PT
+        )
         ax.set_aspect("equal")
         ax.set_xlabel("$x_1$")
         ax.grid(visible=False)
-        ax.set_xticks([0, 0.5, 1])
-        ax.set_yticks([0, 0.5, 1])
+        ax.set_xticks([-0.5, 0, 0.5])
+        ax.set_yticks([-0.5, 0, 0.5])
     axes[0].set_ylabel("$x_2$")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     write_csv(folder / "quadratic.csv", table)

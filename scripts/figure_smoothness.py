@@ -1,44 +1,53 @@
-"""Draws smoothness.png and .pdf: local smoothness of F against the norm of its gradient, along training."""
+"""Draws smoothness.png and .pdf: local smoothness of F against the norm of its gradient along training, run by run."""
 
 from pathlib import Path
 
-import numpy as np
-from drawing import draw_alone, load, save
+from drawing import FIT, LABEL_PT, draw_alone, groups, load, save
 from matplotlib.ticker import LogLocator, NullFormatter
 from statistics_of_runs import slope
 
-from fobmaml.run.plotting import method, new_figure
+from fobmaml.run.plotting import new_figure
+
+TABLES = {"smoothness": "MNIST-1D, CNN, MAML's objective", "smoothness_logistic": "logistic tasks, proximal objective"}
 
 
 def draw(folder: Path) -> None:
-    tables = [
-        ("(a) MNIST-1D, CNN, MAML's objective", load(folder, "smoothness_curves"), "maml"),
-        ("(b) logistic tasks, proximal objective", load(folder, "smoothness_logistic_curves"), "exact"),
-    ]
-    figure, axes = new_figure(columns=2, width_in=7.0, height_in=2.8)
-    for ax, (title, rows, name) in zip(axes, tables, strict=True):
-        points = [
-            (row["smoothness/gradient_norm"], row["smoothness/local"])
-            for row in rows
-            if row["smoothness/local"] is not None
-        ]
-        norms, local = zip(*points, strict=True)
-        power, half, intercept = slope(norms, local)
-        ax.scatter(norms, local, s=6, color=method(name).colour, alpha=0.5, linewidth=0, label="along training")
-        x = np.array([min(norms), max(norms)])
-        ax.plot(x, 10**intercept * x**power, color="#D55E00", linewidth=1.2, label=f"power {power:.2f} ± {half:.2f}")
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_ylim(min(local) / 4, max(local) * 6)
-        if max(norms) < 10 * min(norms):
-            for axis in (ax.xaxis, ax.yaxis):
+    curves = {
+        name: groups([row for row in load(folder, f"{name}_curves") if row["smoothness/local"] is not None], "run")
+        for name in TABLES
+    }
+    ends = {(name, row["run"]): row for name in TABLES for row in load(folder, name)}
+    columns = max(map(len, curves.values()))
+    figure, axes = new_figure(columns, 7.0, 4.4, rows=len(TABLES), sharex="row", sharey="row")
+    last = max(row["step"] for runs in curves.values() for run in runs.values() for row in run)
+    for line, (name, runs) in enumerate(curves.items()):
+        for place, (run, rows) in enumerate(runs.items()):
+            ax = axes[columns * line + place]
+            norms, local = ([row[f"smoothness/{key}"] for row in rows] for key in ("gradient_norm", "local"))
+            power, _, intercept = slope(norms, local)
+            points = ax.scatter(norms, local, c=[row["step"] for row in rows], s=7, cmap="viridis", vmin=0, vmax=last)
+            span = [min(norms), max(norms)]
+            ax.plot(span, [10**intercept * x**power for x in span], color="#D55E00", **FIT)
+            end = ends[name, run]
+            stopped = "" if end["status"] == "completed" else f"\nstopped after step {end['step']:.0f}"
+            ax.text(0.03, 0.97, f"power {power:.2f}{stopped}", fontsize=LABEL_PT, transform=ax.transAxes, va="top")
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            title = f"({'ab'[line]}) {TABLES[name]}\n" if place == columns // 2 else ""
+            ax.set_title(f"{title}seed {rows[0]['seed']:.0f}", fontsize=8)
+            ax.set_xlabel("‖∇F(θ)‖")
+        first = axes[columns * line]
+        low, high = first.get_ylim()
+        first.set_ylim(low, high * (high / low) ** 0.2)
+        first.set_ylabel("‖∇F(θ + d) − ∇F(θ)‖ / ‖d‖")
+        for axis, (least, most) in ((first.xaxis, first.get_xlim()), (first.yaxis, first.get_ylim())):
+            if most < 20 * least:
                 axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.set_major_formatter("{x:g}")
                 axis.set_minor_formatter(NullFormatter())
-        ax.set_title(f"{title} ({len(points)} points)", fontsize=8)
-        ax.set_xlabel("‖∇F(θ)‖")
-        ax.legend(fontsize=8, frameon=False)
-    axes[0].set_ylabel("‖∇F(θ + d) − ∇F(θ)‖ / ‖d‖")
+    bar = figure.colorbar(points, ax=axes, label="meta-step", shrink=0.5, aspect=30)
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.yaxis.label.set_fontsize(8)
     save(figure, folder, "smoothness")
 
 

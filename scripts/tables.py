@@ -49,9 +49,7 @@ def accuracy(folder: Path) -> str:
             method(name).label,
             percent(found, examples),
             diverged(found),
-            f"{statistics.median(map(work, filter(completed, found))) / 1e6:.1f}"
-            if any(map(completed, found))
-            else "–",
+            work_of(found),
             percent(others, equal_examples) if others else "–",
             diverged(others) if others else "–",
         ]
@@ -90,8 +88,13 @@ def the_best(rows: Sequence[Row], examples: Sequence[Row]) -> str:
 
 
 def points(rows: Sequence[Row]) -> dict[float, float]:
-    """Of each seed the test accuracy in per cent; a run that diverged is at chance."""
-    return {row["seed"]: 100 * row["test/accuracy"] if completed(row) else CHANCE for row in rows}
+    """Of each seed the test accuracy in per cent; a run that stopped is at chance."""
+    return {row["seed"]: counted(row) for row in rows}
+
+
+def counted(row: Row) -> float:
+    """A run's test accuracy in per cent; chance, where it stopped."""
+    return CHANCE if stopped(row) else 100 * row["test/accuracy"]
 
 
 def percent(rows: Sequence[Row], examples: Sequence[Row]) -> str:
@@ -100,13 +103,19 @@ def percent(rows: Sequence[Row], examples: Sequence[Row]) -> str:
     return f"{mean:.1f} ± {half:.1f} %"
 
 
-def completed(row: Row) -> bool:
-    """Whether a run came to its end."""
-    return row["test/accuracy"] is not None and row["status"] == "completed"
+def stopped(row: Row) -> bool:
+    """Whether a run ended before its last step."""
+    return row["test/accuracy"] is None or row["status"] != "completed"
 
 
 def diverged(rows: Sequence[Row]) -> str:
-    return f"{sum(not completed(row) for row in rows)} of {len(rows)}"
+    return f"{sum(map(stopped, rows))} of {len(rows)}"
+
+
+def work_of(rows: Sequence[Row]) -> str:
+    """In millions, the median of the runs that came to their ends."""
+    found = [work(row) / 1e6 for row in rows if not stopped(row)]
+    return f"{statistics.median(found):.1f}" if found else "–"
 
 
 def work(row: Row) -> float:

@@ -2,6 +2,7 @@
 
 import fcntl
 import itertools
+import json
 import math
 import os
 import re
@@ -12,16 +13,18 @@ from pathlib import Path
 from types import ModuleType
 
 import explorer_data as built
+import explorer_sinusoid as trained
 import pytest
 import torch
 from conftest import ROOT
 from torch.nn.functional import mse_loss
 
 import fobmaml
+from fobmaml import TaskBatch
 from fobmaml.estimators import Central, Exact, Forward, Symmetric
 from fobmaml.files import read_csv
 from fobmaml.run.plotting import METHODS
-from fobmaml.solvers import Inexact, InnerProblem, NewtonCG
+from fobmaml.solvers import GradientDescent, Inexact, InnerProblem, NewtonCG
 
 FULL = (built.NODES, built.FINE_NUS)
 
@@ -178,6 +181,19 @@ def test_methods_look_as_in_the_figures():
     }
 
 
+def test_networks_for_the_sinusoid_are_meta_trained():
+    saved = trained.networks(ROOT / "results")
+    losses = {name: trained.query_loss(trained.unpacked(text), 5) for name, text in saved["parameters"].items()}
+    for name, loss in losses.items():
+        assert loss == pytest.approx(saved["test_loss"][name]["5"], rel=1e-3)
+        assert (loss < 0.1 * losses[trained.UNTRAINED]) == (name != trained.UNTRAINED)
+    assert losses.keys() == {trained.UNTRAINED, *trained.estimators()}
+    for estimator in trained.estimators().values():
+        assert trained.query_loss(trained.train(estimator, 60), 5, 50) < trained.query_loss(
+            trained.learner().theta(), 5, 50
+        )
+
+
 @pytest.mark.site
 class TestPage:
     @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -229,16 +245,27 @@ class TestPage:
         assert tab.shown("curvature", "x1") == pytest.approx(-0.4 + 0.25 * 1.4, abs=0.011)
         assert tab.shown("curvature", "x2") == pytest.approx(-0.4 + 0.8 * 1.4, abs=0.011)
 
+    @pytest.mark.parametrize(("lam", "steps", "nu"), [(0.25, 1, 0.6), (0.25, 10, 0.1), (0.5, 50, 0.01), (2.0, 5, 0.3)])
+    def test_formulas(self, started, lam, steps, nu):
+        """All over the plane, those of the page are the library's, the exact one from the same minimum."""
+        tab, thetas = started.new_page(), built.grid(9)
+        tab.add_script_tag(content=(ROOT / "scripts" / "explorer_page" / "formulas.js").read_text(encoding="utf-8"))
+        at = {"lam": lam, "steps": steps, "nu": nu, "lr": built.INNER_LR}
+        for name, estimator in built.estimators(lam, steps, nu).items():
+            found = tab.evaluate(
+                "([name, tasks, thetas, at]) => thetas.map(theta => meta_gradient(name, tasks, theta, at))",
+                [name, built.examples(), thetas.tolist(), at],
+            )
+            wanted = built.meta_gradients(estimator, thetas)
+            torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), wanted, rtol=1e-6, atol=1e-6)
+        tab.close()
+
     def test_compare(self, tab, size):
         nodes, _ = size
 
         def agrees() -> None:
-            place = {
-                name: int(tab.tab.locator(f"#compare-{name}").input_value())
-                for name in ("lam", "steps", "nu", "theta1", "theta2")
-            }
-            first, second = built.axes(nodes).tolist()
-            theta = (first[place["theta1"]], second[place["theta2"]])
+            place = {name: int(tab.tab.locator(f"#compare-{name}").input_value()) for name in ("lam", "steps", "nu")}
+            theta = (tab.shown("compare", "theta1"), tab.shown("compare", "theta2"))
             wanted = _estimates(theta, built.LAMS[place["lam"]], built.STEPS[place["steps"]], built.NUS[place["nu"]])
             exact = wanted["exact"]
             for name, gradient in wanted.items():
@@ -253,8 +280,8 @@ class TestPage:
             ("lam", 2),
             ("steps", 4),
             ("nu", 0),
-            ("theta1", nodes // 4),
-            ("theta2", 2 * nodes // 3),
+            ("theta1", 163),
+            ("theta2", 190),
             ("lam", 3),
             ("nu", 4),
         ):
@@ -265,9 +292,8 @@ class TestPage:
             assert (tab.contours("compare") != contours) == (name == "lam")
         tab.drag("compare", 0.7, 0.3)
         (low1, *_, high1), (low2, *_, high2) = built.axes(nodes).tolist()
-        nearest = 0.65 * (high1 - low1) / (nodes - 1)
-        assert tab.shown("compare", "theta1") == pytest.approx(low1 + 0.7 * (high1 - low1), abs=nearest)
-        assert tab.shown("compare", "theta2") == pytest.approx(low2 + 0.3 * (high2 - low2), abs=nearest)
+        assert tab.shown("compare", "theta1") == pytest.approx(low1 + 0.7 * (high1 - low1), abs=0.012)
+        assert tab.shown("compare", "theta2") == pytest.approx(low2 + 0.3 * (high2 - low2), abs=0.012)
         agrees()
         before = tab.arrows("compare")
         tab.tab.locator("#compare-lengths").check()
@@ -359,6 +385,50 @@ class TestPage:
             agrees(nus[nu], built.DELTAS[delta])
             assert drawing() != before
 
+    def test_sinusoid(self, tab):
+        found = trained.networks(ROOT / "results")
+        model, x = trained.learner().in_double(), torch.linspace(-5, 5, 101, dtype=torch.float64).view(1, -1, 1)
+
+        def points() -> list[list[float]]:
+            return json.loads(tab.tab.locator("#sinusoid").get_attribute("data-points"))
+
+        def agrees() -> None:
+            steps, lr, height, phase = (tab.shown("sinusoid", of) for of in ("steps", "lr", "amplitude", "phase"))
+            given = torch.tensor([points()], dtype=torch.float64)
+            task = TaskBatch(given[..., :1], given[..., 1:], x, height * torch.sin(x - phase))
+            for name, text in found["parameters"].items():
+                problem = InnerProblem(model, trained.unpacked(text).double(), task, 0.0)
+                phi = GradientDescent(int(steps), lr).solve(problem).phi if steps else problem.theta
+                wanted = [float(problem.objective(phi)), float(model.query_loss(phi, task))]
+                shown = [number for (number,) in tab.numbers("sinusoid", name)]
+                assert shown == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+
+        def curves() -> list[str]:
+            lines = tab.tab.locator("#sinusoid .plot").first.locator("g.mark-line path").all()
+            return [line.get_attribute("d") for line in lines]
+
+        agrees()
+        before = curves()
+        assert len(before) == 1 + len(found["parameters"])
+        for name, place in (("steps", 17), ("lr", 1), ("amplitude", 34), ("phase", 26), ("count", 6), ("steps", 0)):
+            tab.slide("sinusoid", name, place)
+            agrees()
+            assert curves() != before
+            before = curves()
+        assert len(points()) == 7
+        on_the_curve = points()
+        tab.drag("sinusoid", 0.8, 0.9)
+        assert sum(old != new for old, new in zip(on_the_curve, points(), strict=True)) == 1
+        assert min(math.dist((3.0, 4.8), point) for point in points()) < 0.05
+        tab.slide("sinusoid", "steps", 12)
+        agrees()
+        tab.tab.locator("#sinusoid-again").click()
+        tab.drawn("sinusoid")
+        assert points() == on_the_curve
+        tab.tab.locator("#sinusoid-show-maml").uncheck()
+        tab.drawn("sinusoid")
+        assert len(curves()) == len(before) - 1
+
     def test_measured(self, tab):
         measured = built.measured(ROOT / "results")
 
@@ -419,6 +489,6 @@ class TestPage:
         }
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
         rows = read_csv(tmp_path / "explorer.csv")
-        assert {row["panel"] for row in rows} == {"curvature", "compare", "tradeoff"}
+        assert {row["panel"] for row in rows} == {"curvature", "compare", "tradeoff", "sinusoid"}
         assert len({row["slider"] for row in rows}) == len(rows)
         assert all(0 < float(row["milliseconds"]) <= float(row["most"]) < 60_000 for row in rows)

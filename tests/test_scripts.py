@@ -8,7 +8,11 @@ import shutil
 import subprocess
 import sys
 from decimal import Decimal
+from itertools import pairwise
 
+import drawing
+import figure_memory_accuracy
+import figure_nu
 import figures
 import pytest
 import reproduce
@@ -17,10 +21,12 @@ import tables
 import yaml
 from conftest import ROOT
 from drawing import Missing, groups, load
+from matplotlib.text import Text
 from reproduce import EXPERIMENTS, collect, faults, jobs_of
 from statistics_of_runs import interval, slope
 
 from fobmaml.files import read_csv, write_csv
+from fobmaml.run.plotting import new_figure
 
 RESULTS = ROOT / "results"
 
@@ -194,6 +200,36 @@ def test_a_figure_is_drawn_once_a_format(tmp_path, monkeypatch):
     shutil.copy(RESULTS / "convergence_curves.csv", tmp_path)
     figure_convergence.draw(tmp_path)
     assert len(drawn) == 2
+
+
+def test_labels_beside_lines_keep_apart_and_in_order(tmp_path):
+    heights = [0.0, 0.01, 0.02, 0.5, 0.99, 1.0]
+    figure, (ax,) = new_figure()
+    for height in heights:
+        ax.plot([0, 1], [0, height], label=f"line to {height}")
+    ax.plot([0, 1], [0.3, 0.3])  # no label, no text
+    drawing.label_ends(figure, ax)
+    drawing.save(figure, tmp_path, "labels")
+    assert [text.get_text() for text in ax.texts] == [f"line to {height}" for height in heights]
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
+    assert all(low.y1 <= high.y0 + 2 for low, high in pairwise(boxes))  # descenders, in pixels
+    assert all(figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1 for box in boxes)
+    middle = (boxes[3].y0 + boxes[3].y1) / 2
+    assert middle == pytest.approx(ax.transData.transform((1, 0.5))[1], abs=2)  # where there is room, at its line
+
+
+def test_the_optimal_nu_is_fitted_to_all_points():
+    nu = [10.0 ** (place / 2) for place in range(-10, 0)]
+    a, b = figure_nu.fitted(nu, [3e-7 / x + 0.2 * x**2 for x in nu], 2)
+    assert (a, b) == (pytest.approx(3e-7, rel=1e-5), pytest.approx(0.2, rel=1e-5))
+
+
+def test_runs_that_stopped_are_crosses_at_chance():
+    _, (ax,) = new_figure()
+    run = {"status": "completed", "test/accuracy": 0.9}
+    figure_memory_accuracy.draw_accuracies(ax, "maml", 3.0, [run, run | {"status": "failed"}, run])
+    found = {line.get_marker(): line.get_xydata().tolist() for line in ax.lines}
+    assert found == {"s": [[3.0, 90.0], [3.0, 90.0]], "x": [[3.0, tables.CHANCE]]}
 
 
 def test_importing_a_script_reads_no_command_line():

@@ -1,5 +1,4 @@
-// Looks up what the estimators returned when the page was built, and draws it with Vega. Only panel 1's formula, that of
-// its own text, is computed here.
+// Draws, with Vega, what formulas.js computes and what was measured.
 const data = JSON.parse(document.getElementById("data").textContent);
 const GLYPHS = {s: "■", "^": "▲", v: "▼", D: "◆", "<": "◀", o: "●", "*": "★", P: "✚", dashed: "□"};
 const STAR = "M0,-1L.235,-.324L.951,-.309L.38,.124L.588,.809L0,.4L-.588,.809L-.38,.124L-.951,-.309L-.235,-.324Z";
@@ -115,7 +114,6 @@ function tabulate(section, rows) {
 const fixed = (x, digits) => Number.isFinite(x) ? x.toFixed(digits).replace("-", "−") : "–";
 const two = x => fixed(x, 2);
 const precise = x => Number.isFinite(x) ? (x !== 0 && Math.abs(x) < 0.01 ? x.toExponential(1) : x.toPrecision(3)).replaceAll("-", "−") : "–";
-const norm = ([x, y]) => Math.hypot(x, y);
 const angle = ([a, b], [c, d]) => norm([a, b]) && norm([c, d])
   ? Math.atan2(Math.abs(a * d - b * c), a * c + b * d) * 180 / Math.PI : NaN;
 const error = (found, [a, b]) => norm([found[0] - a, found[1] - b]) / norm([a, b]);
@@ -246,22 +244,24 @@ function unpack(text) {
 }
 
 async function compare() {
-  const {lams, steps, nus, axes, optima} = data.compare, nodes = axes[0].length, LONG = 0.5;
+  const {lams, steps, nus, axes, optima, tasks, inner_lr} = data.compare, nodes = axes[0].length, LONG = 0.5;
   const spacing = axes[0][1] - axes[0][0], placed = point => point.map((x, k) => axes[k][0] + spacing * x);
-  const vectors = Object.fromEntries(Object.entries(data.compare.vectors).map(([name, text]) => [name, unpack(text)]));
-  const losses = unpack(data.compare.loss), across = nodes + 2;
+  const names = Object.keys(ESTIMATORS), others = names.filter(name => name !== "exact");
+  const losses = unpack(data.compare.loss), across = nodes + 2, known = new Map();
   let view;
+  /** A meta-gradient at a node of the grid, kept: paths come by again and again. */
+  function at_node(name, at, i, j) {
+    const key = [name, at.lam, ...(name === "exact" ? [] : [at.steps, at.nu]), i, j].join();
+    if (!known.has(key)) known.set(key, meta_gradient(name, tasks, placed([i, j]), at));
+    return known.get(key);
+  }
   const here = panel("compare", async () => {
-    const node = (nodes - 1 - t2.index) * nodes + t1.index, vector = (name, place, l = lam.index, k = inner.index) => {
-      const row = l * steps.length + k, perturbed = ["forward", "symmetric"].includes(name);
-      const block = name === "exact" ? l : perturbed ? row * nus.length + nu.index : row;
-      const start = 2 * (block * nodes * nodes + place);
-      return [vectors[name][start], vectors[name][start + 1]];
-    };
-    const found = Object.fromEntries(Object.keys(vectors).map(name => [name, vector(name, node)]));
-    const ways = Object.fromEntries(Object.keys(vectors).map(name => [name,
-      descent(nodes, (i, j) => vector(name, (nodes - 1 - j) * nodes + i), [t1.index, t2.index]).map(placed)]));
-    const theta = [t1.value, t2.value], exact = found.exact;
+    const at = {lam: lam.value, steps: inner.value, nu: nu.value, lr: inner_lr}, theta = [t1.value, t2.value];
+    const start = theta.map((x, k) => (x - axes[k][0]) / spacing);
+    const found = Object.fromEntries(names.map(name => [name, meta_gradient(name, tasks, theta, at)]));
+    const ways = Object.fromEntries(names.map(name => [name,
+      descent(nodes, (i, j) => at_node(name, at, i, j), start).map(placed)]));
+    const exact = found.exact;
     contour(view, across, losses.subarray(lam.index * across ** 2, (lam.index + 1) * across ** 2));
     view.data("point", [{x: theta[0], y: theta[1]}]);
     view.data("arrows", arrows(theta, shown.names.filter(name => norm(found[name])).map(name => {
@@ -277,7 +277,10 @@ async function compare() {
       off: !shown.has(name), cells: [[[angle(vector, exact)], `${fixed(angle(vector, exact), 1)}°`],
         [[error(vector, exact)], precise(error(vector, exact))], [vector, precise(norm(vector))],
         [ways[name].at(-1), ended(ways[name].at(-1), optima[lam.index])]]})));
-    bias_map(lams.map((_, l) => steps.map((_, k) => error(vector(of.value, node, l, k), vector("exact", node, l)))));
+    bias_map(lams.map(l => {
+      const goal = meta_gradient("exact", tasks, theta, {...at, lam: l});
+      return steps.map(k => error(meta_gradient(of.value, tasks, theta, {...at, lam: l, steps: k}), goal));
+    }));
   });
   /** The relative error of one method, by λ and K. */
   function bias_map(errors) {
@@ -295,16 +298,17 @@ async function compare() {
   const lam = slider(here, "lam", "λ, strength of the proximal term", lams, 0.25);
   const inner = slider(here, "steps", "K, inner steps", steps, 10);
   const nu = slider(here, "nu", "ν, perturbation (FO-B-MAML)", nus, 0.1);
-  const t1 = slider(here, "theta1", "θ₁ (w₁)", axes[0], 2, two);
-  const t2 = slider(here, "theta2", "θ₂ (w₂)", axes[1], 1.5, two);
+  const [along1, along2] = axes.map(axis => range(axis[0], 0.01, Math.round((axis.at(-1) - axis[0]) / 0.01) + 1));
+  const t1 = slider(here, "theta1", "θ₁ (w₁)", along1, 2, two);
+  const t2 = slider(here, "theta2", "θ₂ (w₂)", along2, 1.5, two);
   const true_length = checkbox(here.form, here.redraw, "compare-lengths", ["lengths as they are (to three times the exact one)"], false);
-  const of = element("select", {id: "compare-of"}, ...Object.keys(vectors).filter(name => name !== "exact").map(name =>
+  const of = element("select", {id: "compare-of"}, ...others.map(name =>
     element("option", {value: name}, looks[name].label)));
   of.value = "symmetric";
   of.addEventListener("change", here.redraw);
   here.form.append(element("label", {for: of.id}, "Map of the bias: ", of));
   const downhill = checkbox(here.form, here.redraw, "compare-paths", ["paths downhill, each to its end"], true);
-  const shown = switches(here, ["exact", ...Object.keys(vectors).filter(name => name !== "exact")]);
+  const shown = switches(here, ["exact", ...others]);
   view = await draggable(here, plane(axes.map(axis => [axis[0], axis.at(-1)]), nodes, ["θ₁", "θ₂"]), t1, t2);
   await here.redraw();
 }
@@ -362,6 +366,107 @@ async function tradeoff() {
   await here.redraw();
 }
 
+/** Curves and points that follow the pointer: `picked` is where it is, and whether it has just come down. */
+function regression(low, high) {
+  const at = {x: {scale: "x", field: "x"}, y: {scale: "y", field: "y"}};
+  return {
+    $schema: "https://vega.github.io/schema/vega/v6.json", width: 400, height: 400, autosize: "pad",
+    signals: [{name: "picked", value: null, on: [{
+      events: "@surface:pointerdown, [@surface:pointerdown, window:pointerup] > window:pointermove!",
+      update: "{at: [invert('x', x()), invert('y', y())], down: event.type === 'pointerdown'}"}]}],
+    data: [{name: "curves"}, {name: "points"}],
+    scales: [{name: "x", domain: [-5, 5], range: "width", zero: false}, {name: "y", domain: [low, high], range: "height"}],
+    axes: [{scale: "x", orient: "bottom", title: "x", tickCount: 5}, {scale: "y", orient: "left", title: "y", tickCount: 5}],
+    marks: [{type: "group", name: "surface", clip: true,
+      encode: {update: {width: {signal: "width"}, height: {signal: "height"}, fill: {value: "transparent"}}},
+      marks: [
+        {type: "group", from: {facet: {name: "curve", data: "curves", groupby: "name"}}, aria: false, interactive: false,
+          marks: [{type: "line", from: {data: "curve"}, aria: false, interactive: false, encode: {update: {...at,
+            stroke: {field: "colour"}, strokeWidth: {field: "wide"}, strokeDash: {field: "dash"}}}}]},
+        {type: "symbol", from: {data: "points"}, aria: false, interactive: false, encode: {update: {...at,
+          fill: {value: "var(--paper)"}, stroke: {value: "currentColor"}, strokeWidth: {value: 2}, size: {value: 80}}}}]}]};
+}
+
+async function sinusoid() {
+  const {sizes, settings, test_loss} = data.sinusoid, UNTRAINED = "untrained", MOST = 50, names = Object.keys(data.sinusoid.parameters);
+  const starts = Object.fromEntries(names.map(name => [name, Float64Array.from(unpack(data.sinusoid.parameters[name]))]));
+  looks[UNTRAINED] = {...looks.exact, name: UNTRAINED, label: "not meta-trained", dash: [2, 3]};
+  const along = range(-5, 0.1, 101), places = range(0, 1, 20).map(i => -5 + 10 * ((0.31 + i * 0.618034) % 1));
+  const sine = x => amplitude.value * Math.sin(x - phase.value), curve = f => along.map(x => [x, f(x)]);
+  const looked = [...range(0, 1, 11), ...range(12, 2, 20)];  // steps at which the distance is drawn
+  let points, paths, distances, wanted, held, fits, falls;
+  /** The points of the curve chosen, which starts all adaptations anew. */
+  function scatter() {
+    points = places.slice(0, count.value).map(x => [x, sine(x)]);
+    begin();
+  }
+  function begin() {
+    paths = Object.fromEntries(names.map(name => [name, [starts[name]]]));
+    distances = Object.fromEntries(names.map(name => [name, []]));
+  }
+  /** A network's parameters after k steps; those before are kept. */
+  function adapted(name, k) {
+    const path = paths[name];
+    while (path.length <= k) path.push(descent_step(path.at(-1), sizes, points, lr.value));
+    return path[k];
+  }
+  const away = (name, k, goal) => distances[name][k] ??= mean_squared(adapted(name, k), sizes, goal);
+  const here = panel("sinusoid", async () => {
+    const setting = [amplitude, phase, count, lr].map(control => control.value).join();
+    if (setting !== wanted) scatter();
+    wanted = setting;
+    const goal = curve(sine), xy = ([x, y], more) => ({x, y, ...more});
+    fits.data("curves", [
+      ...goal.map(point => xy(point, {name: "sine", colour: "currentColor", wide: 1.5, dash: [6, 4]})),
+      ...shown.names.flatMap(name => curve(x => network(adapted(name, inner.value), sizes, x).value).map(point => (
+        xy(point, {...looks[name], wide: 2}))))]);
+    fits.data("points", points.map(point => xy(point)));
+    falls.data("curves", shown.names.flatMap(name => looked.map(k => (
+      {x: k, y: away(name, k, goal), method: name}))).filter(({y}) => Number.isFinite(y)));
+    falls.data("now", [{x: inner.value}]);
+    await Promise.all([fits.runAsync(), falls.runAsync()]);
+    here.section.dataset.points = JSON.stringify(points);
+    here.section.querySelector("caption").textContent = `Mean squared distance after ${inner.value} steps`;
+    tabulate(here.section, names.map(name => ({id: name, label: marked(looks[name]), off: !shown.has(name),
+      cells: [mean_squared(adapted(name, inner.value), sizes, points), away(name, inner.value, goal)].map(x => [[x], precise(x)])})));
+  });
+  const inner = slider(here, "steps", "K, steps of adaptation", range(0, 1, MOST + 1), 5);
+  const lr = slider(here, "lr", "η, their length", [0.002, 0.005, 0.01, 0.02], settings.inner_lr);
+  const amplitude = slider(here, "amplitude", "a, amplitude", range(0.1, 0.1, 50), 3);
+  const phase = slider(here, "phase", "b, phase", range(0, 0.05, 64), 1, two);
+  const count = slider(here, "count", "points", range(1, 1, 20), 10);
+  const again = element("button", {type: "button", id: "sinusoid-again"}, "Points back to the curve");
+  again.addEventListener("click", () => { scatter(); here.redraw(); });
+  here.form.append(again);
+  const shown = switches(here, names);
+  const tested = (name, k) => `${looks[name].label} ${two(test_loss[name][k])}`;
+  document.getElementById("sinusoid-tested").textContent = `Trained for ${settings.inner_steps} steps of length ` +
+    `${settings.inner_lr} or, Reptile, twice as many of twice that. On ${settings["eval.tasks"]} new sinusoids with ` +
+    `${settings["dataset.shots"]} points each, the loss after 5 steps ` +
+    `is: ${names.map(name => tested(name, 5)).join(", ")}; after 50: ${names.map(name => tested(name, 50)).join(", ")}.`;
+  fits = await embed(here.plots[0], regression(-6, 6), square);
+  here.plots[0].classList.add("draggable");
+  fits.addSignalListener("picked", (_, {at, down}) => {
+    const [x, y] = at.map((z, k) => Math.max([-5, -6][k], Math.min([5, 6][k], z)));
+    if (down) held = points.reduce((best, [u, v], i) => (u - x) ** 2 + (v - y) ** 2 < (points[best][0] - x) ** 2 +
+      (points[best][1] - y) ** 2 ? i : best, 0);
+    points[held] = [x, y];
+    begin();
+    here.redraw();
+  });
+  const axis = (field, title, scale, more) => ({field, type: "quantitative", title, scale, axis: more});
+  const steps = axis("x", "steps of adaptation", {domain: [0, MOST], nice: false}, {tickCount: 6, grid: false});
+  falls = await embed(here.plots[1], {
+    $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: 400, height: 220, autosize: FIT, layer: [
+      {data: {name: "curves", values: []}, mark: {type: "line", aria: false, clip: true, strokeWidth: 2}, encoding: {x: steps,
+        y: axis("y", "squared distance", {type: "log", domain: [1e-3, 30], nice: false}, POWERS),
+        ...Object.fromEntries([["stroke", "colour"], ["strokeDash", "dash"]].map(([channel, of]) => [channel, {field: "method",
+          legend: null, scale: {domain: names, range: names.map(name => looks[name][of])}}]))}},
+      {data: {name: "now", values: []}, mark: {type: "rule", aria: false, stroke: "currentColor", strokeDash: [2, 3]},
+        encoding: {x: steps}}]}, wide);
+  await here.redraw();
+}
+
 async function measured() {
   const charts = data.measured, views = [];
   const here = panel("measured", async () => {
@@ -413,5 +518,5 @@ async function measured() {
   await here.redraw();
 }
 
-await Promise.all([curvature(), compare(), tradeoff(), measured()]);
+await Promise.all([curvature(), compare(), tradeoff(), sinusoid(), measured()]);
 document.documentElement.dataset.ready = "true";

@@ -51,11 +51,16 @@ def method(name: str) -> Method:
     return METHODS.get(name, Method(name, "#777777", "X"))
 
 
-def new_figure(columns: int = 1, width_in: float = 3.5, height_in: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """A figure for a paper's column (3.5 in) or two (7 in), 8-point type; needs no display."""
+def new_figure(
+    columns: int = 1, width_in: float = 3.5, height_in: float = 2.6, rows: int = 1, **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure for a paper's column (3.5 in) or two (7 in), 8-point type, its axes line by line; needs no display.
+
+    ``shared``: ``sharex`` and ``sharey`` of matplotlib's ``subplots``.
+    """
     figure = Figure(figsize=(width_in, height_in), layout="constrained", dpi=200)
     FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
     for ax in axes:
         ax.tick_params(labelsize=8)
         ax.xaxis.label.set_fontsize(8)
