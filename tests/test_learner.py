@@ -10,7 +10,7 @@ from torch import nn
 import fobmaml
 from fobmaml import Learner, TaskBatch
 from fobmaml.engine.activations import ACTIVATIONS
-from fobmaml.engine.losses import CrossEntropy, Loss, Part
+from fobmaml.engine.losses import CrossEntropy, Loss, Part, SquaredError
 from fobmaml.estimators import FOMAML, IMAML, MAML, Central, Forward, Reptile, Symmetric, estimate
 from fobmaml.models import MLP, CNN1d
 from fobmaml.solvers import GradientDescent, InnerProblem
@@ -53,16 +53,20 @@ def test_rows_equal_the_module(make, length, engine):
             torch.testing.assert_close(product(v)[r], wanted, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("loss_fn", [F.cross_entropy, F.mse_loss, F.l1_loss, lambda o, y: F.cross_entropy(o, y)])
+SQUARES = (F.mse_loss, nn.MSELoss(), nn.MSELoss(reduction="sum"))
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, *SQUARES, F.l1_loss, lambda o, y: F.cross_entropy(o, y)])
 def test_row_losses_are_the_loss_function(loss_fn):
     g = torch.Generator().manual_seed(0)
     outputs = torch.randn(3, 7, 5, generator=g, dtype=torch.float64)
     targets = torch.randint(5, (3, 7), generator=g)
-    if loss_fn in (F.mse_loss, F.l1_loss):
+    if loss_fn in (*SQUARES, F.l1_loss):
         targets = torch.randn(3, 7, 5, generator=g, dtype=torch.float64)
     factor = torch.tensor([0.5, -0.5, 2.0], dtype=torch.float64)
     loss = Loss(loss_fn).rows(targets, [Part(slice(2), 1.0), Part(slice(2, None), factor)])
     assert isinstance(loss, CrossEntropy) == (loss_fn is F.cross_entropy)
+    assert isinstance(loss, SquaredError) == (loss_fn in SQUARES)
 
     def wanted(o):
         return torch.stack(
@@ -76,6 +80,19 @@ def test_row_losses_are_the_loss_function(loss_fn):
     tangent = torch.randn(outputs.shape, generator=g, dtype=torch.float64)
     hessian_product = torch.func.grad(lambda o: (gradient(o) * tangent).sum())(outputs)  # a Hessian is symmetric
     torch.testing.assert_close(along(tangent), hessian_product, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_squared_errors_of_other_shapes_and_dtypes_are_torchs():
+    targets, part = torch.randn(2, 4, dtype=torch.float64), [Part(slice(None), 1.0)]
+    loss = Loss(F.mse_loss)
+    for outputs in (torch.randn(2, 4, 1, dtype=torch.float64), torch.randn(2, 4)):
+        wanted = torch.stack([F.mse_loss(o, y) for o, y in zip(outputs, targets, strict=True)])
+        rows = loss.rows(targets, part)
+        torch.testing.assert_close(rows(outputs), wanted.to(outputs.dtype), check_dtype=False)
+        leaf = outputs.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(sum(F.mse_loss(o, y) for o, y in zip(leaf, targets, strict=True)), leaf)
+        torch.testing.assert_close(rows.linearize(outputs)[0], gradient)
 
 
 def test_ignored_targets_stay_ignored():

@@ -1,7 +1,8 @@
 """The loss of every row: its value, its gradient with respect to the outputs, and that gradient's derivative.
 
 ``Loss`` wraps the caller's function. ``RowLoss`` applies it to targets [R, N, ...], of which a row may weigh parts
-differently: support examples once, query examples ν times. ``CrossEntropy`` is the same in closed form.
+differently: support examples once, query examples ν times. ``CrossEntropy`` and ``SquaredError`` are the same in closed
+form.
 """
 
 import copy
@@ -249,18 +250,51 @@ class CrossEntropy(RowLoss):
         )
 
 
+class SquaredError(RowLoss):
+    """The same for mean squared errors, or sums of them, without vmap and autograd. Outputs of another shape or dtype
+    than the targets' are torch's to broadcast."""
+
+    def __init__(self, loss: "Loss", targets: Tensor, parts: Sequence[Part], mean: bool):
+        super().__init__(loss, targets, parts)
+        self.mean = mean
+
+    def _fits(self, outputs: Tensor) -> bool:
+        return outputs.shape == self.targets.shape and outputs.dtype == self.targets.dtype
+
+    def _weights(self) -> Tensor:
+        """What each example's squares count, [R, N, 1, ...]."""
+        weights = self.targets.new_zeros(*self.targets.shape[:2], *[1] * (self.targets.dim() - 2))
+        for part in self.parts:
+            factor = (
+                part.factor.view(-1, *[1] * (weights.dim() - 1)) if isinstance(part.factor, Tensor) else part.factor
+            )
+            weights[:, part.examples] += factor / (self.targets[0, part.examples].numel() if self.mean else 1)
+        return weights
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        squares = (outputs - self.targets).square() if self._fits(outputs) else None
+        return super().__call__(outputs) if squares is None else (squares * self._weights()).flatten(1).sum(1)
+
+    def linearize(self, outputs: Tensor, second_order: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        if not self._fits(outputs):
+            return super().linearize(outputs, second_order)
+        twice = 2.0 * self._weights()
+        return (outputs.detach() - self.targets) * twice, lambda t: t * twice
+
+
 class Loss:
     """A loss function, and how its rows are computed: by the fastest way that gives what it gives row by row.
 
     A cross-entropy of class indices (``F.cross_entropy``, or ``nn.CrossEntropyLoss`` unless it has class weights and
-    smoothing at once) is written out. Others go through ``torch.func.vmap`` where the first rows agree: ``batched``, by
-    the losses of the parts.
+    smoothing at once) and a squared error (``F.mse_loss``, ``nn.MSELoss``) are written out.
+    Others go through ``torch.func.vmap`` where the first rows agree: ``batched``, by the losses of the parts.
     """
 
     def __init__(self, loss_fn: LossFn):
         if not callable(loss_fn):
             raise refuse("loss_fn", type(loss_fn).__name__, "a function (outputs, targets) -> mean loss")
         self.loss_fn, self._options = loss_fn, _cross_entropy_options(loss_fn)
+        self._squares = _reduction_of_squares(loss_fn)
         self.batched: dict[tuple[Loss, ...], bool] = {}
 
     def to(self, dtype: torch.dtype) -> LossFn:
@@ -280,6 +314,8 @@ class Loss:
                 filled = targets if mask is None else targets.masked_fill(~mask, self._options.ignore_index)
                 return _padded(CrossEntropy(self, filled, parts, self._options), mask)
             targets = targets.long()
+        if self._squares and mask is None and targets.is_floating_point():
+            return SquaredError(self, targets, parts, self._squares == "mean")
         return _padded(RowLoss(self, targets, parts, mask), mask)
 
 
@@ -300,6 +336,13 @@ def _cross_entropy_options(loss_fn: LossFn) -> Options | None:
     if loss_fn.reduction == "none" or (loss_fn.weight is not None and loss_fn.label_smoothing):
         return None
     return Options(loss_fn.weight, loss_fn.ignore_index, loss_fn.reduction, loss_fn.label_smoothing)
+
+
+def _reduction_of_squares(loss_fn: LossFn) -> str | None:
+    """How a squared error is reduced, mean or sum; None for another loss."""
+    plain = type(loss_fn) is nn.MSELoss and not (loss_fn._forward_hooks or loss_fn._forward_pre_hooks)
+    found = "mean" if loss_fn is F.mse_loss else getattr(loss_fn, "reduction", None) if plain else None
+    return found if found in ("mean", "sum") else None
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
