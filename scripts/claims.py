@@ -339,7 +339,7 @@ CLAIMS = [
     ),
     Claim(
         "Longer inner loops",
-        "The same at every number of inner steps, at the settings tuned for ten.",
+        "The same at every number of inner steps, at the settings of the accuracy table but for that.",
         f"At each number of inner steps: {LEVEL[0].lower()}{LEVEL[1:]}",
         "inner_steps",
         inner_steps,

@@ -36,10 +36,6 @@ TRAINING = "eval.every=20 eval.validation_tasks=50 bias.every=0"
 PARTS = f"bias_parts.tasks=2 bias_parts.every=20 eval.tasks=50 {TRAINING}"
 EXPERIMENTS = {
     "verify": "",
-    "tuning_adam": f"steps=30 optimizer.lr=0.003 solver.lr=0.1 {TRAINING}",
-    "tuning_sngdm": f"steps=30 optimizer.lr=0.1,0.3 solver.lr=0.1 {TRAINING}",
-    "tuning_clipped": f"steps=30 optimizer.lr=0.1 {TRAINING}",
-    "tuning_long": f"steps=30 {TRAINING}",
     "accuracy": f"steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
     "accuracy_1shot": f"tuned=symmetric,maml steps=60 seed=10,11 eval.tasks=100 {TRAINING}",
     "accuracy_budget": f"tuned=symmetric,maml budget=400000 meta_batch=2 seed=10,11 eval.tasks=100 {TRAINING}",
@@ -47,7 +43,7 @@ EXPERIMENTS = {
     "parts_adam": f"steps=30 seed=0 optimizer.lr=0.003 eval.tasks=50 {TRAINING}",
     "parts_sngdm_zero": f"steps=30 seed=0 optimizer.lr=0.3 eval.tasks=50 {TRAINING}",
     "parts_adam_zero": f"steps=30 seed=0 optimizer.lr=0.003 eval.tasks=50 {TRAINING}",
-    "inner_steps": f"steps=60 seed=0,1 solver.steps=5,10 eval.tasks=100 {TRAINING}",
+    "inner_steps": f"tuned=symmetric,maml steps=60 seed=0,1 solver.steps=5,10 eval.tasks=100 {TRAINING}",
     "memory": "width=25,100,250 solver.steps=10",
     "memory_steps": "solver.steps=1,10,50",
     "memory_depth": "depth=2,6",

@@ -3,6 +3,7 @@ whether it is up to date)."""
 
 import json
 import os
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,6 @@ from drawing import Missing, Row, folder_given, groups, load, settings
 
 from fobmaml.files import write_text
 from fobmaml.run.plotting import method
-
-TUNING = ("tuning_adam", "tuning_sngdm", "tuning_clipped")
 
 
 @dataclass(frozen=True)
@@ -31,20 +30,23 @@ class InFolder:
 
 
 def tuning(folder: Path) -> str:
+    """What was tried for each method, and the settings that were chosen."""
     try:
-        rows = [row for table in TUNING for row in load(folder, table)]
+        rows = load(folder, "tuning", "python scripts/tune.py")
     except Missing as missing:
         return f"Not measured: {missing}."
     lines = [
-        "| method | trials | failed | best on validation tasks | outer steps | inner lr |",
+        "| experiment | method | runs | diverged | chosen, on validation tasks | its settings |",
         "|---|---|---|---|---|---|",
     ]
-    for name, found in groups(rows, "estimator").items():
-        best = max((row for row in found if row["val/accuracy"] is not None), key=lambda row: row["val/accuracy"])
+    for (experiment, name), found in groups(rows, "experiment", "estimator").items():
+        chosen = [row for row in found if row["chosen"] == "true"]
+        if not chosen:
+            continue
+        diverged = sum(row["diverged"] == "true" for row in found)
         lines.append(
-            f"| {method(name).label} | {len(found)} | {sum(row['status'] == 'failed' for row in found)} | "
-            f"{100 * best['val/accuracy']:.1f} % | {best['optimizer']}, lr "
-            f"{best['optimizer.lr']:g} | {best['solver.lr']:g} |"
+            f"| {experiment} | {method(name).label} | {len(found)} | {diverged} | "
+            f"{100 * statistics.fmean(row['accuracy'] for row in chosen):.1f} % | {chosen[0]['settings']} |"
         )
     return "\n".join(lines)
 
@@ -86,8 +88,8 @@ def page(folder: Path) -> str:
         + "\n".join(verdicts)
         + "\n\n"
         + "\n".join(sections)
-        + "\n## Tuning\n\nThe same trials for every method, on validation tasks, one seed, "
-        f"{', '.join(f'[{t}.csv]({t}.csv)' for t in TUNING)}.\n\n"
+        + "\n## Tuning\n\nThe same trials for every method, on validation tasks, by the rule that stands in "
+        "[tune.py](../scripts/tune.py); every trial is in [tuning.csv](tuning.csv).\n\n"
         + tuning(folder)
         + "\n\n## What it took\n\n"
         + costs(folder)
