@@ -9,12 +9,13 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +182,11 @@ def stopping_too(running: Mapping[str, subprocess.Popen[bytes]]) -> Iterator[Non
         signal.signal(signal.SIGTERM, before)
 
 
-def method_of(choices: Mapping[str, Any]) -> str:
-    """As it is named in tables: by what was tuned, whatever for, or by the estimator."""
-    return str(choices.get("tuned") or choices["estimator"]).removesuffix("_1shot").removesuffix("_budget")
+def method_of(run: str, summary: Mapping[str, Any]) -> str:
+    """As it is named in tables: by what was tuned, whatever for, as the job's name says, or by the estimator."""
+    tuned = re.search(r"(?:^|,)tuned=([^,]+)", run)
+    name = tuned[1] if tuned else str(summary["choices"]["estimator"])
+    return name.removesuffix("_1shot").removesuffix("_budget")
 
 
 def of_a_curve(key: str) -> bool:
@@ -222,7 +225,7 @@ def collect(name: str, folder: Path, results: Path) -> None:
         [
             {
                 "run": run,
-                "estimator": method_of(summary["choices"]),
+                "estimator": method_of(run, summary),
                 **{key: settings[run].get(key) for key in varied},
                 "status": summary["status"],
                 "step": summary["step"],
@@ -236,7 +239,7 @@ def collect(name: str, folder: Path, results: Path) -> None:
     curves = [
         {
             "run": run,
-            "estimator": method_of(summary["choices"]),
+            "estimator": method_of(run, summary),
             **{key: settings[run].get(key) for key in varied},
             **event,
         }
@@ -249,7 +252,7 @@ def collect(name: str, folder: Path, results: Path) -> None:
             key for row in curves for key in row if key in ("run", "estimator", "step", *varied) or of_curves(key)
         )
         write_csv(results / f"{name}_curves.csv", [{key: row.get(key) for key in columns} for row in curves])
-    if parts := by_example(runs.values()):
+    if parts := by_example(runs):
         write_csv(results / f"{name}_examples.csv", parts)
     first = settings[next(iter(settings))]
     write_json(
@@ -267,14 +270,14 @@ def collect(name: str, folder: Path, results: Path) -> None:
     print(f"{results.name}/{name}.csv: {len(runs)} jobs" + f", {failed} of them failed" * bool(failed))
 
 
-def by_example(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def by_example(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each test example what it gives to a method's mean accuracy over its runs, in points, so that a method's
     column adds up to it; a run that diverged counts at chance. Empty where the runs did not ask for it."""
     shares: dict[str, list[list[float] | None]] = {}
-    for run in runs:
-        counts = [float(count) for count in (run.get(RIGHT) or "").split()]
-        share = [100 * run["test/accuracy"] * count / sum(counts) for count in counts] or None
-        shares.setdefault(method_of(run["choices"]), []).append(share)
+    for run, summary in runs.items():
+        counts = [float(count) for count in (summary.get(RIGHT) or "").split()]
+        share = [100 * summary["test/accuracy"] * count / sum(counts) for count in counts] or None
+        shares.setdefault(method_of(run, summary), []).append(share)
     examples = max(len(share or ()) for found in shares.values() for share in found)
     return [
         {

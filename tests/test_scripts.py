@@ -108,6 +108,17 @@ def test_a_sweep_goes_on_after_a_failed_job(run_train, tmp_path):
     assert rows[0.1]["status"] == "completed"
 
 
+def test_a_run_is_named_by_what_was_tuned_and_a_stopped_one_is_at_chance_in_every_example():
+    one = {"choices": {"estimator": "maml"}, "test/accuracy": 0.75, "test/right": "6 3 0 0"}
+    runs = {"seed=1,tuned=maml_plus_1shot": one, "seed=2,tuned=maml_plus_1shot": {"choices": {"estimator": "maml"}}}
+    assert reproduce.method_of("seed=1,tuned=maml_plus_1shot", one) == "maml_plus"
+    assert reproduce.method_of("seed=1,width=4", one) == "maml"
+    found = [row["maml_plus"] for row in reproduce.by_example(runs)]
+    assert found == pytest.approx([27.5, 15.0, 2.5, 2.5])  # of 50 and 25 points, and of 20 in equal parts
+    assert sum(found) == pytest.approx((75 + 20) / 2)
+    assert reproduce.by_example({"seed=2": {"choices": {"estimator": "maml"}}}) == []
+
+
 def test_a_missing_table_is_named_with_what_makes_it(tmp_path):
     done = _script("figure_time.py", tmp_path)
     assert done.returncode == 1
