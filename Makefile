@@ -49,7 +49,7 @@ figures: setup ## redraw every figure, and the tables of the READMEs, from resul
 reproduce: setup ## run the experiments behind results/ again (what is complete is not run twice), then draw; FAST=1: small ones
 	@$(if $(FAST)$(ARGS),,$(BIN)/python scripts/tune.py)
 	@$(BIN)/python scripts/reproduce.py $(if $(FAST),--fast) $(ARGS)
-	@$(if $(FAST),cp results/bench.csv outputs/fast/)
+	@$(if $(FAST),cp results/bench.csv results/nu_rule.csv results/race_curves.csv outputs/fast/)
 	@$(BIN)/python scripts/figures.py $(if $(FAST),outputs/fast)
 
 verify: setup ## run a little of the experiments again and compare it with results/

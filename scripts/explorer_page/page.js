@@ -393,7 +393,7 @@ async function sinusoid() {
   looks[UNTRAINED] = {...looks.exact, name: UNTRAINED, label: "not meta-trained", dash: [2, 3]};
   const along = range(-5, 0.1, 101), places = range(0, 1, 20).map(i => -5 + 10 * ((0.31 + i * 0.618034) % 1));
   const sine = x => amplitude.value * Math.sin(x - phase.value), curve = f => along.map(x => [x, f(x)]);
-  const looked = [...range(0, 1, 11), ...range(12, 2, 20)];  // steps at which the distance is drawn
+  const looked = [...range(0, 1, 6), 7, 10, 13, 16, ...range(20, 5, 7)];  // steps at which the distance is drawn
   let points, paths, distances, wanted, held, fits, falls;
   /** The points of the curve chosen, which starts all adaptations anew. */
   function scatter() {
