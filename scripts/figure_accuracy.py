@@ -6,36 +6,33 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from drawing import Row, draw_alone, groups, load, save, settings, style
+from drawing import Row, draw_alone, groups, load, save, style
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from statistics_of_runs import CHANCE, interval, of_examples
-from tables import points, stopped, work
+from tables import Comparison, comparisons, points, stopped, work
 
 from fobmaml.run.plotting import method, new_figure
 
+CURVES = ("accuracy_curves", "accuracy_budget_curves")
+
 
 def draw(folder: Path) -> None:
-    by_steps, by_work = load(folder, "accuracy"), load(folder, "accuracy_budget")
-    names = list(reversed([*groups(by_steps, "estimator")]))
-    common, budget = settings(folder, "accuracy"), settings(folder, "accuracy_budget")["budget"]
-    figure, (left, middle, right) = new_figure(columns=3, width_in=7.0, height_in=3.4)
-    for ax, rows, table, title in (
-        (left, by_steps, "accuracy", f"{common['steps']} meta-steps of {common['meta_batch']} tasks"),
-        (middle, by_work, "accuracy_budget", f"{budget / 1e6:g} million example-gradients"),
-    ):
-        each_run(ax, rows, load(folder, f"{table}_examples"), names)
-        ax.set_title(title, fontsize=8)
-    left.set_yticks(range(len(names)), [method(name).label for name in names])
-    middle.set_yticks(range(len(names)), [])
-    along_the_way(right, load(folder, "accuracy_budget_curves", columns=("work/example_gradients",)))
+    compared = comparisons(folder)
+    names = list(reversed(compared[0].methods()))
+    figure, (*axes, right) = new_figure(columns=len(compared) + 1, width_in=7.0, height_in=3.4)
+    for ax, each in zip(axes, compared, strict=True):
+        each_run(ax, each, names)
+        ax.set_title(each.heading, fontsize=8)
+        ax.set_yticks(range(len(names)), [method(name).label for name in names] if ax is axes[0] else [])
+    along_the_way(right, load(folder, CURVES[len(compared) - 1], columns=("work/example_gradients",)))
     right.set_title("median run by its work so far", fontsize=8)
     save(figure, folder, "accuracy")
 
 
-def each_run(ax: Axes, rows: list[Row], examples: list[Row], names: list[str]) -> None:
+def each_run(ax: Axes, compared: Comparison, names: list[str]) -> None:
     """A point a run; a bar for the mean and its interval."""
-    for name, found in groups(rows, "estimator").items():
+    for name, found in compared.methods().items():
         place, look = names.index(name), method(name)
         accuracies, whole = points(found), {row["seed"]: not stopped(row) for row in found}
         for number, (seed, accuracy) in enumerate(sorted(accuracies.items())):
@@ -44,12 +41,12 @@ def each_run(ax: Axes, rows: list[Row], examples: list[Row], names: list[str]) -
                 place + 0.3 * (2 * number / max(len(accuracies) - 1, 1) - 1),
                 marker=look.marker if whole[seed] else "x",
                 color=look.colour,
-                markersize=2.5 if whole[seed] else 5.0,
+                markersize=3.0 if whole[seed] else 5.0,
                 alpha=0.6 if whole[seed] else 1.0,
                 markeredgewidth=0.6 if whole[seed] else 1.2,
                 linestyle="none",
             )
-        mean, half = interval([*accuracies.values()], of_examples([row[name] for row in examples]))
+        mean, half = interval([*accuracies.values()], of_examples([row[name] for row in compared.examples]))
         ax.errorbar(
             mean, place, xerr=half, color="#D62728", capsize=2.5, elinewidth=1.0, marker="|", markersize=9, zorder=3
         )

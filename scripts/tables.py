@@ -10,6 +10,7 @@ import re
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from drawing import RESULTS, Missing, Row, groups, load, parse, settings
@@ -27,48 +28,65 @@ PRODUCT = "matrix product"
 """The limit that times are compared with, where no loop of multiply-adds was compiled."""
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of every method that end alike: after as many meta-steps, or as much work. ``examples``: what each test
+    example gives to a method's mean accuracy."""
+
+    heading: str
+    rows: list[Row]
+    examples: list[Row]
+    budget: float | None
+
+    def methods(self) -> dict[str, list[Row]]:
+        return groups(self.rows, "estimator")
+
+
+def comparisons(folder: Path) -> list[Comparison]:
+    """By meta-steps, and, where it was measured, by work. Raises Missing."""
+    found = []
+    for name in ("accuracy", "accuracy_budget"):
+        if name == "accuracy" or (folder / f"{name}.csv").exists():
+            common = settings(folder, name)
+            budget = common.get("budget")
+            heading = f"{common.get('steps')} meta-steps of {common.get('meta_batch')} tasks"
+            if budget:
+                heading = f"{budget / 1e6:g} million example-gradients"
+            found.append(Comparison(heading, load(folder, name), load(folder, f"{name}_examples"), budget))
+    return found
+
+
 def accuracy(folder: Path) -> str:
     """At equal meta-steps and at equal work."""
-    rows, common = load(folder, "accuracy"), settings(folder, "accuracy")
-    equal, examples = load(folder, "accuracy_budget"), load(folder, "accuracy_examples")
-    equal_examples, budget = load(folder, "accuracy_budget_examples"), settings(folder, "accuracy_budget")["budget"]
-    by_work = groups(equal, "estimator")
+    common, compared = settings(folder, "accuracy"), comparisons(folder)
+    header = ["method"]
+    for each in compared:
+        header += [each.heading, "diverged", *["work, million example-gradients"] * (not each.budget)]
     lines = [
         f"MNIST-1D, 5-way 5-shot 15-query, CNN of width {common['width']}, {common['eval.tasks']} meta-test tasks; "
         "mean and 95 % interval over seeds and test examples, a run that diverged counted at chance "
-        f"({CHANCE:g} %); settings chosen by the same trials for each method on validation tasks, for each of the two "
-        "comparisons apart. The test classes were seen in training, the test examples were not.",
+        f"({CHANCE:g} %); settings chosen by the same trials for each method on validation tasks. The test classes "
+        "were seen in training, the test examples were not.",
         "",
-        f"| method | {common['steps']} meta-steps of {common['meta_batch']} tasks | diverged | work, million "
-        f"example-gradients | {budget / 1e6:g} million example-gradients | diverged |",
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(header)} |",
+        "|---" * len(header) + "|",
     ]
-    for name, found in groups(rows, "estimator").items():
-        others = by_work.get(name, [])
-        cells = [
-            method(name).label,
-            percent(found, examples),
-            diverged(found),
-            work_of(found),
-            percent(others, equal_examples) if others else "–",
-            diverged(others) if others else "–",
-        ]
+    for name in compared[0].methods():
+        cells = [method(name).label]
+        for each in compared:
+            found = each.methods().get(name, [])
+            cells += [percent(found, each.examples), diverged(found)] if found else ["–", "–"]
+            cells += [work_of(found)] * (not each.budget)
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"With as many meta-steps, {the_best(rows, examples)}. With as much work, "
-            f"{the_best(equal, equal_examples)}. {unsolved(rows)}",
-        ]
-    )
+    said = [f"With {each.heading}, {the_best(each.rows, each.examples)}." for each in compared]
+    return "\n".join([*lines, "", " ".join([*said, unsolved(compared[0].rows)])])
 
 
 def unsolved(rows: Sequence[Row]) -> str:
     """How far the estimates of symmetric are from the exact meta-gradient where they are trained with."""
     biases = [row["bias/relative_error"] for row in rows if row["estimator"] == "symmetric" and not stopped(row)]
     return (
-        f"The bias of {method('symmetric').label} in the former, at the end of training, is "
+        f"The bias of {in_words('symmetric')} at the end of these runs is "
         f"{statistics.median(biases):.2f} of the exact meta-gradient's norm: its inner steps do not solve the inner "
         "problem, and what it trains with is a weighted sum of query gradients along them."
     )
@@ -86,15 +104,20 @@ def the_best(rows: Sequence[Row], examples: Sequence[Row]) -> str:
         shared = of_examples([row[best] - row[name] for row in examples])
         mean, half = interval(differences, shared)
         if level(differences, MARGIN, shared) == Verdict.HOLDS:
-            level_with.append(method(name).label)
+            level_with.append(in_words(name))
         elif mean <= half:
-            not_told.append(method(name).label)
-    said = f"{method(best).label} has the highest mean"
+            not_told.append(in_words(name))
+    said = f"{in_words(best)} has the highest mean"
     if level_with:
         said += f", and within {MARGIN:g} points of it are {', '.join(level_with)}"
     if not_told:
         said += f"; {', '.join(not_told)} cannot be told from it"
     return said
+
+
+def in_words(name: str) -> str:
+    """A method's label within a sentence."""
+    return method(name).label.replace(",", "")
 
 
 def points(rows: Sequence[Row]) -> dict[float, float]:
