@@ -21,7 +21,7 @@ from sanitize_kernel import (
 from torch import Tensor
 
 from fobmaml.engine.images import ImageGradient
-from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape
+from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape, Sum, Take
 from fobmaml.engine.rows import RowGradient
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}
@@ -41,8 +41,13 @@ class Images(Description):
         def of(name: str | None) -> Tensor | None:
             return None if name is None else parameters[name]
 
+        results = [x]
         for node in self.layers:
             match node:
+                case Take(step):
+                    x = results[step + 1]
+                case Sum(step):
+                    x = x + results[step + 1]
                 case Conv(weight, bias, stride, padding):
                     if x.dim() == 4:
                         x = F.conv2d(x, parameters[weight], of(bias), stride, padding)
@@ -62,6 +67,7 @@ class Images(Description):
                     x = x.unflatten(1, shape)
                 case _:
                     x = x.flatten(1)
+            results.append(x)
         return x
 
 
@@ -79,6 +85,7 @@ class RandomImages(Random):
         for _ in range(self.randint(0, 3) if self.size else 0):
             self._convolution()
             self._rest()
+            self._branches()
         if self.size:
             self.nodes.append(Flatten())
             self.channels *= torch.Size(self.size).numel()
@@ -86,6 +93,7 @@ class RandomImages(Random):
         for _ in range(self.choice([0, 0, 1, 2])):
             self._linear()
             self._rest()
+            self._branches()
         self._linear()
         shapes = dict(self.sample(list(self.shapes.items()), len(self.shapes)))  # a row has them in any order
         return self.told(Images, self.nodes, shapes, x, self.channels)  # type: ignore[return-value]
@@ -132,6 +140,30 @@ class RandomImages(Random):
         if self.size and self.random() < 0.5:
             self.nodes.append(Pool(self.choice(["max", "average"]), *self._window(3)))
 
+    def _branches(self) -> None:
+        """Ways from the last result that keep its shape, one after another or into each other, and their sum."""
+        begin, ends = len(self.nodes) - 1, list[int]()
+        for _ in range(self.choice([0, 0, 2, 3])):
+            if ends:
+                self.nodes.append(Take(self.choice([begin, begin, ends[-1]])))
+            if not self.size:
+                self.nodes.append(Linear(*self._parameters((self.channels, self.channels), True)))
+            elif self.random() < 0.8:
+                one = len(self.size) == 1
+                kernel = [1, 1] if one else [2 * self.randint(0, 2) + 1, 2 * self.randint(0, 1) + 1]
+                weight, bias = self._parameters((self.channels, self.channels, *kernel[one:]), self.random() < 0.7)
+                self.nodes.append(Conv(weight, bias, (1, 1), (kernel[0] // 2, kernel[1] // 2), (1, 1), 1))
+            else:
+                self.nodes.append(Pool("average", (1, 1), (1, 1), (0, 0)))
+            if self.random() < 0.5:
+                self.nodes.append(Activate(self.choice(list(FUNCTIONS))))
+            ends.append(len(self.nodes) - 1)
+        for end in ends[:-1]:
+            self.nodes.append(Sum(end))
+        if ends and self.random() < 0.5:
+            self.nodes.append(Sum(begin))
+            self.nodes += [Activate(self.choice(list(FUNCTIONS)))] * self.randint(0, 1)
+
     def _tensor(self, d: Description, name: str) -> str | None:
         if name != "inputs":
             return super()._tensor(d, name)
@@ -168,12 +200,16 @@ class RandomImages(Random):
             [GroupNorm(1, None, None, 0.1), *nodes],
             [*nodes, *nodes[i : i + 1]],
             self._with(d, i, replace(nodes[i], weight=self.choice(named))),
+            *([*nodes, kind(step)] for kind in (Take, Sum) for step in (len(nodes), 2**62, -2)),
+            [*nodes, Take(0.0)],  # type: ignore[arg-type]
+            [*nodes[:i], Sum(-1), *nodes[i:]],
+            [*nodes, Activate("relu"), Take(len(nodes) - 1)],
         ]
         for kind in (Conv, Pool, GroupNorm):
             for j in (j for j, node in enumerate(nodes) if isinstance(node, kind)):
                 ways += [self._with(d, j, wrong) for wrong in self._wrong(nodes[j])]
         d.layers = self.choice(ways)
-        return "model, inputs, targets, kernel, stride, padding, groups, eps"
+        return "model, inputs, targets, kernel, stride, padding, groups, eps, step"
 
     def _wrong(self, node: Any) -> list[Any]:
         if isinstance(node, GroupNorm):

@@ -12,11 +12,14 @@ from torch.func import functional_call
 
 import fobmaml
 from fobmaml import Learner, TaskBatch
-from fobmaml.engine import images, library
+from fobmaml.engine import library
+from fobmaml.engine.described import Described, described
 from fobmaml.engine.images import FusedImages, ImageGradient
 from fobmaml.engine.losses import Loss, Part
-from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape
+from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape, Sum, Take
+from fobmaml.engine.trial import Trial
 from fobmaml.estimators import MAML, Symmetric, Tangent
+from fobmaml.models import ResNet12
 from fobmaml.solvers import GradientDescent
 
 NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", nn.GELU: "gelu"}
@@ -79,14 +82,15 @@ def _wanted(model: nn.Module, phi: torch.Tensor, x: torch.Tensor, targets: torch
     return torch.autograd.grad(loss, leaf)[0]
 
 
-def _check(model: nn.Sequential, x: torch.Tensor) -> ImageGradient:
+def _check(model: nn.Module, x: torch.Tensor, nodes: list[Node] | None = None) -> ImageGradient:
     """``x`` [R, N, ...]. Returns the kernel's gradient, whose numbers are autograd's."""
+    nodes = nodes or nodes_of(model)
     with torch.no_grad():
         classes = model.float()(x[0]).shape[1]
     rows, examples = x.shape[:2]
     targets, weights = torch.randint(classes, (rows, examples)), torch.rand(rows, examples)
     phi, before = _rows(model, rows), torch.randn(rows, sum(p.numel() for p in model.parameters()))
-    gradient = ImageGradient.of(nodes_of(model), _shapes(model), x, F.one_hot(targets, classes).float(), weights)
+    gradient = ImageGradient.of(nodes, _shapes(model), x, F.one_hot(targets, classes).float(), weights)
     found = torch.full_like(before, torch.nan)  # is not read
     gradient.add(phi, None, found, 0.0, 1.0)
     again = before.clone()
@@ -219,6 +223,91 @@ EDGES = {
 def test_edges(instructions, case):
     model, shape = EDGES[case]
     _check(model, torch.randn(shape))
+
+
+class Branches(nn.Module):
+    """The activated sum of what several modules give of the same."""
+
+    def __init__(self, *ways: nn.Module, then: nn.Module | None = None):
+        super().__init__()
+        self.ways, self.then = nn.ModuleList(ways), then or nn.Identity()
+
+    def forward(self, x):
+        return self.then(sum((way(x) for way in self.ways[1:]), self.ways[0](x)))
+
+
+def _conv(into: int, out: int, size: int = 3, **options) -> nn.Module:
+    return nn.Conv2d(into, out, size, padding=size // 2, **options)
+
+
+def _check_graph(model: nn.Module, x: torch.Tensor) -> ImageGradient:
+    nodes = Trial(Learner(model.float(), F.cross_entropy), "auto").nodes(x)
+    assert nodes is not None
+    return _check(model, x, nodes)
+
+
+GRAPHS = {
+    "residual": nn.Sequential(_conv(2, 6), Branches(nn.Identity(), _conv(6, 6)), nn.Flatten(), nn.Linear(180, 3)),
+    "residual, before norm and activation": nn.Sequential(
+        _conv(2, 6),
+        nn.SiLU(),
+        Branches(nn.Sequential(nn.GroupNorm(3, 6), nn.Tanh(), _conv(6, 6)), nn.Identity(), then=nn.GELU()),
+        Branches(nn.Identity(), nn.Sequential(nn.GroupNorm(2, 6), nn.SiLU()), then=nn.GroupNorm(1, 6)),
+        nn.Flatten(),
+        nn.Linear(180, 3),
+    ),
+    "ways from the inputs": nn.Sequential(
+        Branches(_conv(2, 5, 1), _conv(2, 5, 5, bias=False), nn.Sequential(_conv(2, 3), nn.Tanh(), _conv(3, 5))),
+        nn.AvgPool2d((5, 6)),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+    ),
+    "windows of all sizes on one signal": nn.Sequential(
+        _conv(2, 17),
+        Branches(_conv(17, 4), _conv(17, 4, 5), nn.Sequential(nn.AvgPool2d(3, 1, 1), _conv(17, 4, 1)), then=nn.SiLU()),
+        Branches(nn.MaxPool2d(2), nn.Conv2d(4, 4, 4, 2, 1), nn.AvgPool2d((2, 2)), then=nn.MaxPool2d(2, 1, 1)),
+        nn.Flatten(),
+        nn.Linear(4 * 3 * 4, 3),
+    ),
+    "an activation of what is taken again": nn.Sequential(
+        _conv(2, 4),
+        nn.GroupNorm(2, 4),
+        Branches(nn.Identity(), nn.Sequential(nn.SiLU(), _conv(4, 4)), nn.Tanh()),
+        Branches(nn.Identity(), nn.ReLU()),
+        nn.Flatten(),
+        nn.Linear(120, 3),
+    ),
+    "vectors": nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(60, 20),
+        Branches(nn.Identity(), nn.Sequential(nn.SiLU(), nn.Linear(20, 20)), then=nn.Tanh()),
+        nn.Linear(20, 3),
+    ),
+    "within each other": nn.Sequential(
+        _conv(2, 4),
+        Branches(
+            nn.Identity(),
+            Branches(nn.Identity(), nn.Sequential(nn.Tanh(), _conv(4, 4)), then=_conv(4, 4)),
+            then=nn.AvgPool2d(2),
+        ),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GRAPHS)
+def test_signals_that_are_taken_twice(instructions, case):
+    _check_graph(GRAPHS[case], torch.randn(2, 5, 2, 5, 6))
+
+
+def test_the_residual_network(instructions):
+    model = ResNet12((2, 9, 8), 3, width=4, depth=2)
+    gradient = _check_graph(model, torch.randn(2, 30, 2, 9, 8))
+    phi, x = _rows(model.float(), 2), gradient.data["inputs"]
+    torch.testing.assert_close(
+        gradient.outputs(phi), Learner(model, F.cross_entropy, "loop").outputs(phi, x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_equal_maxima_give_to_the_first_as_in_torch(instructions):
@@ -373,7 +462,7 @@ def test_an_engine_of_some_examples(instructions):
     x, y = torch.randn(2, 6, 1, 8, 8), torch.randint(5, (2, 6))
     loss = Loss(F.cross_entropy)
     engine = FusedImages(
-        images.described(nodes_of(model), learner, (1, 8, 8)), learner, x, loss.rows(y, [Part(slice(None), 1.0)])
+        described(nodes_of(model), learner, (1, 8, 8)), learner, x, loss.rows(y, [Part(slice(None), 1.0)])
     )
     order = torch.tensor([[1, 5], [0, 2]])
     some = engine.of_examples(order, [Part(slice(None), 1.0)])
@@ -419,6 +508,21 @@ WRONG_NODES = {
     "another shape in between": [CONV, Reshape((3, 4, 2)), Flatten(), LINEAR],
     "too many": [CONV, *[Activate("relu")] * library.MOST_LAYERS, Flatten(), LINEAR],
     "what is no node": [CONV, "flatten", LINEAR],
+    "what comes later": [CONV, Take(1), Flatten(), LINEAR],
+    "what is not there": [CONV, Take(-2), Flatten(), LINEAR],
+    "a sum of two shapes": [CONV, Flatten(), Sum(0), LINEAR],
+    "a sum with the inputs": [CONV, Sum(-1), Flatten(), LINEAR],
+    "a sum with itself": [CONV, Sum(0), Flatten(), LINEAR],
+    "nobody's result": [CONV, Activate("relu"), Take(0), Flatten(), LINEAR],
+    "an end that goes back": [CONV, Flatten(), LINEAR, Activate("relu"), Take(2)],
+    "inputs first": [Activate("relu"), Take(-1), *RIGHT],
+    "a padded pool of what others take": [
+        CONV,
+        Pool("max", (3, 3), (1, 1), (1, 1)),
+        Sum(0),
+        Flatten(),
+        LINEAR,
+    ],
 }
 
 
@@ -439,9 +543,9 @@ def _given(**changes) -> dict:
 @pytest.mark.parametrize("case", WRONG_NODES)
 def test_networks_that_the_kernel_does_not_know(instructions, case):
     network = Learner(_small(), F.cross_entropy)
-    assert images.described(RIGHT, network, (1, 3, 5))
-    assert not images.described(WRONG_NODES[case], network, (1, 3, 5))
-    with pytest.raises(ValueError, match=r"^(model|inputs|stride|padding|kernel|groups|eps)=.*: takes "):
+    assert described(RIGHT, network, (1, 3, 5))
+    assert not described(WRONG_NODES[case], network, (1, 3, 5))
+    with pytest.raises(ValueError, match=r"^(model|inputs|stride|padding|kernel|groups|eps|step)=.*: takes "):
         ImageGradient.of(**_given(nodes=WRONG_NODES[case]))
 
 
@@ -468,9 +572,9 @@ def test_what_does_not_fit_is_refused_by_name(instructions, change, says):
 
 def test_what_was_described_for_other_examples_is_refused(instructions):
     given = _given()
-    described = images.Described(given["nodes"], given["shapes"], (1, 3, 5))
+    network = Described(given["nodes"], given["shapes"], (1, 3, 5))
     with pytest.raises(ValueError, match=r"^inputs=\(2, 3, 1, 5, 3\): takes \[rows, examples, \*\(1, 3, 5\)\]"):
-        ImageGradient(described, given["x"].mT, given["targets"], given["weights"])
+        ImageGradient(network, given["x"].mT, given["targets"], given["weights"])
 
 
 @pytest.mark.parametrize(

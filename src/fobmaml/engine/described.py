@@ -1,0 +1,239 @@
+"""A network of nodes as the compiled kernel ``images.c`` takes it."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+
+from fobmaml.arguments import number, refuse, whole_number
+from fobmaml.engine import library
+from fobmaml.engine.network import Network
+from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape, Sum, Take
+from fobmaml.engine.rows import MOST_NUMBERS
+
+CONVOLUTION, NORM, MAXIMUM, AVERAGE, SUM = range(5)  # as in images.c
+ACTIVATIONS = ("identity", "silu", "relu", "tanh", "gelu")
+SIGNALS = 2**18
+"""Numbers in the signals of examples that a thread takes together: they stay in a processor's second cache (measured on
+images of 28 × 28 and 64 channels)."""
+FEWEST, ENOUGH, MOST = 3, 12, 48
+"""Examples taken together: with fewer, the weights are read for too little, and up to ENOUGH also at the signals'
+expense where these are few beside the parameters (measured on residual networks of 0.8 and 3 million)."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What goes from node to node: channels of height × width; ``flat``, if the network sees one vector. ``number``: as
+    images.c counts them, 0 for the inputs."""
+
+    channels: int
+    height: int = 1
+    width: int = 1
+    flat: bool = False
+    number: int = 0
+
+    @staticmethod
+    def of(shape: Sequence[int]) -> "Signal":
+        """Of an example's shape: [values], [channels, width] or [channels, height, width]."""
+        channels, height, width = (*shape, 1, 1)[:3] if len(shape) != 2 else (shape[0], 1, shape[1])
+        return Signal(channels, height, width, flat=len(shape) == 1)
+
+    @property
+    def numbers(self) -> int:
+        return self.channels * self.height * self.width
+
+
+class Described:
+    """``nodes`` as the kernel takes them, ``layers``, for examples of ``shape``, and ``classes``: how many outputs.
+
+    ``shapes``: of the parameters by name, in the order of a row; ``turned``: see ``Network``. Raises ValueError for
+    what the kernel does not know: a network that does not begin with a convolution or linear layer or does not end in
+    one vector, dilated and grouped convolutions, other activations than ``ACTIVATIONS``, parameters that are not taken
+    exactly once.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        shapes: Mapping[str, torch.Size],
+        shape: Sequence[int],
+        turned: Collection[str] = (),
+    ):
+        self.shape = tuple(shape)
+        *begins, self.parameters = accumulate((math.prod(each) for each in shapes.values()), initial=0)
+        self.starts = dict(zip(shapes, begins, strict=True))
+        self.shapes, self.unused, self.turned = shapes, set(shapes), turned
+        if not 1 <= len(shape) <= 3:
+            raise refuse("inputs", tuple(shape), "examples [values], [channels, length] or [channels, height, width]")
+        self.signal, self.entries = Signal.of(shape), list[library.Image]()
+        self.results = [self.signal]  # of the inputs, and of each node
+        self.again = {node.step for node in nodes if isinstance(node, Take | Sum)}  # whose results are taken again
+        for node in nodes:
+            self._add(node)
+            self.results.append(self.signal)
+        if self.unused or not self.signal.flat or self.signal.height * self.signal.width > 1 or not self.entries:
+            raise refuse("model", self._so_far(), f"nodes that take {', '.join(shapes)} and end in a vector")
+        self._check_graph()
+        self.classes = self.signal.channels
+        self.layers = (library.Image * len(self.entries))(*self.entries)
+
+    def _check_graph(self) -> None:
+        """Raises ValueError for what images.c does not expect."""
+        count = len(self.entries)
+        if self.entries[0].of or count > library.MOST_LAYERS:
+            raise refuse("model", self._so_far(), f"inputs taken first, and at most {library.MOST_LAYERS} nodes")
+        takers: dict[int, list[library.Image]] = {number: [] for number in range(count)}
+        for entry in self.entries:
+            for signal in (entry.of, entry.other) if entry.kind == SUM else (entry.of,):
+                takers[signal].append(entry)
+        if any(entry.kind != CONVOLUTION for entry in takers[0]):
+            raise refuse("model", self._so_far(), "inputs that convolutions alone take")
+        if self.signal.number != count or not all(takers.values()):
+            raise refuse("model", self._so_far(), "nodes of which the last one alone is taken by no other")
+        for entries in takers.values():  # the padding of others is zero
+            if len(entries) > 1 and any(e.kind == MAXIMUM and (e.pad_height or e.pad_width) for e in entries):
+                raise refuse("model", self._so_far(), "pools of largest values that share no signal, where padded")
+
+    @property
+    def _step(self) -> int:
+        """The number of the node that is being added."""
+        return len(self.results) - 1
+
+    def _result(self, step: int) -> Signal:
+        if whole_number("step", step, at_least=-1) >= self._step:
+            raise refuse("step", step, f"the number of a node before, up to {self._step - 1}")
+        return self.results[step + 1]
+
+    def _so_far(self) -> str:
+        return f"{len(self.entries)} nodes to {self.signal}"
+
+    def _place(self, name: str | None, *shapes: tuple[int, ...]) -> int:
+        """Where the parameter begins in a row; -1 for none."""
+        if name is None:
+            return -1
+        if name not in self.unused or self.shapes[name] not in shapes:
+            raise refuse("model", f"{name} {tuple(self.shapes.get(name, ()))}", f"one of {shapes}, taken once")
+        self.unused.remove(name)
+        return self.starts[name]
+
+    def _add(self, node: Node) -> None:
+        signal = self.signal
+        match node:
+            case Take():
+                self.signal = self._result(node.step)
+            case Sum():
+                other = self._result(node.step)
+                if replace(other, number=signal.number) != signal or other.number == signal.number:
+                    raise refuse("model", f"{signal} and {other}", "two signals of one shape, to be added")
+                self._enter(SUM, signal, (1, 1, 1, 1, 0, 0, -1, -1, 1, 1, 0, 0, signal.number, other.number, 0.0))
+            case Flatten():
+                self.signal = replace(signal, flat=True)
+            case Reshape() if signal.height * signal.width == 1 and not signal.number and self._fits(node):
+                self.signal = Signal.of(node.shape)
+            case Linear():
+                self._linear(node)
+            case Conv() if not signal.flat and node.groups == 1 and tuple(node.dilation) == (1, 1):
+                out, channels, *kernel = self._shape(node.weight)
+                if channels != signal.channels or not 1 <= len(kernel) <= 2:
+                    raise refuse("model", f"{node.weight} {(out, channels, *kernel)}", f"one for {signal}")
+                size = (1, *kernel) if len(kernel) == 1 else tuple(kernel)
+                self._window(CONVOLUTION, out, size, node.stride, node.padding, node.weight, node.bias)
+            case GroupNorm() if not signal.flat or signal.height * signal.width == 1:
+                groups, channels = whole_number("groups", node.groups), signal.channels
+                if channels % groups:
+                    raise refuse("model", f"{groups} groups of {channels} channels", "groups of equal size")
+                weight, bias = (self._place(name, (channels,)) for name in (node.weight, node.bias))
+                self._pointwise(weight, bias, groups, number("eps", node.eps, at_least=0.0))
+            case Activate() if node.activation in ACTIVATIONS:
+                last = self.entries[-1] if self.entries and signal.number == len(self.entries) else None
+                same = (step for step, result in enumerate(self.results, -1) if result.number == signal.number)
+                again = not self.again.isdisjoint(same)
+                if last is None or last.kind not in (NORM, SUM) or last.activation or again:
+                    self._pointwise(-1, -1, 0, 0.0)
+                self.entries[-1].activation = ACTIVATIONS.index(node.activation)
+            case Pool() if not signal.flat and node.kind in ("max", "average"):
+                if any(2 * padding > size for padding, size in zip(node.padding, node.kernel, strict=True)):
+                    raise refuse("model", f"padding {node.padding}", f"at most half of {node.kernel}")
+                kind = MAXIMUM if node.kind == "max" else AVERAGE
+                self._window(kind, signal.channels, node.kernel, node.stride, node.padding, None, None)
+            case _:
+                raise refuse("model", node, f"what the compiled kernel knows, here for {signal}")
+
+    def _fits(self, node: Reshape) -> bool:
+        return 1 <= len(node.shape) <= 3 and math.prod(node.shape) == self.signal.numbers
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight."""
+        if name not in self.shapes or len(self.shapes[name]) < 2:
+            raise refuse("model", name, f"a weight among {', '.join(self.shapes)}")
+        return tuple(self.shapes[name])
+
+    def _linear(self, node: Linear) -> None:
+        """A convolution whose window is the whole image: then the weights lie in the same order."""
+        signal, (out, *values) = self.signal, self._shape(node.weight)
+        if not signal.flat or values != [signal.numbers]:
+            raise refuse("model", f"{node.weight} {(out, *values)}", f"[outputs, {signal.numbers}] for {signal}")
+        size = signal.height, signal.width
+        self._window(CONVOLUTION, out, size, (1, 1), (0, 0), node.weight, node.bias)
+
+    def _window(
+        self,
+        kind: int,
+        out: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        weight: str | None,
+        bias: str | None,
+    ) -> None:
+        signal, after = self.signal, list[int]()
+        for size, length, step, pad in zip(kernel, (signal.height, signal.width), stride, padding, strict=True):
+            whole_number("kernel", size, at_most=MOST_NUMBERS)
+            whole_number("stride", step, at_most=MOST_NUMBERS)
+            whole_number("padding", pad, at_least=0, at_most=MOST_NUMBERS)
+            after.append((length + 2 * pad - size) // step + 1)
+            if after[-1] < 1:
+                raise refuse("inputs", f"{signal}", f"what a window of {tuple(kernel)} fits into")
+        places = self._place(weight, self._shape(weight) if weight else ()), self._place(bias, (out,))
+        steps = (1, signal.channels) if weight in self.turned else (math.prod(kernel), 1)
+        self._enter(
+            kind,
+            Signal(out, after[0], after[1], signal.flat),
+            (*kernel, *stride, *padding, *places, *steps, 0, 0, signal.number, 0, 0.0),
+        )
+
+    def _pointwise(self, weight: int, bias: int, groups: int, eps: float) -> None:
+        self._enter(NORM, self.signal, (1, 1, 1, 1, 0, 0, weight, bias, 1, 1, groups, 0, self.signal.number, 0, eps))
+
+    def _enter(self, kind: int, after: Signal, rest: tuple[float, ...]) -> None:
+        s = self.signal
+        self.entries.append(
+            library.Image(kind, s.channels, s.height, s.width, after.channels, after.height, after.width, *rest)
+        )
+        self.signal = replace(after, number=len(self.entries))
+
+    def at_once(self) -> int:
+        """How many examples a thread takes together."""
+        signals = sum(e.inputs * (e.height + 2 * e.pad_height) * (e.width + 2 * e.pad_width) for e in self.entries)
+        few = max(min(3 * self.parameters // signals, ENOUGH), FEWEST)
+        return min(max(SIGNALS // (2 * signals), few), MOST)  # and as many derivatives
+
+    def largest(self) -> int:
+        """An upper limit of the numbers in one buffer, for one example."""
+        most = self.parameters
+        for e in self.entries:
+            padded = (e.height + 2 * e.pad_height) * (e.width + 2 * e.pad_width)
+            window = e.kernel_height * e.kernel_width
+            channels = max(library.LANES, e.inputs), max(library.LANES, e.outputs)
+            most = max(most, 2 * padded * channels[0], 4 * window * math.prod(channels), 2 * e.height_out * e.width_out)
+        return most
+
+
+def described(nodes: Sequence[Node], network: Network, shape: Sequence[int]) -> Described | None:
+    """Such a network for examples of ``shape``; None where the kernel does not know it."""
+    try:
+        return Described(nodes, network.shapes, shape, network.turned)
+    except ValueError:
+        return None
