@@ -21,7 +21,22 @@ from sanitize_kernel import (
 from torch import Tensor
 
 from fobmaml.engine.images import ImageGradient
-from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape, Sum, Take
+from fobmaml.engine.nodes import (
+    Activate,
+    Attention,
+    Conv,
+    Flatten,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MeanOfPlaces,
+    Node,
+    Pool,
+    Reshape,
+    Shift,
+    Sum,
+    Take,
+)
 from fobmaml.engine.rows import RowGradient
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}
@@ -65,6 +80,15 @@ class Images(Description):
                     x = pooled if x.dim() == 4 else pooled.squeeze(2)
                 case Reshape(shape):
                     x = x.unflatten(1, shape)
+                case LayerNorm(weight, bias, eps):
+                    x = F.layer_norm(x, x.shape[-1:], of(weight), of(bias), eps)
+                case Shift(parameter):
+                    x = x + parameters[parameter]
+                case Attention(heads):
+                    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in x.chunk(3, -1))
+                    x = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+                case MeanOfPlaces():
+                    x = x.mean(1)
                 case _:
                     x = x.flatten(1)
             results.append(x)
@@ -78,10 +102,12 @@ class RandomImages(Random):
 
     def description(self) -> Images:
         rows, examples = self.choice([0, 1, 2, 3]), self.choice([0, 1, 3, 13, 50])
-        shape = self.choice([(7,), (self.randint(1, 3), 30), (self.randint(1, 4), self.randint(1, 14), 9)])
+        shape = self.choice([(7,), (self.randint(1, 3), 30), (30, 2), (self.randint(1, 4), self.randint(1, 14), 9)])
         self.nodes, self.shapes = list[Node](), dict[str, torch.Size]()
         self.channels, *self.size = shape
         x = torch.randn(rows, examples, *shape)
+        if len(shape) == 2 and self.random() < 0.5:
+            self._sequence(*shape)
         for _ in range(self.randint(0, 3) if self.size else 0):
             self._convolution()
             self._rest()
@@ -97,6 +123,33 @@ class RandomImages(Random):
         self._linear()
         shapes = dict(self.sample(list(self.shapes.items()), len(self.shapes)))  # a row has them in any order
         return self.told(Images, self.nodes, shapes, x, self.channels)  # type: ignore[return-value]
+
+    def _sequence(self, places: int, channels: int) -> None:
+        """Layers of vectors, attention among them, and one vector at the end."""
+        self.channels, self.size = channels, []
+        self._linear()
+        for _ in range(self.randint(0, 3)):
+            begin, before = len(self.nodes) - 1, self.channels
+            if self.random() < 0.5:
+                weight, bias = self._parameters((self.channels,), self.random() < 0.7)
+                self.nodes.append(LayerNorm(self.choice([None, weight]), bias, 0.1))
+                if self.nodes[-1] == LayerNorm(None, bias, 0.1):
+                    del self.shapes[weight]
+            if self.random() < 0.5:
+                weight, _ = self._parameters((places, self.channels), False)
+                self.nodes.append(Shift(weight))
+            if self.random() < 0.7:
+                heads, size = self.randint(1, 3), self.choice([1, 2, 5, 8, 16, 17, 70])
+                self.nodes.append(Linear(*self._parameters((3 * heads * size, self.channels), True)))
+                self.nodes.append(Attention(heads))
+                self.nodes.append(Linear(*self._parameters((before, heads * size), True)))
+            else:
+                self.nodes.append(Activate(self.choice(list(FUNCTIONS))))
+            if self.random() < 0.5 and begin < len(self.nodes) - 1:
+                self.nodes.append(Sum(begin))
+        mean = self.random() < 0.5
+        self.nodes.append(MeanOfPlaces() if mean else Flatten())
+        self.channels *= 1 if mean else places
 
     def _parameters(self, weight: tuple[int, ...], biased: bool) -> tuple[str, str | None]:
         name = f"{len(self.nodes)}"
@@ -185,6 +238,11 @@ class RandomImages(Random):
         d.inputs = self.choice(ways)()  # type: ignore[assignment]
         return "inputs, targets, model"  # of more rows, the second; of other channels, the third
 
+    def _overlap(self, d: Description, name: str) -> str | None:
+        if name == "inputs" and isinstance(d.layers[0], Linear) and d.inputs.dim() == 4:
+            return None  # of sequences the kernel reads a copy
+        return super()._overlap(d, name)
+
     def _layers(self, d: Description, _: str) -> str:
         nodes: list[Any] = d.layers
         i = self.choice([i for i, node in enumerate(nodes) if isinstance(node, Conv | Linear)])
@@ -205,16 +263,18 @@ class RandomImages(Random):
             [*nodes[:i], Sum(-1), *nodes[i:]],
             [*nodes, Activate("relu"), Take(len(nodes) - 1)],
         ]
-        for kind in (Conv, Pool, GroupNorm):
+        for kind in (Conv, Pool, GroupNorm, Attention):
             for j in (j for j, node in enumerate(nodes) if isinstance(node, kind)):
                 ways += [self._with(d, j, wrong) for wrong in self._wrong(nodes[j])]
         d.layers = self.choice(ways)
-        return "model, inputs, targets, kernel, stride, padding, groups, eps, step"
+        return "model, inputs, targets, kernel, stride, padding, groups, heads, eps, step"
 
     def _wrong(self, node: Any) -> list[Any]:
         if isinstance(node, GroupNorm):
             groups = [replace(node, groups=groups) for groups in (0, -1, 7 * 13, 2**62)]
             return [*groups, *(replace(node, eps=eps) for eps in (-1.0, float("nan")))]
+        if isinstance(node, Attention):
+            return [replace(node, heads=heads) for heads in (0, -1, 2**62, 7 * 13)]
         sizes: list[Any] = [(0, 1), (-1, 1), (1, 2**62), (1.0, 1)]
         wrong: list[Any] = [replace(node, stride=size) for size in sizes if size != (1, 2**62)]
         wrong += [replace(node, padding=size) for size in ((-1, 0), (0, 2**62))]

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,25 @@ from fobmaml.engine import library
 from fobmaml.engine.described import Described, described
 from fobmaml.engine.images import FusedImages, ImageGradient
 from fobmaml.engine.losses import Loss, Part
-from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape, Sum, Take
+from fobmaml.engine.nodes import (
+    Activate,
+    Attention,
+    Conv,
+    Flatten,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MeanOfPlaces,
+    Node,
+    Pool,
+    Reshape,
+    Shift,
+    Sum,
+    Take,
+)
 from fobmaml.engine.trial import Trial
 from fobmaml.estimators import MAML, Symmetric, Tangent
-from fobmaml.models import ResNet12
+from fobmaml.models import ResNet12, Transformer
 from fobmaml.solvers import GradientDescent
 
 NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", nn.GELU: "gelu"}
@@ -301,6 +317,94 @@ def test_signals_that_are_taken_twice(instructions, case):
     _check_graph(GRAPHS[case], torch.randn(2, 5, 2, 5, 6))
 
 
+class Heads(nn.Module):
+    """Attention of a sequence of vectors, by the queries, keys and values that a linear layer gives of each."""
+
+    def __init__(self, into: int, heads: int, size: int):
+        super().__init__()
+        self.heads, self.into, self.out = heads, nn.Linear(into, 3 * heads * size), nn.Linear(heads * size, into)
+
+    def forward(self, x):
+        parts = self.into(x).unflatten(-1, (3, self.heads, -1)).transpose(-4, -2).unbind(-3)
+        return self.out(F.scaled_dot_product_attention(*parts).transpose(-3, -2).flatten(-2))
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+def _attending(places: int, into: int, heads: int, size: int) -> tuple[nn.Module, tuple[int, ...]]:
+    layers = Branches(nn.Identity(), nn.Sequential(nn.LayerNorm(6), Heads(6, heads, size)))
+    return nn.Sequential(nn.Linear(into, 6), layers, Mean(), nn.Linear(6, 3)), (places, into)
+
+
+SEQUENCES = {
+    "two places": _attending(2, 2, 1, 1),
+    "places and sizes around a register's": _attending(17, 1, 3, 5),
+    "several panels of places": _attending(70, 3, 2, 8),
+    "a size of several panels": _attending(9, 2, 1, 70),
+    "places that fill panels": _attending(64, 1, 2, 16),
+    "vectors": (
+        nn.Sequential(
+            nn.Linear(7, 33), nn.LayerNorm(33), nn.SiLU(), nn.Linear(33, 16), nn.LayerNorm(16, bias=False)
+        ).append(nn.Linear(16, 3)),
+        (7,),
+    ),
+    "no mean at the end": (
+        nn.Sequential(nn.Linear(3, 18), nn.LayerNorm(18, elementwise_affine=False), nn.GELU(), nn.Flatten()).append(
+            nn.Linear(90, 4)
+        ),
+        (5, 3),
+    ),
+    "values, with places": (Transformer((11,), 3, width=12, heads=3), (11,)),
+    "vectors, with places": (Transformer((6, 3), 3, width=8, heads=2, depth=1), (6, 3)),
+    "torch's own": (
+        nn.Sequential(
+            nn.Unflatten(1, (4, 3)),
+            nn.Linear(3, 8),
+            nn.TransformerEncoderLayer(8, 2, 10, 0.0, batch_first=True, norm_first=True),
+            nn.TransformerEncoderLayer(8, 4, 17, 0.0, F.gelu, batch_first=True),
+            Mean(),
+            nn.Linear(8, 3),
+        ),
+        (12,),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEQUENCES)
+def test_sequences(instructions, case):
+    model, shape = SEQUENCES[case]
+    x = torch.randn(2, 5, *shape)
+    _check_graph(model, x)
+    learner = Learner(model.float(), F.cross_entropy)
+    learner.engine_for(x, learner.row_loss(torch.ones(2, 5).long()))
+    assert learner.used.startswith("images-")
+    phi = _rows(model, 2)
+    wanted = Learner(model, F.cross_entropy, "loop").outputs(phi, x)
+    torch.testing.assert_close(learner.outputs(phi, x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_large_numbers(instructions):
+    model, shape = _attending(9, 3, 2, 4)
+    _check_graph(model, 40.0 * torch.randn(2, 3, *shape))
+
+
+@pytest.mark.parametrize("model", ["transformer", "resnet"])
+def test_the_meta_gradient_of_a_graph_is_that_of_a_loop(instructions, model):
+    network = Transformer((64,), 5, width=8, heads=2) if model == "transformer" else ResNet12((1, 8, 8), 5, 4, 2)
+    tasks, found = _tasks(), {}
+    if model == "transformer":
+        tasks = replace(tasks, support_x=tasks.support_x.flatten(2), query_x=tasks.query_x.flatten(2))
+    for dtype, engine in ((torch.float32, "auto"), (torch.float64, "loop")):
+        learner = Learner(network.to(dtype), F.cross_entropy, engine)
+        estimator = Symmetric(GradientDescent(3, 0.05), lam=0.5, nu=0.5)
+        found[engine] = fobmaml.estimators.estimate(estimator, learner, learner.theta(), tasks.to(dtype=dtype))
+        assert learner.used.startswith("images-") == (engine == "auto")
+    assert (found["auto"].gradient - found["loop"].gradient).norm() <= 1e-3 * found["loop"].gradient.norm()
+
+
 def test_the_residual_network(instructions):
     model = ResNet12((2, 9, 8), 3, width=4, depth=2)
     gradient = _check_graph(model, torch.randn(2, 30, 2, 9, 8))
@@ -547,6 +651,36 @@ def test_networks_that_the_kernel_does_not_know(instructions, case):
     assert not described(WRONG_NODES[case], network, (1, 3, 5))
     with pytest.raises(ValueError, match=r"^(model|inputs|stride|padding|kernel|groups|eps|step)=.*: takes "):
         ImageGradient.of(**_given(nodes=WRONG_NODES[case]))
+
+
+VECTORS = [Linear("a", None), Shift("p"), Attention(2), MeanOfPlaces(), Linear("b", None)]
+OF_VECTORS = {"a": torch.Size((12, 2)), "p": torch.Size((5, 12)), "b": torch.Size((3, 4))}
+WRONG_VECTORS = {
+    "heads that do not divide": [*VECTORS[:2], Attention(3), *VECTORS[3:]],
+    "no heads": [*VECTORS[:2], Attention(0), *VECTORS[3:]],
+    "attention of what is no threes": [*VECTORS[:3], Attention(1), *VECTORS[3:]],
+    "attention of inputs": [Attention(1), *VECTORS],
+    "another shift": [VECTORS[0], Shift("b"), *VECTORS[2:]],
+    "a shift behind": [VECTORS[0], *VECTORS[2:4], Shift("p"), VECTORS[4]],
+    "a norm of another size": [VECTORS[0], LayerNorm("p", None, 1e-5), *VECTORS[2:]],
+    "a norm of inputs": [LayerNorm(None, None, 1e-5), *VECTORS],
+    "an eps below zero": [*VECTORS[:2], LayerNorm(None, None, -1.0), *VECTORS[2:]],
+    "a norm of channels": [*VECTORS[:2], GroupNorm(2, None, None, 1e-5), *VECTORS[2:]],
+    "a pool": [*VECTORS[:2], Pool("max", (1, 1), (1, 1), (0, 0)), *VECTORS[2:]],
+    "a convolution": [Linear("a", None), Conv("p", None, (1, 1), (0, 0), (1, 1), 1), *VECTORS[2:]],
+    "no end": [*VECTORS[:2], Attention(2)],
+    "a mean of one vector": [*VECTORS[:4], MeanOfPlaces(), VECTORS[4]],
+    "inputs as signals, too": [*VECTORS, Take(-1), Flatten(), Linear("c", None), Sum(4)],
+    "inputs of another shape, too": [*VECTORS, Take(-1), Reshape((2, 5)), Linear("c", None), MeanOfPlaces(), Sum(4)],
+}
+
+
+@pytest.mark.parametrize("case", WRONG_VECTORS)
+def test_sequences_that_the_kernel_does_not_know(instructions, case):
+    shapes = OF_VECTORS | ({"c": torch.Size((3, 10) if "signals" in case else (3, 5))} if "too" in case else {})
+    assert Described(VECTORS, OF_VECTORS, (5, 2)).classes == 3
+    with pytest.raises(ValueError, match=r"^(model|heads|eps|groups)=.*: takes "):
+        Described(WRONG_VECTORS[case], shapes, (5, 2))
 
 
 @pytest.mark.parametrize(

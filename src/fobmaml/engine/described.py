@@ -10,10 +10,25 @@ import torch
 from fobmaml.arguments import number, refuse, whole_number
 from fobmaml.engine import library
 from fobmaml.engine.network import Network
-from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape, Sum, Take
+from fobmaml.engine.nodes import (
+    Activate,
+    Attention,
+    Conv,
+    Flatten,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MeanOfPlaces,
+    Node,
+    Pool,
+    Reshape,
+    Shift,
+    Sum,
+    Take,
+)
 from fobmaml.engine.rows import MOST_NUMBERS
 
-CONVOLUTION, NORM, MAXIMUM, AVERAGE, SUM = range(5)  # as in images.c
+CONVOLUTION, NORM, LAYER, SHIFT, MAXIMUM, AVERAGE, SUM, ATTENTION = range(8)  # as in images.c
 ACTIVATIONS = ("identity", "silu", "relu", "tanh", "gelu")
 SIGNALS = 2**18
 """Numbers in the signals of examples that a thread takes together: they stay in a processor's second cache (measured on
@@ -25,13 +40,14 @@ expense where these are few beside the parameters (measured on residual networks
 
 @dataclass(frozen=True)
 class Signal:
-    """What goes from node to node: channels of height × width; ``flat``, if the network sees one vector. ``number``: as
-    images.c counts them, 0 for the inputs."""
+    """What goes from node to node: channels of height × width; ``flat``, if the network sees one vector; ``sequence``,
+    if it sees the channels of one place after another's. ``number``: as images.c counts them, 0 for the inputs."""
 
     channels: int
     height: int = 1
     width: int = 1
     flat: bool = False
+    sequence: bool = False
     number: int = 0
 
     @staticmethod
@@ -41,8 +57,26 @@ class Signal:
         return Signal(channels, height, width, flat=len(shape) == 1)
 
     @property
+    def image(self) -> bool:
+        """Whether the network sees channels of places."""
+        return not self.flat and not self.sequence
+
+    @property
+    def vectors(self) -> "Signal | None":
+        """The same as a sequence of vectors or one vector, if it is that; inputs of two axes may be."""
+        if (self.places == 1) if self.flat else self.sequence:
+            return self
+        if self.number or self.flat or self.height > 1:
+            return None
+        return replace(self, channels=self.width, width=self.channels, sequence=True)
+
+    @property
+    def places(self) -> int:
+        return self.height * self.width
+
+    @property
     def numbers(self) -> int:
-        return self.channels * self.height * self.width
+        return self.channels * self.places
 
 
 class Described:
@@ -68,6 +102,7 @@ class Described:
         if not 1 <= len(shape) <= 3:
             raise refuse("inputs", tuple(shape), "examples [values], [channels, length] or [channels, height, width]")
         self.signal, self.entries = Signal.of(shape), list[library.Image]()
+        self.sequences = set[bool]()  # whether the inputs are taken as such
         self.results = [self.signal]  # of the inputs, and of each node
         self.again = {node.step for node in nodes if isinstance(node, Take | Sum)}  # whose results are taken again
         for node in nodes:
@@ -88,8 +123,9 @@ class Described:
         for entry in self.entries:
             for signal in (entry.of, entry.other) if entry.kind == SUM else (entry.of,):
                 takers[signal].append(entry)
-        if any(entry.kind != CONVOLUTION for entry in takers[0]):
-            raise refuse("model", self._so_far(), "inputs that convolutions alone take")
+        alike = {(entry.kind, entry.inputs, entry.height, entry.width) for entry in takers[0]}
+        if {kind for kind, *_ in alike} != {CONVOLUTION} or len(alike) > 1 or len(self.sequences) > 1:
+            raise refuse("model", self._so_far(), "inputs that convolutions alone, or linear layers alone, take alike")
         if self.signal.number != count or not all(takers.values()):
             raise refuse("model", self._so_far(), "nodes of which the last one alone is taken by no other")
         for entries in takers.values():  # the padding of others is zero
@@ -127,37 +163,54 @@ class Described:
                 other = self._result(node.step)
                 if replace(other, number=signal.number) != signal or other.number == signal.number:
                     raise refuse("model", f"{signal} and {other}", "two signals of one shape, to be added")
-                self._enter(SUM, signal, (1, 1, 1, 1, 0, 0, -1, -1, 1, 1, 0, 0, signal.number, other.number, 0.0))
+                self._same(SUM, signal, other=other.number)
             case Flatten():
                 self.signal = replace(signal, flat=True)
             case Reshape() if signal.height * signal.width == 1 and not signal.number and self._fits(node):
                 self.signal = Signal.of(node.shape)
             case Linear():
                 self._linear(node)
-            case Conv() if not signal.flat and node.groups == 1 and tuple(node.dilation) == (1, 1):
+            case LayerNorm() if seen := signal.vectors:
+                weight, bias = (self._place(name, (seen.channels,)) for name in (node.weight, node.bias))
+                self._same(LAYER, seen, weight, bias, eps=number("eps", node.eps, at_least=0.0))
+            case Shift() if seen := signal.vectors:
+                shape = (seen.channels,) if seen.flat else (seen.width, seen.channels)
+                self._same(SHIFT, seen, self._place(node.parameter, shape))
+            case Attention() if signal.sequence and not signal.flat:
+                heads, channels = whole_number("heads", node.heads), signal.channels // 3
+                if 3 * channels != signal.channels or channels % heads:
+                    raise refuse("model", f"{heads} heads of {signal}", "queries, keys and values of equal size")
+                self._same(ATTENTION, replace(signal, channels=channels), groups=heads)
+            case MeanOfPlaces() if signal.sequence and not signal.flat:
+                after = Signal(signal.channels, flat=True)
+                self._window(AVERAGE, after, (1, signal.width), (1, 1), (0, 0), None, None)
+            case Conv() if (
+                not signal.flat and not signal.sequence and node.groups == 1 and tuple(node.dilation) == (1, 1)
+            ):
                 out, channels, *kernel = self._shape(node.weight)
                 if channels != signal.channels or not 1 <= len(kernel) <= 2:
                     raise refuse("model", f"{node.weight} {(out, channels, *kernel)}", f"one for {signal}")
                 size = (1, *kernel) if len(kernel) == 1 else tuple(kernel)
-                self._window(CONVOLUTION, out, size, node.stride, node.padding, node.weight, node.bias)
-            case GroupNorm() if not signal.flat or signal.height * signal.width == 1:
+                after = replace(signal, channels=out)
+                self._window(CONVOLUTION, after, size, node.stride, node.padding, node.weight, node.bias)
+            case GroupNorm() if signal.image or signal.places == 1:
                 groups, channels = whole_number("groups", node.groups), signal.channels
                 if channels % groups:
                     raise refuse("model", f"{groups} groups of {channels} channels", "groups of equal size")
                 weight, bias = (self._place(name, (channels,)) for name in (node.weight, node.bias))
-                self._pointwise(weight, bias, groups, number("eps", node.eps, at_least=0.0))
+                self._same(NORM, signal, weight, bias, groups, eps=number("eps", node.eps, at_least=0.0))
             case Activate() if node.activation in ACTIVATIONS:
                 last = self.entries[-1] if self.entries and signal.number == len(self.entries) else None
                 same = (step for step, result in enumerate(self.results, -1) if result.number == signal.number)
                 again = not self.again.isdisjoint(same)
                 if last is None or last.kind not in (NORM, SUM) or last.activation or again:
-                    self._pointwise(-1, -1, 0, 0.0)
+                    self._same(NORM, signal)
                 self.entries[-1].activation = ACTIVATIONS.index(node.activation)
-            case Pool() if not signal.flat and node.kind in ("max", "average"):
+            case Pool() if signal.image and node.kind in ("max", "average"):
                 if any(2 * padding > size for padding, size in zip(node.padding, node.kernel, strict=True)):
                     raise refuse("model", f"padding {node.padding}", f"at most half of {node.kernel}")
                 kind = MAXIMUM if node.kind == "max" else AVERAGE
-                self._window(kind, signal.channels, node.kernel, node.stride, node.padding, None, None)
+                self._window(kind, signal, node.kernel, node.stride, node.padding, None, None)
             case _:
                 raise refuse("model", node, f"what the compiled kernel knows, here for {signal}")
 
@@ -171,52 +224,78 @@ class Described:
         return tuple(self.shapes[name])
 
     def _linear(self, node: Linear) -> None:
-        """A convolution whose window is the whole image: then the weights lie in the same order."""
+        """A convolution: of a vector one whose window is the whole image, and in a sequence one of a single place."""
         signal, (out, *values) = self.signal, self._shape(node.weight)
-        if not signal.flat or values != [signal.numbers]:
-            raise refuse("model", f"{node.weight} {(out, *values)}", f"[outputs, {signal.numbers}] for {signal}")
-        size = signal.height, signal.width
-        self._window(CONVOLUTION, out, size, (1, 1), (0, 0), node.weight, node.bias)
+        if not signal.flat and (seen := signal.vectors) and values == [seen.channels]:
+            self.signal = seen
+            self._window(CONVOLUTION, replace(seen, channels=out), (1, 1), (1, 1), (0, 0), node.weight, node.bias)
+        elif signal.flat and values == [signal.numbers]:
+            size = signal.height, signal.width
+            self._window(CONVOLUTION, Signal(out, flat=True), size, (1, 1), (0, 0), node.weight, node.bias)
+        else:
+            raise refuse("model", f"{node.weight} {(out, *values)}", f"[outputs, values] for {signal}")
 
     def _window(
         self,
         kind: int,
-        out: int,
+        after: Signal,
         kernel: Sequence[int],
         stride: Sequence[int],
         padding: Sequence[int],
         weight: str | None,
         bias: str | None,
     ) -> None:
-        signal, after = self.signal, list[int]()
+        """``after``: as far as windows do not say its size."""
+        signal, sizes = self.signal, list[int]()
         for size, length, step, pad in zip(kernel, (signal.height, signal.width), stride, padding, strict=True):
             whole_number("kernel", size, at_most=MOST_NUMBERS)
             whole_number("stride", step, at_most=MOST_NUMBERS)
             whole_number("padding", pad, at_least=0, at_most=MOST_NUMBERS)
-            after.append((length + 2 * pad - size) // step + 1)
-            if after[-1] < 1:
+            sizes.append((length + 2 * pad - size) // step + 1)
+            if sizes[-1] < 1:
                 raise refuse("inputs", f"{signal}", f"what a window of {tuple(kernel)} fits into")
-        places = self._place(weight, self._shape(weight) if weight else ()), self._place(bias, (out,))
-        steps = (1, signal.channels) if weight in self.turned else (math.prod(kernel), 1)
-        self._enter(
-            kind,
-            Signal(out, after[0], after[1], signal.flat),
-            (*kernel, *stride, *padding, *places, *steps, 0, 0, signal.number, 0, 0.0),
+        places = (
+            self._place(weight, self._shape(weight) if weight else ()),
+            self._place(bias, (after.channels,)),
         )
+        one_by_one = weight in self.turned or signal.sequence  # the channels of a place lie beside each other
+        steps = (1, signal.channels) if one_by_one else (math.prod(kernel), 1)
+        window = (*kernel, *stride, *padding, *places, *steps, 0, 0)
+        self._enter(kind, replace(after, height=sizes[0], width=sizes[1]), window)
 
-    def _pointwise(self, weight: int, bias: int, groups: int, eps: float) -> None:
-        self._enter(NORM, self.signal, (1, 1, 1, 1, 0, 0, weight, bias, 1, 1, groups, 0, self.signal.number, 0, eps))
+    def _same(
+        self,
+        kind: int,
+        after: Signal,
+        weight: int = -1,
+        bias: int = -1,
+        groups: int = 0,
+        other: int = 0,
+        eps: float = 0.0,
+    ) -> None:
+        """What has as many places as before."""
+        self._enter(kind, after, (1, 1, 1, 1, 0, 0, weight, bias, 1, 1, groups, 0), other, eps)
 
-    def _enter(self, kind: int, after: Signal, rest: tuple[float, ...]) -> None:
+    def _enter(self, kind: int, after: Signal, window: tuple[int, ...], other: int = 0, eps: float = 0.0) -> None:
         s = self.signal
+        if not s.number:
+            self.sequences.add(s.sequence)
+        before = s.channels, s.height, s.width
         self.entries.append(
-            library.Image(kind, s.channels, s.height, s.width, after.channels, after.height, after.width, *rest)
+            library.Image(kind, *before, after.channels, after.height, after.width, *window, s.number, other, eps)
         )
         self.signal = replace(after, number=len(self.entries))
+
+    def entered(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs [R, N, ...] as [R, N, channels, places]."""
+        if True not in self.sequences:
+            return x
+        return (x if x.dim() == 4 else x.unflatten(-1, (-1, self.entries[0].inputs))).mT
 
     def at_once(self) -> int:
         """How many examples a thread takes together."""
         signals = sum(e.inputs * (e.height + 2 * e.pad_height) * (e.width + 2 * e.pad_width) for e in self.entries)
+        signals += sum(e.groups * e.width**2 for e in self.entries if e.kind == ATTENTION)
         few = max(min(3 * self.parameters // signals, ENOUGH), FEWEST)
         return min(max(SIGNALS // (2 * signals), few), MOST)  # and as many derivatives
 
@@ -228,6 +307,8 @@ class Described:
             window = e.kernel_height * e.kernel_width
             channels = max(library.LANES, e.inputs), max(library.LANES, e.outputs)
             most = max(most, 2 * padded * channels[0], 4 * window * math.prod(channels), 2 * e.height_out * e.width_out)
+            if e.kind == ATTENTION:
+                most = max(most, e.groups * e.width * (e.width + library.LANES))
         return most
 
 

@@ -1,4 +1,4 @@
-/* Gradients of a network of convolutions, norms, activations, pools and sums with a softmax cross-entropy, for many rows
+/* Gradients of a network of convolutions, norms, activations, pools, sums and attention with a softmax cross-entropy, for many rows
 of parameters and many steps in one call.
 
 Each row has its own parameters and examples and belongs to one thread, which takes a few examples through all nodes and
@@ -21,8 +21,9 @@ enum { HEIGHT = 6, WIDTH = 4 }; /* 24 of 32 */
 #endif
 enum { DEPTH = 64, WINDOWS = 64 }; /* summed at a time: what is read again and again has to stay in the first cache */
 enum { TILES = 60, PARTS = 16 };   /* transformed at a time, and places of each */
-enum { CONVOLUTION, NORM, MAXIMUM, AVERAGE, SUM }; /* kinds of nodes */
-enum { IDENTITY, SILU, RELU, TANH, GELU };         /* and of activations */
+enum { CONVOLUTION, NORM, LAYER, SHIFT, MAXIMUM, AVERAGE, SUM, ATTENTION }; /* kinds of nodes, the first four with
+                                                                               parameters */
+enum { IDENTITY, SILU, RELU, TANH, GELU };                                  /* and of activations */
 
 #define ROUND(a) (CEIL(a, LANES) * LANES)
 
@@ -32,7 +33,9 @@ kernel_height x kernel_width places and moves by strides; the padding is on both
 CONVOLUTION: weights of ``out`` outputs and biases [out] at the places ``weight`` and ``bias`` of a row; a negative place
 says that there are none. From a channel's weight to the next's it is ``channel_step`` numbers, from a window's place to
 the next ``place_step``. NORM: of ``groups`` groups of channels, 0 for none, with a gain and a
-shift there, then the activation. MAXIMUM and AVERAGE of each window. SUM of two signals, then the activation.
+shift there, then the activation. LAYER: a norm of each place's channels. SHIFT: adds the parameters [places][channels]
+at ``weight``. MAXIMUM and AVERAGE of each window. SUM of two signals, then the activation. ATTENTION of ``groups`` heads
+among the places of a line, of which the channels are queries, keys and values.
 
 The signal that enters is that number ``of``, 0 for the inputs and l + 1 for what node l gives; a sum's second is
 ``other``. Node 0 and convolutions alone take the inputs; of the others, each signal is taken by somebody, and the last
@@ -64,6 +67,9 @@ typedef struct {
     float *g_weights;     /* the derivative by the weights, [kernel_height * kernel_width * in][out]; by the gain */
     float *g_bias;
     float *mean, *inverse, *factor; /* of a norm: [examples][in] each; 1 / deviation, and gain times that */
+                          /* of a norm of each place: [examples][places] */
+    float *shares;        /* of attention, [examples][heads][panels of queries][keys][queries] */
+    float *room;          /* for a head's numbers in other orders: see ``Room`` */
     float *sum, *product; /* [in] each */
     float *columns;       /* room for weights in another order, [in * kernel_height * kernel_width][LANES] */
     float *tiles_in, *tiles_out; /* what enters and leaves tiles, transformed: [PARTS][TILES][in or out] */
@@ -119,12 +125,13 @@ INLINE int tiled(const Node *node) {
            20 * tiles_of(node) <= 9 * node->height_out * node->width_out;
 }
 
+INLINE int64_t windows_of(const Node *node) { return node->height_out * node->width_out; }
+
 /* Numbers that an output's weights take, for the products. */
 INLINE int64_t depth_of(const Node *node) {
+    if (node->kind != CONVOLUTION) return node->kind == SHIFT ? windows_of(node) : 1;
     return (tiled(node) ? PARTS : node->kernel_height * node->kernel_width) * pixel(node);
 }
-
-INLINE int64_t windows_of(const Node *node) { return node->height_out * node->width_out; }
 
 /* sum[i][v] += sum over p of a[i][p] * panel[p][v], for ``width`` vectors. */
 INLINE void multiply(const int width, int64_t depth, const float *const a[HEIGHT], const float *panel,
@@ -673,6 +680,232 @@ INLINE void add_back(const int activation, const Node *node, int64_t windows, co
     }
 }
 
+/* The channels of each place get mean 0 and variance 1, then gain and shift. */
+static void layer(const Node *node, int64_t windows, const Buffers *at) {
+    float share = 1.0f / (float)node->in;
+    for (int64_t m = 0; m < windows; m++) {
+        const float *z = at->h + at->from[m];
+        vec sum = spread(0.0f), square = spread(0.0f);
+        for (int64_t c = 0; c < node->in; c += LANES) sum += load(z + c);
+        vec mean = share * total(sum);
+        for (int64_t c = 0; c < node->in; c += LANES) {
+            vec apart = only_first(load(z + c) - mean, node->in - c);
+            square += apart * apart;
+        }
+        float inverse = 1.0f / sqrtf(share * total(square)[0] + (float)node->eps);
+        at->mean[m] = mean[0];
+        at->inverse[m] = inverse;
+        for (int64_t c = 0; c < node->in; c += LANES)
+            store(at->z + at->to[m] + c, (load(z + c) - mean) * inverse * load(at->weights + c) + load(at->bias + c));
+    }
+}
+
+static void layer_back(const Node *node, int64_t windows, const Buffers *at) {
+    float share = 1.0f / (float)node->in;
+    for (int64_t m = 0; m < windows; m++) {
+        const float *z = at->h + at->from[m], *g = at->gz + at->to[m];
+        float mean = at->mean[m], inverse = at->inverse[m];
+        vec sum = spread(0.0f), product = spread(0.0f);
+        for (int64_t c = 0; c < node->in; c += LANES) {
+            vec y = (load(z + c) - mean) * inverse, slope = load(g + c);
+            store(at->g_bias + c, load(at->g_bias + c) + slope);
+            store(at->g_weights + c, load(at->g_weights + c) + slope * y);
+            slope *= load(at->weights + c);
+            sum += slope;
+            product += slope * y;
+        }
+        sum = share * total(sum);
+        product = share * total(product);
+        for (int64_t c = 0; c < node->in; c += LANES) {
+            vec y = (load(z + c) - mean) * inverse;
+            store(at->gh + at->from[m] + c, inverse * (load(at->weights + c) * load(g + c) - sum - y * product));
+        }
+    }
+}
+
+static void shift(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t in = ROUND(node->in);
+    for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < in; c += LANES)
+        store(at->z + at->to[m] + c, load(at->h + at->from[m] + c) + load(at->weights + m % windows_of(node) * in + c));
+}
+
+static void shift_back(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t in = ROUND(node->in);
+    for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < in; c += LANES) {
+        float *sum = at->g_weights + m % windows_of(node) * in + c;
+        vec g = load(at->gz + at->to[m] + c);
+        store(sum, load(sum) + g);
+        store(at->gh + at->from[m] + c, g);
+    }
+}
+
+/* Attention of a head, with queries q, keys k and values v [places][size], goes by panels of up to WIDTH vectors of
+queries. The shares p[k][q] are the softmax over k of q . k / sqrt(size), and z = sum over k of p v. With g for the
+derivative by z, s = p (g . v - sum over k of p (g . v)) is that by q . k / sqrt(size), and k's is the sum over q of s q,
+v's that of p g. */
+typedef struct {
+    float *across;     /* keys or values, [size][places] */
+    float *queries, *found; /* of a panel: queries or derivatives, and what comes of them, [size][panel] */
+    float *slopes;     /* s, [places][panel] */
+    float *beside;     /* queries or derivatives of a panel, [panel][up to WIDTH vectors of size] */
+} Room;
+
+/* How many numbers it takes; its places from ``room`` on, where that is given. */
+static int64_t make_room(const Node *node, float *room, Room *at) {
+    int64_t size = ROUND(node->out / node->groups), places = ROUND(windows_of(node)), panel = WIDTH * LANES;
+    if (room)
+        *at = (Room){room, room + size * places, room + size * (places + panel), room + size * (places + 2 * panel),
+                     room + size * (places + 2 * panel) + places * panel};
+    return size * (places + 2 * panel) + places * panel + panel * panel;
+}
+
+/* z[i] (+)= a[i] times a panel of ``depth`` x ``width`` vectors, for all rows i; ``more``: in addition. */
+INLINE void product(const int width, const int more, int64_t rows, const float *a, int64_t step, int64_t depth,
+                    const float *panel, float *z, int64_t z_step) {
+    for (int64_t m = 0; m < rows; m += HEIGHT) {
+        vec sum[HEIGHT][WIDTH];
+        const float *row[HEIGHT];
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            row[i] = a + MIN(m + i, rows - 1) * step;
+            UNROLL for (int v = 0; v < width; v++)
+                sum[i][v] = more ? load(z + MIN(m + i, rows - 1) * z_step + v * LANES) : spread(0.0f);
+        }
+        multiply(width, depth, row, panel, sum);
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            if (m + i == rows) break;
+            UNROLL for (int v = 0; v < width; v++) store(z + (m + i) * z_step + v * LANES, sum[i][v]);
+        }
+    }
+}
+
+/* to[c][r] = factor * from[r][c], and zeros for rows up to ``filled``, which is the step of ``to``. */
+static void across(const float *from, int64_t step, int64_t rows, int64_t columns, float factor, float *to,
+                   int64_t filled) {
+    for (int64_t c = 0; c < columns; c++) {
+        for (int64_t r = 0; r < rows; r++) to[c * filled + r] = factor * from[r * step + c];
+        for (int64_t r = rows; r < filled; r++) to[c * filled + r] = 0.0f;
+    }
+}
+
+/* The softmax of each column of [places][width vectors]. */
+INLINE void softmax(const int width, int64_t places, float *p) {
+    UNROLL for (int v = 0; v < width; v++) {
+        vec top = load(p + v * LANES), sum = spread(0.0f);
+        for (int64_t j = 1; j < places; j++) {
+            vec other = load(p + (j * width + v) * LANES);
+            top = choose(other > top, other, top);
+        }
+        for (int64_t j = 0; j < places; j++) {
+            vec e = exponential(load(p + (j * width + v) * LANES) - top);
+            store(p + (j * width + v) * LANES, e);
+            sum += e;
+        }
+        vec share = 1.0f / sum;
+        for (int64_t j = 0; j < places; j++)
+            store(p + (j * width + v) * LANES, load(p + (j * width + v) * LANES) * share);
+    }
+}
+
+/* slopes = p (slopes - the sum of p slopes over the column). */
+INLINE void softmax_slopes(const int width, int64_t places, const float *p, float *slopes) {
+    UNROLL for (int v = 0; v < width; v++) {
+        vec sum = spread(0.0f);
+        for (int64_t j = 0; j < places; j++)
+            sum += load(p + (j * width + v) * LANES) * load(slopes + (j * width + v) * LANES);
+        for (int64_t j = 0; j < places; j++) {
+            float *s = slopes + (j * width + v) * LANES;
+            store(s, load(p + (j * width + v) * LANES) * (load(s) - sum));
+        }
+    }
+}
+
+/* A head of example n: where its queries lie and those of the outputs, numbers from a place to the next in both, and its
+shares. */
+typedef struct {
+    int64_t places, size, from, to, step, step_out;
+    float scale, *shares;
+} Head;
+
+INLINE Head head_of(const Node *node, const Buffers *at, int64_t n, int64_t number) {
+    int64_t places = windows_of(node), size = node->out / node->groups, all = places * ROUND(places);
+    const int64_t *to = at->to + n * places;
+    return (Head){places, size, at->from[n * places] + number * size, *to + number * size, at->in.pixel,
+                  places > 1 ? to[1] - to[0] : 0, 1.0f / sqrtf((float)size), at->shares + (n * node->groups + number) * all};
+}
+
+/* The queries from ``first`` on. */
+INLINE void attend_panel(const int width, const Node *node, const Buffers *at, Head head, Room room, int64_t first) {
+    int64_t panel = width * LANES, some = MIN(head.places - first, panel);
+    const float *q = at->h + head.from + first * head.step, *k = at->h + head.from + node->out;
+    float *p = head.shares + first * head.places;
+    across(q, head.step, some, head.size, head.scale, room.queries, panel);
+    product(width, 0, head.places, k, head.step, head.size, room.queries, p, panel);
+    softmax(width, head.places, p);
+    product(width, 0, head.size, room.across, head.places, head.places, p, room.found, panel);
+    for (int64_t i = 0; i < some; i++) for (int64_t c = 0; c < head.size; c++)
+        at->z[head.to + (first + i) * head.step_out + c] = room.found[c * panel + i];
+}
+
+static void attend(const Node *node, int64_t examples, const Buffers *at) {
+    Room room;
+    make_room(node, at->room, &room);
+    for (int64_t n = 0; n < examples; n++) for (int64_t number = 0; number < node->groups; number++) {
+        Head head = head_of(node, at, n, number);
+        const float *v = at->h + head.from + 2 * node->out;
+        across(v, head.step, head.places, head.size, 1.0f, room.across, head.places);
+        EACH_PANEL(head.places, first, width) {
+#define PANEL(width) attend_panel(width, node, at, head, room, first)
+            BY_WIDTH(width, PANEL);
+#undef PANEL
+        }
+    }
+}
+
+/* g[j] += the sum over ``some`` queries i of a[j][i] factor b[i], of ``size`` numbers; what fills vectors up adds zero. */
+static void gather_queries(int64_t places, const float *a, int64_t panel, int64_t some, const float *b, int64_t b_step,
+                           float factor, int64_t size, float *beside, float *g, int64_t step) {
+    EACH_PANEL(size, first, width) {
+        for (int64_t i = 0; i < some; i++) for (int64_t c = 0; c < width * LANES; c += LANES) {
+            int64_t left = size - first - c;
+            store(beside + i * width * LANES + c, factor * load_first(b + i * b_step + first + c, MAX(left, 0)));
+        }
+#define PRODUCT(width) product(width, 1, places, a, panel, some, beside, g + first, step)
+        BY_WIDTH(width, PRODUCT);
+#undef PRODUCT
+    }
+}
+
+INLINE void attend_panel_back(const int width, const Node *node, const Buffers *at, Head head, Room room, int64_t first) {
+    int64_t panel = width * LANES, some = MIN(head.places - first, panel), from = head.from + first * head.step;
+    const float *v = at->h + head.from + 2 * node->out, *g = at->gz + head.to + first * head.step_out;
+    const float *p = head.shares + first * head.places;
+    float *gq = at->gh + from, *gk = at->gh + head.from + node->out;
+    across(g, head.step_out, some, head.size, 1.0f, room.queries, panel);
+    product(width, 0, head.places, v, head.step, head.size, room.queries, room.slopes, panel);
+    softmax_slopes(width, head.places, p, room.slopes);
+    product(width, 0, head.size, room.across, head.places, head.places, room.slopes, room.found, panel);
+    for (int64_t i = 0; i < some; i++) for (int64_t c = 0; c < head.size; c++)
+        gq[i * head.step + c] += head.scale * room.found[c * panel + i];
+    gather_queries(head.places, room.slopes, panel, some, at->h + from, head.step, head.scale, head.size, room.beside, gk,
+                   head.step);
+    gather_queries(head.places, p, panel, some, g, head.step_out, 1.0f, head.size, room.beside, gk + node->out, head.step);
+}
+
+static void attend_back(const Node *node, int64_t examples, const Buffers *at) {
+    Room room;
+    make_room(node, at->room, &room);
+    memset(at->gh, 0, examples * at->in.image * sizeof(float));
+    for (int64_t n = 0; n < examples; n++) for (int64_t number = 0; number < node->groups; number++) {
+        Head head = head_of(node, at, n, number);
+        across(at->h + head.from + node->out, head.step, head.places, head.size, 1.0f, room.across, head.places);
+        EACH_PANEL(head.places, first, width) {
+#define PANEL(width) attend_panel_back(width, node, at, head, room, first)
+            BY_WIDTH(width, PANEL);
+#undef PANEL
+        }
+    }
+}
+
 /* p = softmax(outputs) in their place, and the derivative by them = weight * (p - targets). */
 static void loss_gradient(int64_t examples, int64_t classes, const float *targets, const int64_t *order,
                           const float *weights, const Buffers *last) {
@@ -707,6 +940,9 @@ static void forward(const Node *nodes, int64_t count, int64_t examples, const Bu
         if (tiled(nodes + l)) tiles_forward(nodes + l, examples, at + l);
         else if (nodes[l].kind == CONVOLUTION) convolve(nodes + l, windows, at + l);
         else if (nodes[l].kind == NORM) normalize(nodes + l, examples, at + l);
+        else if (nodes[l].kind == LAYER) layer(nodes + l, windows, at + l);
+        else if (nodes[l].kind == SHIFT) shift(nodes + l, windows, at + l);
+        else if (nodes[l].kind == ATTENTION) attend(nodes + l, examples, at + l);
 #define VALUES(activation) add(activation, nodes + l, windows, at + l)
         else if (nodes[l].kind == SUM) BY_ACTIVATION(nodes[l].activation, VALUES);
 #undef VALUES
@@ -733,6 +969,12 @@ static void backward(const Node *nodes, int64_t count, int64_t examples, const B
             }
         } else if (node->kind == NORM) {
             normalize_back(node, examples, at + l);
+        } else if (node->kind == LAYER) {
+            layer_back(node, windows, at + l);
+        } else if (node->kind == SHIFT) {
+            shift_back(node, windows, at + l);
+        } else if (node->kind == ATTENTION) {
+            attend_back(node, examples, at + l);
         } else if (node->kind == SUM) {
 #define SLOPES(activation) add_back(activation, node, windows, at + l)
             BY_ACTIVATION(node->activation, SLOPES);
@@ -800,8 +1042,11 @@ static void take(float *to, const float *a, const float *b, int64_t place, int64
 static void pack(const Node *node, const float *start, const float *moved, const Buffers *at) {
     int64_t in = pixel(node), out = ROUND(node->out), area = node->kernel_height * node->kernel_width;
     take(at->bias, start, moved, node->bias, node->out, 0.0f);
-    if (node->kind == NORM) {
-        take(at->weights, start, moved, node->weight, node->out, 1.0f);
+    if (node->kind != CONVOLUTION) {
+        for (int64_t m = 0; m < depth_of(node); m++) {
+            int64_t place = node->weight < 0 ? -1 : node->weight + m * node->out;
+            take(at->weights + m * out, start, moved, place, node->out, 1.0f);
+        }
         return;
     }
     EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
@@ -839,8 +1084,9 @@ static void unpack(const Node *node, const Buffers *at, float *into, float scale
     if (node->bias >= 0) update(into + node->bias, at->g_bias, node->out, scale, step);
     if (node->weight < 0) return;
     into += node->weight;
-    if (node->kind == NORM) {
-        update(into, at->g_weights, node->out, scale, step);
+    if (node->kind != CONVOLUTION) {
+        for (int64_t m = 0; m < depth_of(node); m++)
+            update(into + m * node->out, at->g_weights + m * out, node->out, scale, step);
         return;
     }
     for (int64_t o = 0; o < out; o += LANES) {
@@ -863,9 +1109,9 @@ static void unpack(const Node *node, const Buffers *at, float *into, float scale
 /* Zeros what backward sums up. */
 static void clear(const Node *node, const Buffers *at) {
     int64_t out = ROUND(node->out);
-    if (node->kind > NORM) return;
+    if (node->kind > SHIFT) return;
     memset(at->g_bias, 0, out * sizeof(float));
-    memset(at->g_weights, 0, (node->kind == NORM ? 1 : depth_of(node)) * out * sizeof(float));
+    memset(at->g_weights, 0, depth_of(node) * out * sizeof(float));
 }
 
 /* How the signals lie, [count + 1]. */
@@ -894,7 +1140,8 @@ static void lay(const Node *nodes, int64_t count, Layout *signals) {
 
 /* Whether the derivative by what enters can take the place of that by what leaves. */
 INLINE int in_place(const Node *nodes, int64_t count, int64_t l, const Layout *signals) {
-    return (nodes[l].kind == NORM || nodes[l].kind == SUM) && l + 1 < count &&
+    int64_t kind = nodes[l].kind;
+    return (kind == NORM || kind == LAYER || kind == SHIFT || kind == SUM) && l + 1 < count &&
            !memcmp(signals + nodes[l].of, signals + l + 1, sizeof(Layout));
 }
 
@@ -907,8 +1154,8 @@ INLINE int in_place(const Node *nodes, int64_t count, int64_t l, const Layout *s
 
 /* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. */
 static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *memory, Buffers *at) {
-    int64_t used = 0, widest = 0, most = 0;
-    float *tiles_in = NULL, *tiles_out = NULL, *columns = NULL, *h[count + 1], *gh[count + 1];
+    int64_t used = 0, widest = 0, most = 0, largest = 0;
+    float *tiles_in = NULL, *tiles_out = NULL, *columns = NULL, *room = NULL, *h[count + 1], *gh[count + 1];
     Layout signals[count + 1];
     lay(nodes, count, signals);
     for (int64_t v = 0; v <= count; v++) { /* the last: the outputs, then their softmax */
@@ -923,7 +1170,7 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
         *b = (Buffers){.in = signals[node->of], .h = h[node->of], .z = h[l + 1]};
         most = MAX(most, node->in * node->kernel_height * node->kernel_width);
         if (tiled(node)) widest = MAX(widest, MAX(pixel(node), out));
-        if (node->of && !in_place(nodes, count, l, signals)) PLACE(b->gh, block * b->in.image);
+        if (node->of && !in_place(nodes, count, l, signals)) PLACE(b->gh, block * b->in.image + (node->kind == ATTENTION ? LANES : 0)); /* whole vectors are added there */
         PLACE(b->from, block * windows_of(node));
         PLACE(b->to, block * windows_of(node));
         if (node->kind == SUM) {
@@ -932,15 +1179,20 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
             PLACE(b->g_other, block * b->in_other.image);
             PLACE(b->from_other, block * windows_of(node));
         }
-        if (node->kind > NORM) continue;
-        PLACE(b->weights, node->kind == NORM ? out : depth * out);
-        PLACE(b->g_weights, node->kind == NORM ? out : depth * out);
+        if (node->kind == ATTENTION) {
+            PLACE(b->shares, block * node->groups * windows_of(node) * ROUND(windows_of(node)));
+            largest = MAX(largest, make_room(node, NULL, NULL));
+        }
+        if (node->kind > SHIFT) continue;
+        PLACE(b->weights, depth * out);
+        PLACE(b->g_weights, depth * out);
         PLACE(b->bias, out);
         PLACE(b->g_bias, out);
         if (node->kind == CONVOLUTION && node->of) PLACE(b->transposed, depth * node->out);
-        if (node->kind == CONVOLUTION) continue;
-        PLACE(b->mean, block * out);
-        PLACE(b->inverse, block * out);
+        if (node->kind == CONVOLUTION || node->kind == SHIFT) continue;
+        PLACE(b->mean, block * (node->kind == LAYER ? windows_of(node) : out));
+        PLACE(b->inverse, block * (node->kind == LAYER ? windows_of(node) : out));
+        if (node->kind == LAYER) continue;
         PLACE(b->factor, block * out);
         PLACE(b->sum, out);
         PLACE(b->product, out);
@@ -948,11 +1200,13 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
     PLACE(tiles_in, PARTS * TILES * widest);
     PLACE(tiles_out, PARTS * TILES * widest);
     PLACE(columns, ROUND(most) * LANES);
+    PLACE(room, largest);
     for (int64_t l = count - 1; memory && l >= 0; l--) { /* as backward goes */
         Buffers *b = at + l;
         b->tiles_in = tiles_in;
         b->tiles_out = tiles_out;
         b->columns = columns;
+        b->room = room;
         b->gz = gh[l + 1];
         if (in_place(nodes, count, l, signals)) b->gh = b->gz;
         b->all = gh[nodes[l].of];
@@ -1029,7 +1283,7 @@ static void gradient_row(const Job *job, int64_t r, const Buffers *at) {
     for (int64_t t = 0; t < job->times; t++) {
         for (int64_t l = 0; l < count; l++) {
             clear(nodes + l, at + l);
-            if (nodes[l].kind <= NORM)
+            if (nodes[l].kind <= SHIFT)
                 pack(nodes + l, job->start + r * job->stride, job->moved ? job->moved + r * job->parameters : NULL, at + l);
         }
         for (int64_t n = 0; n < job->chosen; n += job->block) {
@@ -1042,7 +1296,7 @@ static void gradient_row(const Job *job, int64_t r, const Buffers *at) {
             backward(nodes, count, some, at);
         }
         for (int64_t l = 0; l < count; l++)
-            if (nodes[l].kind <= NORM) unpack(nodes + l, at + l, into, job->scale[t], job->step[t]);
+            if (nodes[l].kind <= SHIFT) unpack(nodes + l, at + l, into, job->scale[t], job->step[t]);
     }
 }
 
@@ -1050,7 +1304,7 @@ static void outputs_row(const Job *job, int64_t r, const Buffers *at) {
     const Node *nodes = job->nodes;
     int64_t count = job->count, classes = nodes[count - 1].out, inputs = nodes->in * nodes->height * nodes->width;
     for (int64_t l = 0; l < count; l++)
-        if (nodes[l].kind <= NORM) pack(nodes + l, job->start + r * job->stride, NULL, at + l);
+        if (nodes[l].kind <= SHIFT) pack(nodes + l, job->start + r * job->stride, NULL, at + l);
     for (int64_t n = 0; n < job->examples; n += job->block) {
         int64_t some = MIN(job->block, job->examples - n), first = r * job->examples + n;
         enter(nodes, some, job->x + first * inputs, NULL, at);

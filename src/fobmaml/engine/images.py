@@ -1,4 +1,4 @@
-"""Gradients of networks of convolutions, norms, activations, pools and sums by the compiled kernel ``images.c``.
+"""Gradients of networks of images and of sequences by the compiled kernel ``images.c``.
 
 It takes all passes of all rows, and many steps, in one call. Networks are given as nodes; parameters keep the module's
 own layout.
@@ -51,7 +51,7 @@ class ImageGradient(RowGradient):
             raise refuse("inputs", tuple(x.shape), "signals that fit into memory")
         check("targets", targets, (*rows_and_examples, described.classes))
         check("weights", weights, tuple(rows_and_examples), (*rows_and_examples, 1))
-        data = {"inputs": in_order(x), "targets": in_order(targets), "weights": in_order(weights)}
+        data = {"inputs": in_order(described.entered(x)), "targets": in_order(targets), "weights": in_order(weights)}
         super().__init__(found, "images", described.layers, data, described.parameters, described.at_once())
 
     @classmethod
