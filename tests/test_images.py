@@ -21,6 +21,7 @@ from fobmaml.engine.nodes import (
     Activate,
     Attention,
     Conv,
+    Embedding,
     Flatten,
     GroupNorm,
     LayerNorm,
@@ -93,7 +94,7 @@ def _wanted(model: nn.Module, phi: torch.Tensor, x: torch.Tensor, targets: torch
     leaf, shapes = phi.detach().double().requires_grad_(), _shapes(model)
     parts = leaf.split([shape.numel() for shape in shapes.values()])
     parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-    outputs = functional_call(model.double(), parameters, (x.double(),))
+    outputs = functional_call(model.double(), parameters, (x.double() if x.is_floating_point() else x,))
     loss = F.cross_entropy(outputs, targets, reduction="none") @ weights.double()
     return torch.autograd.grad(loss, leaf)[0]
 
@@ -386,6 +387,34 @@ def test_sequences(instructions, case):
     torch.testing.assert_close(learner.outputs(phi, x), wanted, rtol=1e-4, atol=1e-5)
 
 
+WORDS = {
+    "a mean of words": (nn.Sequential(nn.Embedding(11, 5), Mean(), nn.Tanh(), nn.Linear(5, 3)), 7, 11),
+    "words in their order": (nn.Sequential(nn.Embedding(4, 17), nn.Flatten(), nn.Linear(51, 3)), 3, 4),
+    "a transformer": (Transformer((6,), 3, width=8, heads=2, depth=1, tokens=40), 6, 40),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_words(instructions, case):
+    model, places, words = WORDS[case]
+    x = torch.randint(words, (2, 5, places))
+    x[0, 0, 0], x[1, 1, 1] = 0, words - 1
+    gradient = _check_graph(model, x)
+    learner = Learner(model.float(), F.cross_entropy)
+    targets = torch.ones(2, 5).long()
+    engine = learner.engine_for(x, learner.row_loss(targets))
+    assert learner.used.startswith("images-")
+    phi, plain = _rows(model, 2), Learner(model, F.cross_entropy, "loop")
+    wanted = plain.engine_for(x, plain.row_loss(targets)).gradient(phi)
+    assert (engine.gradient(phi) - wanted).norm() <= 1e-4 * wanted.norm()
+    torch.testing.assert_close(learner.outputs(phi, x), plain.outputs(phi, x), rtol=1e-4, atol=1e-5)
+    for wrong in (-1, words):
+        x[0, 2, 1] = wrong
+        with pytest.raises(ValueError, match=f"^inputs={wrong}: takes whole numbers from 0 to {words - 1}"):
+            learner.engine_for(x, learner.row_loss(targets))
+    assert gradient.data["inputs"].max() == words - 1
+
+
 def test_attention_of_large_numbers(instructions):
     model, shape = _attending(9, 3, 2, 4)
     _check_graph(model, 40.0 * torch.randn(2, 3, *shape))
@@ -670,6 +699,7 @@ WRONG_VECTORS = {
     "a convolution": [Linear("a", None), Conv("p", None, (1, 1), (0, 0), (1, 1), 1), *VECTORS[2:]],
     "no end": [*VECTORS[:2], Attention(2)],
     "a mean of one vector": [*VECTORS[:4], MeanOfPlaces(), VECTORS[4]],
+    "words": [Embedding("a"), *VECTORS[1:]],
     "inputs as signals, too": [*VECTORS, Take(-1), Flatten(), Linear("c", None), Sum(4)],
     "inputs of another shape, too": [*VECTORS, Take(-1), Reshape((2, 5)), Linear("c", None), MeanOfPlaces(), Sum(4)],
 }

@@ -13,6 +13,7 @@ from fobmaml.engine.nodes import (
     Activate,
     Attention,
     Conv,
+    Embedding,
     Flatten,
     GroupNorm,
     LayerNorm,
@@ -236,6 +237,17 @@ GRAPHS = {
         [Reshape((4, 2)), Linear("a.weight", None), Attention(1), Flatten()],
     ),
 }
+
+
+def test_words():
+    model = nn.Sequential(nn.Embedding(9, 4), Of(lambda m, x: x.mean(1)), nn.Linear(4, 5))
+    wanted = [Embedding("0.weight"), MeanOfPlaces(), Linear("2.weight", "2.bias")]
+    x = torch.randint(9, (2, 3, 6))
+    assert Trial(Learner(model, F.cross_entropy), "auto").nodes(x) == wanted
+    padded = nn.Sequential(nn.Embedding(9, 4, padding_idx=0), *model[1:])
+    trial = Trial(Learner(padded, F.cross_entropy), "auto")
+    assert trial.nodes(x) is None
+    assert trial.untraced == "Embedding '0' (aten.embedding.default)"
 
 
 @pytest.mark.parametrize("case", GRAPHS)

@@ -14,6 +14,7 @@ from fobmaml.engine.nodes import (
     Activate,
     Attention,
     Conv,
+    Embedding,
     Flatten,
     GroupNorm,
     LayerNorm,
@@ -28,8 +29,10 @@ from fobmaml.engine.nodes import (
 )
 from fobmaml.engine.rows import MOST_NUMBERS
 
-CONVOLUTION, NORM, LAYER, SHIFT, MAXIMUM, AVERAGE, SUM, ATTENTION = range(8)  # as in images.c
+CONVOLUTION, NORM, LAYER, SHIFT, EMBEDDING, MAXIMUM, AVERAGE, SUM, ATTENTION = range(9)  # as in images.c
 ACTIVATIONS = ("identity", "silu", "relu", "tanh", "gelu")
+MOST_WORDS = 2**24
+"""Whole numbers that float32 tells apart: as such the kernel reads them."""
 SIGNALS = 2**18
 """Numbers in the signals of examples that a thread takes together: they stay in a processor's second cache (measured on
 images of 28 × 28 and 64 channels)."""
@@ -103,6 +106,7 @@ class Described:
             raise refuse("inputs", tuple(shape), "examples [values], [channels, length] or [channels, height, width]")
         self.signal, self.entries = Signal.of(shape), list[library.Image]()
         self.sequences = set[bool]()  # whether the inputs are taken as such
+        self.words = 0  # below which they have to be whole numbers; 0: they are any numbers
         self.results = [self.signal]  # of the inputs, and of each node
         self.again = {node.step for node in nodes if isinstance(node, Take | Sum)}  # whose results are taken again
         for node in nodes:
@@ -124,7 +128,7 @@ class Described:
             for signal in (entry.of, entry.other) if entry.kind == SUM else (entry.of,):
                 takers[signal].append(entry)
         alike = {(entry.kind, entry.inputs, entry.height, entry.width) for entry in takers[0]}
-        if {kind for kind, *_ in alike} != {CONVOLUTION} or len(alike) > 1 or len(self.sequences) > 1:
+        if not {kind for kind, *_ in alike} <= {CONVOLUTION, EMBEDDING} or len(alike) > 1 or len(self.sequences) > 1:
             raise refuse("model", self._so_far(), "inputs that convolutions alone, or linear layers alone, take alike")
         if self.signal.number != count or not all(takers.values()):
             raise refuse("model", self._so_far(), "nodes of which the last one alone is taken by no other")
@@ -176,6 +180,13 @@ class Described:
             case Shift() if seen := signal.vectors:
                 shape = (seen.channels,) if seen.flat else (seen.width, seen.channels)
                 self._same(SHIFT, seen, self._place(node.parameter, shape))
+            case Embedding() if signal.flat and not signal.number:
+                table, channels = self._matrix(node.weight)
+                if table > MOST_WORDS:
+                    raise refuse("model", f"{node.weight} {(table, channels)}", f"at most {MOST_WORDS} vectors")
+                self.words, self.signal = table, Signal(1, 1, signal.channels, sequence=True)
+                after = replace(self.signal, channels=channels)
+                self._same(EMBEDDING, after, self._place(node.weight, (table, channels)), groups=table)
             case Attention() if signal.sequence and not signal.flat:
                 heads, channels = whole_number("heads", node.heads), signal.channels // 3
                 if 3 * channels != signal.channels or channels % heads:
@@ -222,6 +233,13 @@ class Described:
         if name not in self.shapes or len(self.shapes[name]) < 2:
             raise refuse("model", name, f"a weight among {', '.join(self.shapes)}")
         return tuple(self.shapes[name])
+
+    def _matrix(self, name: str) -> tuple[int, int]:
+        """Of a table."""
+        rows, *columns = self._shape(name)
+        if len(columns) != 1:
+            raise refuse("model", f"{name} {(rows, *columns)}", "a table, [numbers, values]")
+        return rows, columns[0]
 
     def _linear(self, node: Linear) -> None:
         """A convolution: of a vector one whose window is the whole image, and in a sequence one of a single place."""
@@ -287,7 +305,13 @@ class Described:
         self.signal = replace(after, number=len(self.entries))
 
     def entered(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs [R, N, ...] as [R, N, channels, places]."""
+        """Inputs [R, N, ...] as the kernel reads them, [R, N, channels, places]. Raises ValueError for words that there
+        are no vectors for."""
+        if self.words:
+            least, most = (int(word) for word in x.aminmax()) if x.numel() else (0, 0)
+            if least < 0 or most >= self.words:
+                raise refuse("inputs", least if least < 0 else most, f"whole numbers from 0 to {self.words - 1}")
+            return x.float()
         if True not in self.sequences:
             return x
         return (x if x.dim() == 4 else x.unflatten(-1, (-1, self.entries[0].inputs))).mT
@@ -309,6 +333,8 @@ class Described:
             most = max(most, 2 * padded * channels[0], 4 * window * math.prod(channels), 2 * e.height_out * e.width_out)
             if e.kind == ATTENTION:
                 most = max(most, e.groups * e.width * (e.width + library.LANES))
+            if e.kind == EMBEDDING:
+                most = max(most, e.groups * channels[1])
         return most
 
 

@@ -21,9 +21,9 @@ enum { HEIGHT = 6, WIDTH = 4 }; /* 24 of 32 */
 #endif
 enum { DEPTH = 64, WINDOWS = 64 }; /* summed at a time: what is read again and again has to stay in the first cache */
 enum { TILES = 60, PARTS = 16 };   /* transformed at a time, and places of each */
-enum { CONVOLUTION, NORM, LAYER, SHIFT, MAXIMUM, AVERAGE, SUM, ATTENTION }; /* kinds of nodes, the first four with
-                                                                               parameters */
-enum { IDENTITY, SILU, RELU, TANH, GELU };                                  /* and of activations */
+/* kinds of nodes, those up to EMBEDDING with parameters, and of activations */
+enum { CONVOLUTION, NORM, LAYER, SHIFT, EMBEDDING, MAXIMUM, AVERAGE, SUM, ATTENTION };
+enum { IDENTITY, SILU, RELU, TANH, GELU };
 
 #define ROUND(a) (CEIL(a, LANES) * LANES)
 
@@ -34,11 +34,12 @@ CONVOLUTION: weights of ``out`` outputs and biases [out] at the places ``weight`
 says that there are none. From a channel's weight to the next's it is ``channel_step`` numbers, from a window's place to
 the next ``place_step``. NORM: of ``groups`` groups of channels, 0 for none, with a gain and a
 shift there, then the activation. LAYER: a norm of each place's channels. SHIFT: adds the parameters [places][channels]
-at ``weight``. MAXIMUM and AVERAGE of each window. SUM of two signals, then the activation. ATTENTION of ``groups`` heads
+at ``weight``. EMBEDDING: of each whole number that enters the channels of that number, of a table [groups][channels]
+there. MAXIMUM and AVERAGE of each window. SUM of two signals, then the activation. ATTENTION of ``groups`` heads
 among the places of a line, of which the channels are queries, keys and values.
 
 The signal that enters is that number ``of``, 0 for the inputs and l + 1 for what node l gives; a sum's second is
-``other``. Node 0 and convolutions alone take the inputs; of the others, each signal is taken by somebody, and the last
+``other``. Node 0, and convolutions or embeddings alone, take the inputs; of the others, each signal is taken by somebody, and the last
 one by nobody. */
 typedef struct {
     int64_t kind, in, height, width, out, height_out, width_out, kernel_height, kernel_width, stride_height,
@@ -129,7 +130,8 @@ INLINE int64_t windows_of(const Node *node) { return node->height_out * node->wi
 
 /* Numbers that an output's weights take, for the products. */
 INLINE int64_t depth_of(const Node *node) {
-    if (node->kind != CONVOLUTION) return node->kind == SHIFT ? windows_of(node) : 1;
+    if (node->kind == SHIFT) return windows_of(node);
+    if (node->kind != CONVOLUTION) return node->kind == EMBEDDING ? node->groups : 1;
     return (tiled(node) ? PARTS : node->kernel_height * node->kernel_width) * pixel(node);
 }
 
@@ -739,6 +741,20 @@ static void shift_back(const Node *node, int64_t windows, const Buffers *at) {
     }
 }
 
+static void embed(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t out = ROUND(node->out);
+    for (int64_t m = 0; m < windows; m++)
+        memcpy(at->z + at->to[m], at->weights + (int64_t)at->h[at->from[m]] * out, out * sizeof(float));
+}
+
+static void embed_back(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t out = ROUND(node->out);
+    for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < out; c += LANES) {
+        float *sum = at->g_weights + (int64_t)at->h[at->from[m]] * out + c;
+        store(sum, load(sum) + load(at->gz + at->to[m] + c));
+    }
+}
+
 /* Attention of a head, with queries q, keys k and values v [places][size], goes by panels of up to WIDTH vectors of
 queries. The shares p[k][q] are the softmax over k of q . k / sqrt(size), and z = sum over k of p v. With g for the
 derivative by z, s = p (g . v - sum over k of p (g . v)) is that by q . k / sqrt(size), and k's is the sum over q of s q,
@@ -942,6 +958,7 @@ static void forward(const Node *nodes, int64_t count, int64_t examples, const Bu
         else if (nodes[l].kind == NORM) normalize(nodes + l, examples, at + l);
         else if (nodes[l].kind == LAYER) layer(nodes + l, windows, at + l);
         else if (nodes[l].kind == SHIFT) shift(nodes + l, windows, at + l);
+        else if (nodes[l].kind == EMBEDDING) embed(nodes + l, windows, at + l);
         else if (nodes[l].kind == ATTENTION) attend(nodes + l, examples, at + l);
 #define VALUES(activation) add(activation, nodes + l, windows, at + l)
         else if (nodes[l].kind == SUM) BY_ACTIVATION(nodes[l].activation, VALUES);
@@ -973,6 +990,8 @@ static void backward(const Node *nodes, int64_t count, int64_t examples, const B
             layer_back(node, windows, at + l);
         } else if (node->kind == SHIFT) {
             shift_back(node, windows, at + l);
+        } else if (node->kind == EMBEDDING) {
+            embed_back(node, windows, at + l);
         } else if (node->kind == ATTENTION) {
             attend_back(node, examples, at + l);
         } else if (node->kind == SUM) {
@@ -1109,7 +1128,7 @@ static void unpack(const Node *node, const Buffers *at, float *into, float scale
 /* Zeros what backward sums up. */
 static void clear(const Node *node, const Buffers *at) {
     int64_t out = ROUND(node->out);
-    if (node->kind > SHIFT) return;
+    if (node->kind > EMBEDDING) return;
     memset(at->g_bias, 0, out * sizeof(float));
     memset(at->g_weights, 0, depth_of(node) * out * sizeof(float));
 }
@@ -1183,13 +1202,13 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
             PLACE(b->shares, block * node->groups * windows_of(node) * ROUND(windows_of(node)));
             largest = MAX(largest, make_room(node, NULL, NULL));
         }
-        if (node->kind > SHIFT) continue;
+        if (node->kind > EMBEDDING) continue;
         PLACE(b->weights, depth * out);
         PLACE(b->g_weights, depth * out);
         PLACE(b->bias, out);
         PLACE(b->g_bias, out);
         if (node->kind == CONVOLUTION && node->of) PLACE(b->transposed, depth * node->out);
-        if (node->kind == CONVOLUTION || node->kind == SHIFT) continue;
+        if (node->kind != NORM && node->kind != LAYER) continue;
         PLACE(b->mean, block * (node->kind == LAYER ? windows_of(node) : out));
         PLACE(b->inverse, block * (node->kind == LAYER ? windows_of(node) : out));
         if (node->kind == LAYER) continue;
@@ -1283,7 +1302,7 @@ static void gradient_row(const Job *job, int64_t r, const Buffers *at) {
     for (int64_t t = 0; t < job->times; t++) {
         for (int64_t l = 0; l < count; l++) {
             clear(nodes + l, at + l);
-            if (nodes[l].kind <= SHIFT)
+            if (nodes[l].kind <= EMBEDDING)
                 pack(nodes + l, job->start + r * job->stride, job->moved ? job->moved + r * job->parameters : NULL, at + l);
         }
         for (int64_t n = 0; n < job->chosen; n += job->block) {
@@ -1296,7 +1315,7 @@ static void gradient_row(const Job *job, int64_t r, const Buffers *at) {
             backward(nodes, count, some, at);
         }
         for (int64_t l = 0; l < count; l++)
-            if (nodes[l].kind <= SHIFT) unpack(nodes + l, at + l, into, job->scale[t], job->step[t]);
+            if (nodes[l].kind <= EMBEDDING) unpack(nodes + l, at + l, into, job->scale[t], job->step[t]);
     }
 }
 
@@ -1304,7 +1323,7 @@ static void outputs_row(const Job *job, int64_t r, const Buffers *at) {
     const Node *nodes = job->nodes;
     int64_t count = job->count, classes = nodes[count - 1].out, inputs = nodes->in * nodes->height * nodes->width;
     for (int64_t l = 0; l < count; l++)
-        if (nodes[l].kind <= SHIFT) pack(nodes + l, job->start + r * job->stride, NULL, at + l);
+        if (nodes[l].kind <= EMBEDDING) pack(nodes + l, job->start + r * job->stride, NULL, at + l);
     for (int64_t n = 0; n < job->examples; n += job->block) {
         int64_t some = MIN(job->block, job->examples - n), first = r * job->examples + n;
         enter(nodes, some, job->x + first * inputs, NULL, at);

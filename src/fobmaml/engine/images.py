@@ -23,7 +23,7 @@ from fobmaml.engine.rows import MOST_NUMBERS, RowGradient, lines
 
 def outputs(described: Described, phi: Tensor, x: Tensor) -> Tensor:
     """The network with parameters phi[r] on x[r]: [R, P], [R, N, ...] -> [R, N, classes]."""
-    nothing = x.new_zeros(*x.shape[:2], described.classes)
+    nothing = torch.zeros(*x.shape[:2], described.classes)
     return ImageGradient(described, x, nothing, nothing[..., :1]).outputs(phi)
 
 
@@ -38,7 +38,7 @@ class ImageGradient(RowGradient):
     """
 
     def __init__(self, described: Described, x: Tensor, targets: Tensor, weights: Tensor):
-        check("inputs", x)
+        check("inputs", x, dtype=torch.int64 if described.words else torch.float32)
         found = library.kernel()
         if found is None:
             raise refuse("engine", "images", f"a compiled kernel: {library.missing()}")
@@ -46,12 +46,12 @@ class ImageGradient(RowGradient):
             raise refuse(
                 "inputs", tuple(x.shape), f"[rows, examples, *{described.shape}], as the network was described for"
             )
-        rows_and_examples = x.shape[:2]
+        entered, rows_and_examples = described.entered(x), x.shape[:2]
         if MOST * described.largest() > MOST_NUMBERS:
             raise refuse("inputs", tuple(x.shape), "signals that fit into memory")
         check("targets", targets, (*rows_and_examples, described.classes))
         check("weights", weights, tuple(rows_and_examples), (*rows_and_examples, 1))
-        data = {"inputs": in_order(described.entered(x)), "targets": in_order(targets), "weights": in_order(weights)}
+        data = {"inputs": in_order(entered), "targets": in_order(targets), "weights": in_order(weights)}
         super().__init__(found, "images", described.layers, data, described.parameters, described.at_once())
 
     @classmethod
@@ -59,7 +59,8 @@ class ImageGradient(RowGradient):
         cls, nodes: Sequence[Node], shapes: Mapping[str, torch.Size], x: Tensor, targets: Tensor, weights: Tensor
     ) -> "ImageGradient":
         """For a chain of ``nodes``; raises ValueError as ``Described``, too."""
-        check("inputs", x)
+        if not isinstance(x, Tensor):
+            raise refuse("inputs", type(x).__name__, "a tensor")
         return cls(Described(nodes, shapes, x.shape[2:]), x, targets, weights)
 
     def outputs(self, start: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class FusedImages(Loop):
     def __init__(self, described: Described, network: Network, x: Tensor, loss: CrossEntropy):
         super().__init__(network, x, loss, WHOLE)
         self.described, self.cross_entropy = described, loss
-        loss.prepare(x.new_empty(*x.shape[:2], described.classes))
+        loss.prepare(torch.empty(*x.shape[:2], described.classes, dtype=torch.float32))
         self.kernel = ImageGradient(described, x, loss.one_hot, loss.weights)
 
     def outputs(self, phi: Tensor) -> Tensor:

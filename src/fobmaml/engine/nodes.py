@@ -109,6 +109,14 @@ class Shift:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """Of a sequence of whole numbers the vectors that have them in a table: ``weight`` [numbers, values], [places] ->
+    [places, values]."""
+
+    weight: str
+
+
+@dataclass(frozen=True)
 class Attention:
     """Scaled dot-product attention of a sequence [places, 3 · values], at each place queries, keys and values, of so
     many ``heads``: [places, values]."""
@@ -133,6 +141,7 @@ Node = (
     | Sum
     | LayerNorm
     | Shift
+    | Embedding
     | Attention
     | MeanOfPlaces
 )
@@ -182,6 +191,8 @@ def _applied(node: Node, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
             return F.layer_norm(x, x.shape[-1:], scale, shift, eps)
         case Shift(parameter):
             return x + parameters[parameter]
+        case Embedding(weight):
+            return F.embedding(x, parameters[weight])
         case Attention(heads):
             q, k, v = x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

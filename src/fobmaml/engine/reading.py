@@ -12,6 +12,7 @@ from fobmaml.engine.nodes import (
     Activate,
     Attention,
     Conv,
+    Embedding,
     Flatten,
     GroupNorm,
     LayerNorm,
@@ -118,6 +119,13 @@ class Reading:
             numbers, shape, _ = self._rows(below, operation)
             weight, bias = self._name_if(given[2], operation), self._name_if(given[3], operation)
             self._enter(operation, LayerNorm(weight, bias, given[4]), shape, numbers.at)
+        elif what is aten.embedding.default:
+            table, numbers_of = given[:2]
+            known = len(values) == 2 and given[2] in (None, -1) and not any(given[3:]) and not operation.kwargs
+            self._expect(known and numbers_of in self.known and self._ordered(numbers_of), operation)
+            self._bring(numbers_of, numbers_of.shape[1:])
+            self._expect(len(numbers_of.shape) == 2, operation)
+            self._enter(operation, Embedding(self._name(table, operation)), after)
         elif what is aten._scaled_dot_product_flash_attention_for_cpu.default:
             self._expect(len(values) == 3 and not any(given[3:]) and not operation.kwargs, operation)
             self._attend(operation, values)
@@ -265,7 +273,7 @@ class Reading:
 
     def _attend(self, operation: Operation, values: list[Value]) -> None:
         """Of queries, keys and values [N, heads, places, size] that lie beside each other."""
-        self._expect(all(value.shape == values[0].shape for value in values), operation)
+        self._expect(all(value.shape == values[0].shape for value in values) and len(values[0].shape) == 4, operation)
         _, heads, places, size = values[0].shape
         step, width = self.known[values[0]].of, heads * size
         self._expect(isinstance(step, int) and self.shapes[step] == (places, 3 * width), operation)
