@@ -21,7 +21,22 @@ from sanitize_kernel import (
 from torch import Tensor
 
 from fobmaml.engine.images import ImageGradient
-from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape
+from fobmaml.engine.nodes import (
+    Activate,
+    Attention,
+    Conv,
+    Flatten,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MeanOfPlaces,
+    Node,
+    Pool,
+    Reshape,
+    Shift,
+    Sum,
+    Take,
+)
 from fobmaml.engine.rows import RowGradient
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}
@@ -41,8 +56,13 @@ class Images(Description):
         def of(name: str | None) -> Tensor | None:
             return None if name is None else parameters[name]
 
+        results = [x]
         for node in self.layers:
             match node:
+                case Take(step):
+                    x = results[step + 1]
+                case Sum(step):
+                    x = x + results[step + 1]
                 case Conv(weight, bias, stride, padding):
                     if x.dim() == 4:
                         x = F.conv2d(x, parameters[weight], of(bias), stride, padding)
@@ -60,8 +80,18 @@ class Images(Description):
                     x = pooled if x.dim() == 4 else pooled.squeeze(2)
                 case Reshape(shape):
                     x = x.unflatten(1, shape)
+                case LayerNorm(weight, bias, eps):
+                    x = F.layer_norm(x, x.shape[-1:], of(weight), of(bias), eps)
+                case Shift(parameter):
+                    x = x + parameters[parameter]
+                case Attention(heads):
+                    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in x.chunk(3, -1))
+                    x = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+                case MeanOfPlaces():
+                    x = x.mean(1)
                 case _:
                     x = x.flatten(1)
+            results.append(x)
         return x
 
 
@@ -72,13 +102,16 @@ class RandomImages(Random):
 
     def description(self) -> Images:
         rows, examples = self.choice([0, 1, 2, 3]), self.choice([0, 1, 3, 13, 50])
-        shape = self.choice([(7,), (self.randint(1, 3), 30), (self.randint(1, 4), self.randint(1, 14), 9)])
+        shape = self.choice([(7,), (self.randint(1, 3), 30), (30, 2), (self.randint(1, 4), self.randint(1, 14), 9)])
         self.nodes, self.shapes = list[Node](), dict[str, torch.Size]()
         self.channels, *self.size = shape
         x = torch.randn(rows, examples, *shape)
+        if len(shape) == 2 and self.random() < 0.5:
+            self._sequence(*shape)
         for _ in range(self.randint(0, 3) if self.size else 0):
             self._convolution()
             self._rest()
+            self._branches()
         if self.size:
             self.nodes.append(Flatten())
             self.channels *= torch.Size(self.size).numel()
@@ -86,9 +119,37 @@ class RandomImages(Random):
         for _ in range(self.choice([0, 0, 1, 2])):
             self._linear()
             self._rest()
+            self._branches()
         self._linear()
         shapes = dict(self.sample(list(self.shapes.items()), len(self.shapes)))  # a row has them in any order
         return self.told(Images, self.nodes, shapes, x, self.channels)  # type: ignore[return-value]
+
+    def _sequence(self, places: int, channels: int) -> None:
+        """Layers of vectors, attention among them, and one vector at the end."""
+        self.channels, self.size = channels, []
+        self._linear()
+        for _ in range(self.randint(0, 3)):
+            begin, before = len(self.nodes) - 1, self.channels
+            if self.random() < 0.5:
+                weight, bias = self._parameters((self.channels,), self.random() < 0.7)
+                self.nodes.append(LayerNorm(self.choice([None, weight]), bias, 0.1))
+                if self.nodes[-1] == LayerNorm(None, bias, 0.1):
+                    del self.shapes[weight]
+            if self.random() < 0.5:
+                weight, _ = self._parameters((places, self.channels), False)
+                self.nodes.append(Shift(weight))
+            if self.random() < 0.7:
+                heads, size = self.randint(1, 3), self.choice([1, 2, 5, 8, 16, 17, 70])
+                self.nodes.append(Linear(*self._parameters((3 * heads * size, self.channels), True)))
+                self.nodes.append(Attention(heads))
+                self.nodes.append(Linear(*self._parameters((before, heads * size), True)))
+            else:
+                self.nodes.append(Activate(self.choice(list(FUNCTIONS))))
+            if self.random() < 0.5 and begin < len(self.nodes) - 1:
+                self.nodes.append(Sum(begin))
+        mean = self.random() < 0.5
+        self.nodes.append(MeanOfPlaces() if mean else Flatten())
+        self.channels *= 1 if mean else places
 
     def _parameters(self, weight: tuple[int, ...], biased: bool) -> tuple[str, str | None]:
         name = f"{len(self.nodes)}"
@@ -132,6 +193,30 @@ class RandomImages(Random):
         if self.size and self.random() < 0.5:
             self.nodes.append(Pool(self.choice(["max", "average"]), *self._window(3)))
 
+    def _branches(self) -> None:
+        """Ways from the last result that keep its shape, one after another or into each other, and their sum."""
+        begin, ends = len(self.nodes) - 1, list[int]()
+        for _ in range(self.choice([0, 0, 2, 3])):
+            if ends:
+                self.nodes.append(Take(self.choice([begin, begin, ends[-1]])))
+            if not self.size:
+                self.nodes.append(Linear(*self._parameters((self.channels, self.channels), True)))
+            elif self.random() < 0.8:
+                one = len(self.size) == 1
+                kernel = [1, 1] if one else [2 * self.randint(0, 2) + 1, 2 * self.randint(0, 1) + 1]
+                weight, bias = self._parameters((self.channels, self.channels, *kernel[one:]), self.random() < 0.7)
+                self.nodes.append(Conv(weight, bias, (1, 1), (kernel[0] // 2, kernel[1] // 2), (1, 1), 1))
+            else:
+                self.nodes.append(Pool("average", (1, 1), (1, 1), (0, 0)))
+            if self.random() < 0.5:
+                self.nodes.append(Activate(self.choice(list(FUNCTIONS))))
+            ends.append(len(self.nodes) - 1)
+        for end in ends[:-1]:
+            self.nodes.append(Sum(end))
+        if ends and self.random() < 0.5:
+            self.nodes.append(Sum(begin))
+            self.nodes += [Activate(self.choice(list(FUNCTIONS)))] * self.randint(0, 1)
+
     def _tensor(self, d: Description, name: str) -> str | None:
         if name != "inputs":
             return super()._tensor(d, name)
@@ -153,6 +238,11 @@ class RandomImages(Random):
         d.inputs = self.choice(ways)()  # type: ignore[assignment]
         return "inputs, targets, model"  # of more rows, the second; of other channels, the third
 
+    def _overlap(self, d: Description, name: str) -> str | None:
+        if name == "inputs" and isinstance(d.layers[0], Linear) and d.inputs.dim() == 4:
+            return None  # of sequences the kernel reads a copy
+        return super()._overlap(d, name)
+
     def _layers(self, d: Description, _: str) -> str:
         nodes: list[Any] = d.layers
         i = self.choice([i for i, node in enumerate(nodes) if isinstance(node, Conv | Linear)])
@@ -168,17 +258,23 @@ class RandomImages(Random):
             [GroupNorm(1, None, None, 0.1), *nodes],
             [*nodes, *nodes[i : i + 1]],
             self._with(d, i, replace(nodes[i], weight=self.choice(named))),
+            *([*nodes, kind(step)] for kind in (Take, Sum) for step in (len(nodes), 2**62, -2)),
+            [*nodes, Take(0.0)],  # type: ignore[arg-type]
+            [*nodes[:i], Sum(-1), *nodes[i:]],
+            [*nodes, Activate("relu"), Take(len(nodes) - 1)],
         ]
-        for kind in (Conv, Pool, GroupNorm):
+        for kind in (Conv, Pool, GroupNorm, Attention):
             for j in (j for j, node in enumerate(nodes) if isinstance(node, kind)):
                 ways += [self._with(d, j, wrong) for wrong in self._wrong(nodes[j])]
         d.layers = self.choice(ways)
-        return "model, inputs, targets, kernel, stride, padding, groups, eps"
+        return "model, inputs, targets, kernel, stride, padding, groups, heads, eps, step"
 
     def _wrong(self, node: Any) -> list[Any]:
         if isinstance(node, GroupNorm):
             groups = [replace(node, groups=groups) for groups in (0, -1, 7 * 13, 2**62)]
             return [*groups, *(replace(node, eps=eps) for eps in (-1.0, float("nan")))]
+        if isinstance(node, Attention):
+            return [replace(node, heads=heads) for heads in (0, -1, 2**62, 7 * 13)]
         sizes: list[Any] = [(0, 1), (-1, 1), (1, 2**62), (1.0, 1)]
         wrong: list[Any] = [replace(node, stride=size) for size in sizes if size != (1, 2**62)]
         wrong += [replace(node, padding=size) for size in ((-1, 0), (0, 2**62))]

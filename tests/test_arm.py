@@ -46,7 +46,7 @@ def _request(d: Description) -> tuple[bytes, list[int]]:
     tensors = [
         d.start.expand(rows, -1),
         None if descent else d.displacement,
-        d.inputs,
+        gradient.data["inputs"],
         d.targets,
         d.weights if d.order is None else d.chosen_weights,
         d.order,

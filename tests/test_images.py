@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,30 @@ from torch.func import functional_call
 
 import fobmaml
 from fobmaml import Learner, TaskBatch
-from fobmaml.engine import images, library
+from fobmaml.engine import library
+from fobmaml.engine.described import Described, described
 from fobmaml.engine.images import FusedImages, ImageGradient
 from fobmaml.engine.losses import Loss, Part
-from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Node, Pool, Reshape
+from fobmaml.engine.nodes import (
+    Activate,
+    Attention,
+    Conv,
+    Embedding,
+    Flatten,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MeanOfPlaces,
+    Node,
+    Pool,
+    Reshape,
+    Shift,
+    Sum,
+    Take,
+)
+from fobmaml.engine.trial import Trial
 from fobmaml.estimators import MAML, Symmetric, Tangent
+from fobmaml.models import ResNet12, Transformer
 from fobmaml.solvers import GradientDescent
 
 NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", nn.GELU: "gelu"}
@@ -74,19 +94,20 @@ def _wanted(model: nn.Module, phi: torch.Tensor, x: torch.Tensor, targets: torch
     leaf, shapes = phi.detach().double().requires_grad_(), _shapes(model)
     parts = leaf.split([shape.numel() for shape in shapes.values()])
     parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-    outputs = functional_call(model.double(), parameters, (x.double(),))
+    outputs = functional_call(model.double(), parameters, (x.double() if x.is_floating_point() else x,))
     loss = F.cross_entropy(outputs, targets, reduction="none") @ weights.double()
     return torch.autograd.grad(loss, leaf)[0]
 
 
-def _check(model: nn.Sequential, x: torch.Tensor) -> ImageGradient:
+def _check(model: nn.Module, x: torch.Tensor, nodes: list[Node] | None = None) -> ImageGradient:
     """``x`` [R, N, ...]. Returns the kernel's gradient, whose numbers are autograd's."""
+    nodes = nodes or nodes_of(model)
     with torch.no_grad():
         classes = model.float()(x[0]).shape[1]
     rows, examples = x.shape[:2]
     targets, weights = torch.randint(classes, (rows, examples)), torch.rand(rows, examples)
     phi, before = _rows(model, rows), torch.randn(rows, sum(p.numel() for p in model.parameters()))
-    gradient = ImageGradient.of(nodes_of(model), _shapes(model), x, F.one_hot(targets, classes).float(), weights)
+    gradient = ImageGradient.of(nodes, _shapes(model), x, F.one_hot(targets, classes).float(), weights)
     found = torch.full_like(before, torch.nan)  # is not read
     gradient.add(phi, None, found, 0.0, 1.0)
     again = before.clone()
@@ -219,6 +240,207 @@ EDGES = {
 def test_edges(instructions, case):
     model, shape = EDGES[case]
     _check(model, torch.randn(shape))
+
+
+class Branches(nn.Module):
+    """The activated sum of what several modules give of the same."""
+
+    def __init__(self, *ways: nn.Module, then: nn.Module | None = None):
+        super().__init__()
+        self.ways, self.then = nn.ModuleList(ways), then or nn.Identity()
+
+    def forward(self, x):
+        return self.then(sum((way(x) for way in self.ways[1:]), self.ways[0](x)))
+
+
+def _conv(into: int, out: int, size: int = 3, **options) -> nn.Module:
+    return nn.Conv2d(into, out, size, padding=size // 2, **options)
+
+
+def _check_graph(model: nn.Module, x: torch.Tensor) -> ImageGradient:
+    nodes = Trial(Learner(model.float(), F.cross_entropy), "auto").nodes(x)
+    assert nodes is not None
+    return _check(model, x, nodes)
+
+
+GRAPHS = {
+    "residual": nn.Sequential(_conv(2, 6), Branches(nn.Identity(), _conv(6, 6)), nn.Flatten(), nn.Linear(180, 3)),
+    "residual, before norm and activation": nn.Sequential(
+        _conv(2, 6),
+        nn.SiLU(),
+        Branches(nn.Sequential(nn.GroupNorm(3, 6), nn.Tanh(), _conv(6, 6)), nn.Identity(), then=nn.GELU()),
+        Branches(nn.Identity(), nn.Sequential(nn.GroupNorm(2, 6), nn.SiLU()), then=nn.GroupNorm(1, 6)),
+        nn.Flatten(),
+        nn.Linear(180, 3),
+    ),
+    "ways from the inputs": nn.Sequential(
+        Branches(_conv(2, 5, 1), _conv(2, 5, 5, bias=False), nn.Sequential(_conv(2, 3), nn.Tanh(), _conv(3, 5))),
+        nn.AvgPool2d((5, 6)),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+    ),
+    "windows of all sizes on one signal": nn.Sequential(
+        _conv(2, 17),
+        Branches(_conv(17, 4), _conv(17, 4, 5), nn.Sequential(nn.AvgPool2d(3, 1, 1), _conv(17, 4, 1)), then=nn.SiLU()),
+        Branches(nn.MaxPool2d(2), nn.Conv2d(4, 4, 4, 2, 1), nn.AvgPool2d((2, 2)), then=nn.MaxPool2d(2, 1, 1)),
+        nn.Flatten(),
+        nn.Linear(4 * 3 * 4, 3),
+    ),
+    "an activation of what is taken again": nn.Sequential(
+        _conv(2, 4),
+        nn.GroupNorm(2, 4),
+        Branches(nn.Identity(), nn.Sequential(nn.SiLU(), _conv(4, 4)), nn.Tanh()),
+        Branches(nn.Identity(), nn.ReLU()),
+        nn.Flatten(),
+        nn.Linear(120, 3),
+    ),
+    "vectors": nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(60, 20),
+        Branches(nn.Identity(), nn.Sequential(nn.SiLU(), nn.Linear(20, 20)), then=nn.Tanh()),
+        nn.Linear(20, 3),
+    ),
+    "within each other": nn.Sequential(
+        _conv(2, 4),
+        Branches(
+            nn.Identity(),
+            Branches(nn.Identity(), nn.Sequential(nn.Tanh(), _conv(4, 4)), then=_conv(4, 4)),
+            then=nn.AvgPool2d(2),
+        ),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GRAPHS)
+def test_signals_that_are_taken_twice(instructions, case):
+    _check_graph(GRAPHS[case], torch.randn(2, 5, 2, 5, 6))
+
+
+class Heads(nn.Module):
+    """Attention of a sequence of vectors, by the queries, keys and values that a linear layer gives of each."""
+
+    def __init__(self, into: int, heads: int, size: int):
+        super().__init__()
+        self.heads, self.into, self.out = heads, nn.Linear(into, 3 * heads * size), nn.Linear(heads * size, into)
+
+    def forward(self, x):
+        parts = self.into(x).unflatten(-1, (3, self.heads, -1)).transpose(-4, -2).unbind(-3)
+        return self.out(F.scaled_dot_product_attention(*parts).transpose(-3, -2).flatten(-2))
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+def _attending(places: int, into: int, heads: int, size: int) -> tuple[nn.Module, tuple[int, ...]]:
+    layers = Branches(nn.Identity(), nn.Sequential(nn.LayerNorm(6), Heads(6, heads, size)))
+    return nn.Sequential(nn.Linear(into, 6), layers, Mean(), nn.Linear(6, 3)), (places, into)
+
+
+SEQUENCES = {
+    "two places": _attending(2, 2, 1, 1),
+    "places and sizes around a register's": _attending(17, 1, 3, 5),
+    "several panels of places": _attending(70, 3, 2, 8),
+    "a size of several panels": _attending(9, 2, 1, 70),
+    "places that fill panels": _attending(64, 1, 2, 16),
+    "vectors": (
+        nn.Sequential(
+            nn.Linear(7, 33), nn.LayerNorm(33), nn.SiLU(), nn.Linear(33, 16), nn.LayerNorm(16, bias=False)
+        ).append(nn.Linear(16, 3)),
+        (7,),
+    ),
+    "no mean at the end": (
+        nn.Sequential(nn.Linear(3, 18), nn.LayerNorm(18, elementwise_affine=False), nn.GELU(), nn.Flatten()).append(
+            nn.Linear(90, 4)
+        ),
+        (5, 3),
+    ),
+    "values, with places": (Transformer((11,), 3, width=12, heads=3), (11,)),
+    "vectors, with places": (Transformer((6, 3), 3, width=8, heads=2, depth=1), (6, 3)),
+    "torch's own": (
+        nn.Sequential(
+            nn.Unflatten(1, (4, 3)),
+            nn.Linear(3, 8),
+            nn.TransformerEncoderLayer(8, 2, 10, 0.0, batch_first=True, norm_first=True),
+            nn.TransformerEncoderLayer(8, 4, 17, 0.0, F.gelu, batch_first=True),
+            Mean(),
+            nn.Linear(8, 3),
+        ),
+        (12,),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEQUENCES)
+def test_sequences(instructions, case):
+    model, shape = SEQUENCES[case]
+    x = torch.randn(2, 5, *shape)
+    _check_graph(model, x)
+    learner = Learner(model.float(), F.cross_entropy)
+    learner.engine_for(x, learner.row_loss(torch.ones(2, 5).long()))
+    assert learner.used.startswith("images-")
+    phi = _rows(model, 2)
+    wanted = Learner(model, F.cross_entropy, "loop").outputs(phi, x)
+    torch.testing.assert_close(learner.outputs(phi, x), wanted, rtol=1e-4, atol=1e-5)
+
+
+WORDS = {
+    "a mean of words": (nn.Sequential(nn.Embedding(11, 5), Mean(), nn.Tanh(), nn.Linear(5, 3)), 7, 11),
+    "words in their order": (nn.Sequential(nn.Embedding(4, 17), nn.Flatten(), nn.Linear(51, 3)), 3, 4),
+    "a transformer": (Transformer((6,), 3, width=8, heads=2, depth=1, tokens=40), 6, 40),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_words(instructions, case):
+    model, places, words = WORDS[case]
+    x = torch.randint(words, (2, 5, places))
+    x[0, 0, 0], x[1, 1, 1] = 0, words - 1
+    gradient = _check_graph(model, x)
+    learner = Learner(model.float(), F.cross_entropy)
+    targets = torch.ones(2, 5).long()
+    engine = learner.engine_for(x, learner.row_loss(targets))
+    assert learner.used.startswith("images-")
+    phi, plain = _rows(model, 2), Learner(model, F.cross_entropy, "loop")
+    wanted = plain.engine_for(x, plain.row_loss(targets)).gradient(phi)
+    assert (engine.gradient(phi) - wanted).norm() <= 1e-4 * wanted.norm()
+    torch.testing.assert_close(learner.outputs(phi, x), plain.outputs(phi, x), rtol=1e-4, atol=1e-5)
+    for wrong in (-1, words):
+        x[0, 2, 1] = wrong
+        with pytest.raises(ValueError, match=f"^inputs={wrong}: takes whole numbers from 0 to {words - 1}"):
+            learner.engine_for(x, learner.row_loss(targets))
+    assert gradient.data["inputs"].max() == words - 1
+
+
+def test_attention_of_large_numbers(instructions):
+    model, shape = _attending(9, 3, 2, 4)
+    _check_graph(model, 40.0 * torch.randn(2, 3, *shape))
+
+
+@pytest.mark.parametrize("model", ["transformer", "resnet"])
+def test_the_meta_gradient_of_a_graph_is_that_of_a_loop(instructions, model):
+    network = Transformer((64,), 5, width=8, heads=2) if model == "transformer" else ResNet12((1, 8, 8), 5, 4, 2)
+    tasks, found = _tasks(), {}
+    if model == "transformer":
+        tasks = replace(tasks, support_x=tasks.support_x.flatten(2), query_x=tasks.query_x.flatten(2))
+    for dtype, engine in ((torch.float32, "auto"), (torch.float64, "loop")):
+        learner = Learner(network.to(dtype), F.cross_entropy, engine)
+        estimator = Symmetric(GradientDescent(3, 0.05), lam=0.5, nu=0.5)
+        found[engine] = fobmaml.estimators.estimate(estimator, learner, learner.theta(), tasks.to(dtype=dtype))
+        assert learner.used.startswith("images-") == (engine == "auto")
+    assert (found["auto"].gradient - found["loop"].gradient).norm() <= 1e-3 * found["loop"].gradient.norm()
+
+
+def test_the_residual_network(instructions):
+    model = ResNet12((2, 9, 8), 3, width=4, depth=2)
+    gradient = _check_graph(model, torch.randn(2, 30, 2, 9, 8))
+    phi, x = _rows(model.float(), 2), gradient.data["inputs"]
+    torch.testing.assert_close(
+        gradient.outputs(phi), Learner(model, F.cross_entropy, "loop").outputs(phi, x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_equal_maxima_give_to_the_first_as_in_torch(instructions):
@@ -373,7 +595,7 @@ def test_an_engine_of_some_examples(instructions):
     x, y = torch.randn(2, 6, 1, 8, 8), torch.randint(5, (2, 6))
     loss = Loss(F.cross_entropy)
     engine = FusedImages(
-        images.described(nodes_of(model), learner, (1, 8, 8)), learner, x, loss.rows(y, [Part(slice(None), 1.0)])
+        described(nodes_of(model), learner, (1, 8, 8)), learner, x, loss.rows(y, [Part(slice(None), 1.0)])
     )
     order = torch.tensor([[1, 5], [0, 2]])
     some = engine.of_examples(order, [Part(slice(None), 1.0)])
@@ -419,6 +641,21 @@ WRONG_NODES = {
     "another shape in between": [CONV, Reshape((3, 4, 2)), Flatten(), LINEAR],
     "too many": [CONV, *[Activate("relu")] * library.MOST_LAYERS, Flatten(), LINEAR],
     "what is no node": [CONV, "flatten", LINEAR],
+    "what comes later": [CONV, Take(1), Flatten(), LINEAR],
+    "what is not there": [CONV, Take(-2), Flatten(), LINEAR],
+    "a sum of two shapes": [CONV, Flatten(), Sum(0), LINEAR],
+    "a sum with the inputs": [CONV, Sum(-1), Flatten(), LINEAR],
+    "a sum with itself": [CONV, Sum(0), Flatten(), LINEAR],
+    "nobody's result": [CONV, Activate("relu"), Take(0), Flatten(), LINEAR],
+    "an end that goes back": [CONV, Flatten(), LINEAR, Activate("relu"), Take(2)],
+    "inputs first": [Activate("relu"), Take(-1), *RIGHT],
+    "a padded pool of what others take": [
+        CONV,
+        Pool("max", (3, 3), (1, 1), (1, 1)),
+        Sum(0),
+        Flatten(),
+        LINEAR,
+    ],
 }
 
 
@@ -439,10 +676,41 @@ def _given(**changes) -> dict:
 @pytest.mark.parametrize("case", WRONG_NODES)
 def test_networks_that_the_kernel_does_not_know(instructions, case):
     network = Learner(_small(), F.cross_entropy)
-    assert images.described(RIGHT, network, (1, 3, 5))
-    assert not images.described(WRONG_NODES[case], network, (1, 3, 5))
-    with pytest.raises(ValueError, match=r"^(model|inputs|stride|padding|kernel|groups|eps)=.*: takes "):
+    assert described(RIGHT, network, (1, 3, 5))
+    assert not described(WRONG_NODES[case], network, (1, 3, 5))
+    with pytest.raises(ValueError, match=r"^(model|inputs|stride|padding|kernel|groups|eps|step)=.*: takes "):
         ImageGradient.of(**_given(nodes=WRONG_NODES[case]))
+
+
+VECTORS = [Linear("a", None), Shift("p"), Attention(2), MeanOfPlaces(), Linear("b", None)]
+OF_VECTORS = {"a": torch.Size((12, 2)), "p": torch.Size((5, 12)), "b": torch.Size((3, 4))}
+WRONG_VECTORS = {
+    "heads that do not divide": [*VECTORS[:2], Attention(3), *VECTORS[3:]],
+    "no heads": [*VECTORS[:2], Attention(0), *VECTORS[3:]],
+    "attention of what is no threes": [*VECTORS[:3], Attention(1), *VECTORS[3:]],
+    "attention of inputs": [Attention(1), *VECTORS],
+    "another shift": [VECTORS[0], Shift("b"), *VECTORS[2:]],
+    "a shift behind": [VECTORS[0], *VECTORS[2:4], Shift("p"), VECTORS[4]],
+    "a norm of another size": [VECTORS[0], LayerNorm("p", None, 1e-5), *VECTORS[2:]],
+    "a norm of inputs": [LayerNorm(None, None, 1e-5), *VECTORS],
+    "an eps below zero": [*VECTORS[:2], LayerNorm(None, None, -1.0), *VECTORS[2:]],
+    "a norm of channels": [*VECTORS[:2], GroupNorm(2, None, None, 1e-5), *VECTORS[2:]],
+    "a pool": [*VECTORS[:2], Pool("max", (1, 1), (1, 1), (0, 0)), *VECTORS[2:]],
+    "a convolution": [Linear("a", None), Conv("p", None, (1, 1), (0, 0), (1, 1), 1), *VECTORS[2:]],
+    "no end": [*VECTORS[:2], Attention(2)],
+    "a mean of one vector": [*VECTORS[:4], MeanOfPlaces(), VECTORS[4]],
+    "words": [Embedding("a"), *VECTORS[1:]],
+    "inputs as signals, too": [*VECTORS, Take(-1), Flatten(), Linear("c", None), Sum(4)],
+    "inputs of another shape, too": [*VECTORS, Take(-1), Reshape((2, 5)), Linear("c", None), MeanOfPlaces(), Sum(4)],
+}
+
+
+@pytest.mark.parametrize("case", WRONG_VECTORS)
+def test_sequences_that_the_kernel_does_not_know(instructions, case):
+    shapes = OF_VECTORS | ({"c": torch.Size((3, 10) if "signals" in case else (3, 5))} if "too" in case else {})
+    assert Described(VECTORS, OF_VECTORS, (5, 2)).classes == 3
+    with pytest.raises(ValueError, match=r"^(model|heads|eps|groups)=.*: takes "):
+        Described(WRONG_VECTORS[case], shapes, (5, 2))
 
 
 @pytest.mark.parametrize(
@@ -468,9 +736,9 @@ def test_what_does_not_fit_is_refused_by_name(instructions, change, says):
 
 def test_what_was_described_for_other_examples_is_refused(instructions):
     given = _given()
-    described = images.Described(given["nodes"], given["shapes"], (1, 3, 5))
+    network = Described(given["nodes"], given["shapes"], (1, 3, 5))
     with pytest.raises(ValueError, match=r"^inputs=\(2, 3, 1, 5, 3\): takes \[rows, examples, \*\(1, 3, 5\)\]"):
-        ImageGradient(described, given["x"].mT, given["targets"], given["weights"])
+        ImageGradient(network, given["x"].mT, given["targets"], given["weights"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,23 @@ from torch import nn
 
 from fobmaml import Learner, TaskBatch
 from fobmaml.engine import library
-from fobmaml.engine.nodes import Activate, Conv, Flatten, GroupNorm, Linear, Pool, Reshape, as_module
+from fobmaml.engine.nodes import (
+    Activate,
+    Attention,
+    Conv,
+    Embedding,
+    Flatten,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    MeanOfPlaces,
+    Pool,
+    Reshape,
+    Shift,
+    Sum,
+    Take,
+    as_module,
+)
 from fobmaml.engine.trial import Trial
 from fobmaml.estimators import FOMAML, IMAML, MAML, Symmetric, estimate
 from fobmaml.solvers import GradientDescent
@@ -129,6 +145,119 @@ def test_pools_of_sequences_have_height_1(layer, node):
     assert [part for part in nodes if isinstance(part, Pool)] == [node]
 
 
+def _written_through_a_view(h):
+    h.view(-1).relu_()
+    return h
+
+
+def _attended(qkv, order=(0, 1, 2), **options):
+    """By one head, of queries, keys and values that lie beside each other."""
+    parts = qkv.unflatten(-1, (3, 1, -1)).unbind(-3)
+    return F.scaled_dot_product_attention(*(parts[i].transpose(1, 2) for i in order), **options).flatten(1)
+
+
+GRAPHS = {
+    "a sum with the inputs": (
+        Of(lambda m, x: m.b(x + m.a(x)), a=nn.Linear(8, 8), b=nn.Linear(8, 5)),
+        [Linear("a.weight", "a.bias"), Sum(-1), Linear("b.weight", "b.bias")],
+    ),
+    "two ways": (
+        Of(lambda m, x: (m.a(x).tanh() + m.b(x)).relu(), a=nn.Linear(8, 5), b=nn.Linear(8, 5)),
+        [
+            Linear("a.weight", "a.bias"),
+            Activate("tanh"),
+            Take(-1),
+            Linear("b.weight", "b.bias"),
+            Sum(1),
+            Activate("relu"),
+        ],
+    ),
+    "written in place": (
+        Of(lambda m, x: m.a(x).add_(x), a=nn.Linear(8, 8)),
+        [Linear("a.weight", "a.bias"), Sum(-1)],
+    ),
+    "written through a view": (
+        Of(lambda m, x: _written_through_a_view(m.a(x)), a=nn.Linear(8, 8)),
+        [Linear("a.weight", "a.bias"), Activate("relu")],
+    ),
+    "images": (
+        Of(
+            lambda m, x: m.c((m.a(x.view(-1, 1, 2, 4)) + m.b(x.view(-1, 1, 2, 4))).mean((2, 3))),
+            a=nn.Conv2d(1, 3, 3, padding=1),
+            b=nn.Conv2d(1, 3, 1),
+            c=nn.Linear(3, 5),
+        ),
+        [
+            Reshape((1, 2, 4)),
+            Conv("a.weight", "a.bias", (1, 1), (1, 1), (1, 1), 1),
+            Take(-1),
+            Reshape((1, 2, 4)),
+            Conv("b.weight", "b.bias", (1, 1), (0, 0), (1, 1), 1),
+            Sum(1),
+            Pool("average", (2, 4), (2, 4), (0, 0)),
+            Flatten(),
+            Linear("c.weight", "c.bias"),
+        ],
+    ),
+    "a sequence": (
+        Of(
+            lambda m, x: m.c(F.gelu(m.b(m.a(x.unsqueeze(-1)) + m.places)).mean(1)),
+            a=nn.Linear(1, 3),
+            b=nn.LayerNorm(3, bias=False),
+            c=nn.Linear(3, 5),
+            places=nn.Parameter(torch.ones(8, 3)),
+        ),
+        [
+            Reshape((8, 1)),
+            Linear("a.weight", "a.bias"),
+            Shift("places"),
+            LayerNorm("b.weight", None, 1e-5),
+            Activate("gelu"),
+            MeanOfPlaces(),
+            Linear("c.weight", "c.bias"),
+        ],
+    ),
+    "torch's attention, whose sequences lie across": (
+        Of(
+            lambda m, x: m.b(m.a(*[x.view(-1, 2, 4)] * 3, need_weights=False)[0].flatten(1)),
+            a=nn.MultiheadAttention(4, 2, batch_first=True),
+            b=nn.Linear(8, 5),
+        ),
+        [
+            Reshape((2, 4)),
+            Linear("a.in_proj_weight", "a.in_proj_bias"),
+            Attention(2),
+            Linear("a.out_proj.weight", "a.out_proj.bias"),
+            Flatten(),
+            Linear("b.weight", "b.bias"),
+        ],
+    ),
+    "attention": (
+        Of(lambda m, x: _attended(m.a(x.view(-1, 4, 2))), a=nn.Linear(2, 6, bias=False)),
+        [Reshape((4, 2)), Linear("a.weight", None), Attention(1), Flatten()],
+    ),
+}
+
+
+def test_words():
+    model = nn.Sequential(nn.Embedding(9, 4), Of(lambda m, x: x.mean(1)), nn.Linear(4, 5))
+    wanted = [Embedding("0.weight"), MeanOfPlaces(), Linear("2.weight", "2.bias")]
+    x = torch.randint(9, (2, 3, 6))
+    assert Trial(Learner(model, F.cross_entropy), "auto").nodes(x) == wanted
+    padded = nn.Sequential(nn.Embedding(9, 4, padding_idx=0), *model[1:])
+    trial = Trial(Learner(padded, F.cross_entropy), "auto")
+    assert trial.nodes(x) is None
+    assert trial.untraced == "Embedding '0' (aten.embedding.default)"
+
+
+@pytest.mark.parametrize("case", GRAPHS)
+def test_what_is_used_twice_and_what_sequences_take(case):
+    model, nodes = GRAPHS[case]
+    assert _nodes(model, 8) == (nodes, "")
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(as_module(nodes)(dict(model.named_parameters()), x), model(x))
+
+
 class Reversed(torch.autograd.Function):
     @staticmethod
     def forward(context, x):
@@ -142,11 +271,6 @@ class Reversed(torch.autograd.Function):
 def _constant(layer, x):
     with torch.no_grad():
         return layer(x)
-
-
-def _written_through_a_view(h):
-    h.view(-1).relu_()
-    return h
 
 
 def _frozen():
@@ -168,8 +292,7 @@ def _hooked():
 
 
 UNKNOWN = {
-    "a layer": (nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "LayerNorm '1' (aten.native_layer_norm.default)"),
-    "a residual sum": (Of(lambda m, x: x + m.a(x), a=nn.Linear(8, 8)), "Linear 'a' (whose inputs go elsewhere, too)"),
+    "a layer": (nn.Sequential(nn.Linear(8, 8), nn.CELU()), "CELU '1' (aten.celu.default)"),
     "a factor": (Of(lambda m, x: 2 * m.a(x), a=nn.Linear(8, 8)), "Of '' (aten.mul.Tensor)"),
     "an activation's setting": (
         nn.Sequential(nn.Linear(8, 8), nn.Softplus(2.0)),
@@ -179,7 +302,33 @@ UNKNOWN = {
         nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 2, 3, padding=1, padding_mode="circular")),
         "Conv1d '1' (aten.copy_.default)",
     ),
-    "places": (nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 5)), "Linear '1' (aten.view.default)"),
+    "norms of two axes": (
+        nn.Sequential(nn.Unflatten(1, (2, 4)), nn.LayerNorm((2, 4)), nn.Flatten(), nn.Linear(8, 2)),
+        "LayerNorm '1' (aten.native_layer_norm.default)",
+    ),
+    "sums of others' places": (
+        Of(lambda m, x: (m.a(x.view(-1, 4, 2)) + m.a(x.view(-1, 4, 2)).transpose(1, 2)).flatten(1), a=nn.Linear(2, 4)),
+        "Linear 'a' (aten.addmm.default)",
+    ),
+    "twice itself": (Of(lambda m, x: m.a(x + x), a=nn.Linear(8, 8)), "Of '' (aten.add.Tensor)"),
+    "a number added": (Of(lambda m, x: m.a(x + 1.0), a=nn.Linear(8, 8)), "Of '' (aten.add.Tensor)"),
+    "numbers of other examples": (
+        Of(lambda m, x: m.a(x.t().reshape(x.shape)), a=nn.Linear(8, 8)),
+        "Linear 'a' (aten.addmm.default)",
+    ),
+    "a part of the numbers": (Of(lambda m, x: m.a(x[:, 4:].tanh()), a=nn.Linear(4, 8)), "Of '' (aten.tanh.default)"),
+    "a part of a parameter": (
+        Of(lambda m, x: m.b(m.a(x) + m.w[:5]), a=nn.Linear(8, 5), b=nn.Linear(5, 5), w=nn.Parameter(torch.ones(6))),
+        "Of '' (aten.add.Tensor)",
+    ),
+    "masked attention": (
+        Of(lambda m, x: _attended(m.a(x.view(-1, 4, 2)), is_causal=True), a=nn.Linear(2, 6)),
+        "Of '' (aten._scaled_dot_product_flash_attention_for_cpu.default)",
+    ),
+    "attention of keys by keys": (
+        Of(lambda m, x: _attended(m.a(x.view(-1, 4, 2)), order=(1, 1, 2)), a=nn.Linear(2, 6)),
+        "Of '' (aten._scaled_dot_product_flash_attention_for_cpu.default)",
+    ),
     "frozen": (_frozen(), "Linear '0' ("),
     "tied": (_tied(), "Linear '2' ("),
     "hooked": (_hooked(), "Linear '0' has hooks"),
@@ -202,16 +351,11 @@ UNKNOWN = {
         "",
     ),
     "numbers as NumPy's": (Of(lambda m, x: m.a(x * float(x.detach().numpy().max())), a=nn.Linear(8, 8)), ""),
-    "writing through a view": (
-        Of(lambda m, x: _written_through_a_view(m.a(x)), a=nn.Linear(8, 8)),
-        "Of '' (aten.relu.default)|Of '' (aten.view.default)",
-    ),
     "writing into its own": (
         Of(lambda m, x: m.b(torch.empty(len(x), 8, dtype=x.dtype).copy_(m.a(x))), a=nn.Linear(8, 8), b=nn.Linear(8, 8)),
         "Of '' (aten.copy.default)",
     ),
-    "two inputs of one": (Of(lambda m, x: m.a(x).add_(x), a=nn.Linear(8, 8)), "Linear 'a' (whose inputs go elsewhere"),
-    "the whole set": (Of(lambda m, x: m.a(x).view(-1, 4), a=nn.Linear(8, 8)), "Of '' (aten.view.default)"),
+    "the whole set": (Of(lambda m, x: m.a(x).view(-1, 4), a=nn.Linear(8, 8)), "the module (output)"),
 }
 
 

@@ -1,9 +1,9 @@
-/* Gradients of a chain of convolutions, norms, activations and pools with a softmax cross-entropy, for many rows of
-parameters and many steps in one call.
+/* Gradients of a network of convolutions, norms, activations, pools, sums and attention with a softmax cross-entropy, for many rows
+of parameters and many steps in one call.
 
 Each row has its own parameters and examples and belongs to one thread, which takes a few examples through all nodes and
 back before the next, so that their signals stay in the cache. Signals are channels-last, each channel vector filled up
-with zeros to whole vector registers, and padded as the node that reads them asks for: of a window, what lies in one
+with zeros to whole vector registers, and padded as the nodes that read them ask for: of a window, what lies in one
 line of the image is a run of consecutive numbers, and nothing is copied for it. The products are sums over tiles held
 in registers. A dense layer is a convolution whose window is the whole image.
 
@@ -21,8 +21,9 @@ enum { HEIGHT = 6, WIDTH = 4 }; /* 24 of 32 */
 #endif
 enum { DEPTH = 64, WINDOWS = 64 }; /* summed at a time: what is read again and again has to stay in the first cache */
 enum { TILES = 60, PARTS = 16 };   /* transformed at a time, and places of each */
-enum { CONVOLUTION, NORM, MAXIMUM, AVERAGE };     /* kinds of nodes */
-enum { IDENTITY, SILU, RELU, TANH, GELU };        /* and of activations */
+/* kinds of nodes, those up to EMBEDDING with parameters, and of activations */
+enum { CONVOLUTION, NORM, LAYER, SHIFT, EMBEDDING, MAXIMUM, AVERAGE, SUM, ATTENTION };
+enum { IDENTITY, SILU, RELU, TANH, GELU };
 
 #define ROUND(a) (CEIL(a, LANES) * LANES)
 
@@ -32,19 +33,34 @@ kernel_height x kernel_width places and moves by strides; the padding is on both
 CONVOLUTION: weights of ``out`` outputs and biases [out] at the places ``weight`` and ``bias`` of a row; a negative place
 says that there are none. From a channel's weight to the next's it is ``channel_step`` numbers, from a window's place to
 the next ``place_step``. NORM: of ``groups`` groups of channels, 0 for none, with a gain and a
-shift there, then the activation. MAXIMUM and AVERAGE of each window. */
+shift there, then the activation. LAYER: a norm of each place's channels. SHIFT: adds the parameters [places][channels]
+at ``weight``. EMBEDDING: of each whole number that enters the channels of that number, of a table [groups][channels]
+there. MAXIMUM and AVERAGE of each window. SUM of two signals, then the activation. ATTENTION of ``groups`` heads
+among the places of a line, of which the channels are queries, keys and values.
+
+The signal that enters is that number ``of``, 0 for the inputs and l + 1 for what node l gives; a sum's second is
+``other``. Node 0, and convolutions or embeddings alone, take the inputs; of the others, each signal is taken by somebody, and the last
+one by nobody. */
 typedef struct {
     int64_t kind, in, height, width, out, height_out, width_out, kernel_height, kernel_width, stride_height,
-        stride_width, pad_height, pad_width, weight, bias, channel_step, place_step, groups, activation;
+        stride_width, pad_height, pad_width, weight, bias, channel_step, place_step, groups, activation, of, other;
     double eps;
 } Node;
 
-/* What a thread keeps of a node, for a block of examples. Windows m go over all examples. Channels are filled up to
-whole vectors, in ``h`` of the first node's not. */
+/* How a signal lies: [examples][top + height + ..][left + width + ..][channels]; numbers from a pixel, a line, an image to
+the next. Channels are filled up to whole vectors, of the inputs not. */
 typedef struct {
-    float *h;             /* the input, [examples][pad + height + pad][pad + width + pad][in] */
-    float *gh;            /* the loss's derivative by it */
-    int64_t *from, *to;   /* where window m starts in h, and where its outputs go in the next node's h */
+    int64_t pixel, line, image, top, left;
+} Layout;
+
+/* What a thread keeps of a node, for a block of examples. Windows m go over all examples. */
+typedef struct {
+    Layout in, in_other;
+    float *h, *other;     /* what enters, and a sum's second */
+    float *gh, *g_other;  /* the loss's derivative by them, as far as it comes by this node */
+    float *all, *all_other; /* where the nodes behind have left theirs by the same signals, NULL for none */
+    float *z, *gz;        /* what leaves, and the loss's derivative by it */
+    int64_t *from, *to, *from_other; /* where window m starts in h, where its outputs go in z, and its place in other */
     float *weights;       /* as panels [kernel_height * kernel_width * in][up to WIDTH vectors of out]; a gain */
     float *transposed;    /* as panels [kernel_height][.. of kernel_width * in][out][up to WIDTH vectors of them] */
                           /* of tiles: [PARTS] such panels [in][.. of out] and [out][.. of in], g_weights [PARTS][in][out] */
@@ -52,6 +68,9 @@ typedef struct {
     float *g_weights;     /* the derivative by the weights, [kernel_height * kernel_width * in][out]; by the gain */
     float *g_bias;
     float *mean, *inverse, *factor; /* of a norm: [examples][in] each; 1 / deviation, and gain times that */
+                          /* of a norm of each place: [examples][places] */
+    float *shares;        /* of attention, [examples][heads][panels of queries][keys][queries] */
+    float *room;          /* for a head's numbers in other orders: see ``Room`` */
     float *sum, *product; /* [in] each */
     float *columns;       /* room for weights in another order, [in * kernel_height * kernel_width][LANES] */
     float *tiles_in, *tiles_out; /* what enters and leaves tiles, transformed: [PARTS][TILES][in or out] */
@@ -94,37 +113,27 @@ INLINE vec slope(const int activation, vec y) {
     return spread(1.0f);
 }
 
-/* From a channel vector of the input of node l to the next. */
-INLINE int64_t pixel(const Node *nodes, int64_t l) { return l ? ROUND(nodes[l].in) : nodes->in; }
+/* From a channel vector of what enters to the next. */
+INLINE int64_t pixel(const Node *node) { return node->of ? ROUND(node->in) : node->in; }
 
 /* How many tiles of 2 x 2 outputs there are in an image. */
 INLINE int64_t tiles_of(const Node *node) { return CEIL(node->height_out, 2) * CEIL(node->width_out, 2); }
 
 /* Whether a convolution is done in tiles: see ``tiles_forward``. */
-INLINE int tiled(const Node *nodes, int64_t l) {
-    const Node *node = nodes + l;
-    return l && node->kind == CONVOLUTION && node->kernel_height == 3 && node->kernel_width == 3 &&
+INLINE int tiled(const Node *node) {
+    return node->of && node->kind == CONVOLUTION && node->kernel_height == 3 && node->kernel_width == 3 &&
            node->stride_height == 1 && node->stride_width == 1 &&
            20 * tiles_of(node) <= 9 * node->height_out * node->width_out;
 }
 
-/* With room for the last tile, of zeros. */
-INLINE int64_t line(const Node *nodes, int64_t l) {
-    int64_t room = tiled(nodes, l) ? nodes[l].width_out & 1 : 0;
-    return (nodes[l].width + 2 * nodes[l].pad_width + room) * pixel(nodes, l);
-}
-
-INLINE int64_t image(const Node *nodes, int64_t l) {
-    int64_t room = tiled(nodes, l) ? nodes[l].height_out & 1 : 0;
-    return (nodes[l].height + 2 * nodes[l].pad_height + room) * line(nodes, l);
-}
+INLINE int64_t windows_of(const Node *node) { return node->height_out * node->width_out; }
 
 /* Numbers that an output's weights take, for the products. */
-INLINE int64_t depth_of(const Node *nodes, int64_t l) {
-    return (tiled(nodes, l) ? PARTS : nodes[l].kernel_height * nodes[l].kernel_width) * pixel(nodes, l);
+INLINE int64_t depth_of(const Node *node) {
+    if (node->kind == SHIFT) return windows_of(node);
+    if (node->kind != CONVOLUTION) return node->kind == EMBEDDING ? node->groups : 1;
+    return (tiled(node) ? PARTS : node->kernel_height * node->kernel_width) * pixel(node);
 }
-
-INLINE int64_t windows_of(const Node *node) { return node->height_out * node->width_out; }
 
 /* sum[i][v] += sum over p of a[i][p] * panel[p][v], for ``width`` vectors. */
 INLINE void multiply(const int width, int64_t depth, const float *const a[HEIGHT], const float *panel,
@@ -164,9 +173,8 @@ INLINE void window_products(const int width, int64_t windows, const float *h, co
 }
 
 /* z = W h + b. */
-static void convolve(const Node *nodes, int64_t l, int64_t windows, const Buffers *at) {
-    const Node *node = nodes + l;
-    int64_t run = node->kernel_width * pixel(nodes, l), depth = node->kernel_height * run, step = line(nodes, l);
+static void convolve(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t run = node->kernel_width * pixel(node), depth = node->kernel_height * run, step = at->in.line;
     int64_t lines = run < DEPTH ? MIN(DEPTH / run, node->kernel_height) : 1, some;
     EACH_PANEL(ROUND(node->out), first, width) {
         for (int64_t y = 0; y < node->kernel_height; y += lines) for (int64_t k = 0; k < run; k += some) {
@@ -174,7 +182,7 @@ static void convolve(const Node *nodes, int64_t l, int64_t windows, const Buffer
 #define PRODUCTS(width)                                                                                             \
     window_products(width, windows, at->h + y * step + k, at->from, MIN(lines, node->kernel_height - y), step, some, \
                     at->weights + first * depth + (y * run + k) * width * LANES, y + k ? NULL : at->bias + first,     \
-                    at[1].h + first, at->to)
+                    at->z + first, at->to)
             BY_WIDTH(width, PRODUCTS);
 #undef PRODUCTS
         }
@@ -200,14 +208,13 @@ INLINE void input_products(const int width, int64_t windows, int64_t out, const 
     }
 }
 
-static void input_gradient(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
-    const Node *node = nodes + l;
-    int64_t run = node->kernel_width * pixel(nodes, l), windows = examples * windows_of(node);
-    memset(at->gh, 0, examples * image(nodes, l) * sizeof(float));
+static void input_gradient(const Node *node, int64_t examples, const Buffers *at) {
+    int64_t run = node->kernel_width * pixel(node), windows = examples * windows_of(node);
+    memset(at->gh, 0, examples * at->in.image * sizeof(float));
     for (int64_t y = 0; y < node->kernel_height; y++) EACH_PANEL(run, first, width) {
 #define PRODUCTS(width)                                                                                              \
-    input_products(width, windows, node->out, at[1].gh, at->to, at->transposed + (y * run + first) * node->out,       \
-                   at->gh + y * line(nodes, l) + first, at->from)
+    input_products(width, windows, node->out, at->gz, at->to, at->transposed + (y * run + first) * node->out,       \
+                   at->gh + y * at->in.line + first, at->from)
         BY_WIDTH(width, PRODUCTS);
 #undef PRODUCTS
     }
@@ -234,20 +241,19 @@ INLINE void weight_products(const int width, int64_t windows, const float *const
     }
 }
 
-static void weight_gradient(const Node *nodes, int64_t l, int64_t windows, const Buffers *at) {
-    const Node *node = nodes + l;
-    int64_t run = node->kernel_width * pixel(nodes, l), depth = node->kernel_height * run, out = ROUND(node->out);
+static void weight_gradient(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t run = node->kernel_width * pixel(node), depth = node->kernel_height * run, out = ROUND(node->out);
     for (int64_t m = 0; m < windows; m += WINDOWS) {
         int64_t some = MIN(windows - m, WINDOWS);
         for (int64_t k = 0; k < depth; k += HEIGHT) {
             const float *h[HEIGHT];
             for (int i = 0; i < HEIGHT; i++) {
                 int64_t place = MIN(k + i, depth - 1);
-                h[i] = at->h + place / run * line(nodes, l) + place % run;
+                h[i] = at->h + place / run * at->in.line + place % run;
             }
             EACH_PANEL(out, first, width) {
 #define PRODUCTS(width)                                                                                             \
-    weight_products(width, some, h, at->from + m, at[1].gh + first, at->to + m, at->g_weights + k * out + first, out, \
+    weight_products(width, some, h, at->from + m, at->gz + first, at->to + m, at->g_weights + k * out + first, out, \
                     depth - k)
                 BY_WIDTH(width, PRODUCTS);
 #undef PRODUCTS
@@ -259,7 +265,7 @@ static void weight_gradient(const Node *nodes, int64_t l, int64_t windows, const
 static void bias_gradient(const Node *node, int64_t windows, const Buffers *at) {
     for (int64_t o = 0; o < ROUND(node->out); o += LANES) {
         vec sum = load(at->g_bias + o);
-        for (int64_t m = 0; m < windows; m++) sum += load(at[1].gh + at->to[m] + o);
+        for (int64_t m = 0; m < windows; m++) sum += load(at->gz + at->to[m] + o);
         store(at->g_bias + o, sum);
     }
 }
@@ -336,8 +342,8 @@ static void tile_windows(const Node *node, int64_t first, int64_t some, int64_t 
 }
 
 /* B' d B for some tiles, into [PARTS][TILES][in]. */
-static void enter_tiles(const Node *nodes, int64_t l, const Buffers *at, int64_t some, const int64_t *window) {
-    int64_t in = pixel(nodes, l), step = line(nodes, l);
+static void enter_tiles(const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t in = pixel(node), step = at->in.line;
     for (int64_t q = 0; q < some; q++) for (int64_t c = 0; c < in; c += LANES) {
         vec t[PARTS];
         const float *h = at->h + at->from[window[q]] + c;
@@ -354,7 +360,7 @@ static void enter_slopes(const Node *node, const Buffers *at, int64_t some, cons
         vec t[PARTS];
         UNROLL for (int i = 0; i < 2; i++) UNROLL for (int j = 0; j < 2; j++) {
             int64_t m = window[q] + i * node->width_out + j;
-            t[4 * i + j] = within(node, window[q], i, j) ? load(at[1].gh + at->to[m] + o) : spread(0.0f);
+            t[4 * i + j] = within(node, window[q], i, j) ? load(at->gz + at->to[m] + o) : spread(0.0f);
         }
         BOTH_WAYS(outputs_apart, t, 2, 4);
         UNROLL for (int k = 0; k < PARTS; k++) store(at->tiles_out + (k * TILES + q) * out + o, t[k]);
@@ -370,13 +376,13 @@ static void leave_tiles(const Node *node, const Buffers *at, int64_t some, const
         BOTH_WAYS(outputs_together, t, 4, 2);
         UNROLL for (int i = 0; i < 2; i++) UNROLL for (int j = 0; j < 2; j++)
             if (within(node, window[q], i, j))
-                store(at[1].h + at->to[window[q] + i * node->width_out + j] + o, t[4 * i + j] + bias);
+                store(at->z + at->to[window[q] + i * node->width_out + j] + o, t[4 * i + j] + bias);
     }
 }
 
 /* gh += B [..] B'. */
-static void leave_slopes(const Node *nodes, int64_t l, const Buffers *at, int64_t some, const int64_t *window) {
-    int64_t in = pixel(nodes, l), step = line(nodes, l);
+static void leave_slopes(const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t in = pixel(node), step = at->in.line;
     for (int64_t q = 0; q < some; q++) for (int64_t c = 0; c < in; c += LANES) {
         vec t[PARTS];
         float *gh = at->gh + at->from[window[q]] + c;
@@ -411,27 +417,25 @@ static void tile_products(int64_t some, const float *a, int64_t stride, int64_t 
          first_ < all_ && (some = MIN(TILES, all_ - first_)) && (tile_windows(node, first_, some, window), 1); first_ += some)
 
 /* As ``convolve``. */
-static void tiles_forward(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
-    const Node *node = nodes + l;
-    int64_t in = pixel(nodes, l), out = ROUND(node->out);
+static void tiles_forward(const Node *node, int64_t examples, const Buffers *at) {
+    int64_t in = pixel(node), out = ROUND(node->out);
     EACH_TILES(node, examples, some, window) {
-        enter_tiles(nodes, l, at, some, window);
+        enter_tiles(node, at, some, window);
         tile_products(some, at->tiles_in, in, in, at->weights, at->tiles_out, out);
         leave_tiles(node, at, some, window);
     }
 }
 
 /* As ``weight_gradient`` and ``input_gradient``. */
-static void tiles_backward(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
-    const Node *node = nodes + l;
-    int64_t in = pixel(nodes, l), out = ROUND(node->out), from[TILES], to[TILES];
+static void tiles_backward(const Node *node, int64_t examples, const Buffers *at) {
+    int64_t in = pixel(node), out = ROUND(node->out), from[TILES], to[TILES];
     for (int64_t q = 0; q < TILES; q++) {
         from[q] = q * in;
         to[q] = q * out;
     }
-    memset(at->gh, 0, examples * image(nodes, l) * sizeof(float));
+    memset(at->gh, 0, examples * at->in.image * sizeof(float));
     EACH_TILES(node, examples, some, window) {
-        enter_tiles(nodes, l, at, some, window);
+        enter_tiles(node, at, some, window);
         enter_slopes(node, at, some, window);
         for (int64_t k = 0; k < PARTS; k++) for (int64_t c = 0; c < in; c += HEIGHT) {
             const float *h[HEIGHT];
@@ -445,7 +449,7 @@ static void tiles_backward(const Node *nodes, int64_t l, int64_t examples, const
             }
         }
         tile_products(some, at->tiles_out, out, node->out, at->transposed, at->tiles_in, in);
-        leave_slopes(nodes, l, at, some, window);
+        leave_slopes(node, at, some, window);
     }
 }
 
@@ -498,7 +502,7 @@ INLINE void pointwise(const int normed, const int activation, const Node *node, 
     const int64_t *from = at->from + n * windows, *to = at->to + n * windows;
     for (int64_t m = 0; m < windows; m++) {
         const float *z = at->h + from[m];
-        float *h = at[1].h + to[m];
+        float *h = at->z + to[m];
         for (int64_t c = 0; c < in; c += LANES) {
             vec y = load(z + c);
             if (normed) y = (y - load(at->mean + n * in + c)) * load(at->factor + n * in + c) + load(at->bias + c);
@@ -525,7 +529,7 @@ INLINE void pointwise_slopes(const int width, const int normed, const int activa
         int64_t c = first + v * LANES;
         vec z = load(at->h + from[m] + c);
         if (normed) z -= mean[v];
-        vec g = load(at[1].gh + to[m] + c) * slope(activation, normed ? z * factor[v] + shift[v] : z);
+        vec g = load(at->gz + to[m] + c) * slope(activation, normed ? z * factor[v] + shift[v] : z);
         store(at->gh + from[m] + c, g);
         sum[v] += g;
         product[v] += g * z;
@@ -608,9 +612,8 @@ static void normalize_back(const Node *node, int64_t examples, const Buffers *at
 }
 
 /* The maximum, which may be no number, or the mean of each window. */
-static void pool(const Node *nodes, int64_t l, int64_t windows, const Buffers *at) {
-    const Node *node = nodes + l;
-    int64_t in = ROUND(node->in), step = line(nodes, l);
+static void pool(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t in = ROUND(node->in), step = at->in.line;
     float share = 1.0f / (float)(node->kernel_height * node->kernel_width);
     for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < in; c += LANES) {
         const float *h = at->h + at->from[m] + c;
@@ -620,7 +623,7 @@ static void pool(const Node *nodes, int64_t l, int64_t windows, const Buffers *a
             if (node->kind == MAXIMUM) found = choose((other > found) | (other != other), other, found);
             else found += other;
         }
-        store(at[1].h + at->to[m] + c, node->kind == MAXIMUM ? found : found * share);
+        store(at->z + at->to[m] + c, node->kind == MAXIMUM ? found : found * share);
     }
 }
 
@@ -640,18 +643,17 @@ INLINE void pool_panel(const int maximum, const int apart, const Node *node, int
     }
 }
 
-static void pool_back(const Node *nodes, int64_t l, int64_t examples, const Buffers *at) {
-    const Node *node = nodes + l;
-    int64_t in = ROUND(node->in), step = line(nodes, l), windows = examples * windows_of(node);
+static void pool_back(const Node *node, int64_t examples, const Buffers *at) {
+    int64_t in = ROUND(node->in), step = at->in.line, windows = examples * windows_of(node);
     int apart = node->kernel_height <= node->stride_height && node->kernel_width <= node->stride_width;
     int whole = apart && node->height_out * node->kernel_height * node->width_out * node->kernel_width * in ==
-                             image(nodes, l);
+                             at->in.image;
     float share = 1.0f / (float)(node->kernel_height * node->kernel_width);
-    if (!whole) memset(at->gh, 0, examples * image(nodes, l) * sizeof(float));
+    if (!whole) memset(at->gh, 0, examples * at->in.image * sizeof(float));
     for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < in; c += LANES) {
         const float *h = at->h + at->from[m] + c;
         float *gh = at->gh + at->from[m] + c;
-        vec g = load(at[1].gh + at->to[m] + c), found = load(at[1].h + at->to[m] + c);
+        vec g = load(at->gz + at->to[m] + c), found = load(at->z + at->to[m] + c);
         if (node->kind == AVERAGE) {
             if (apart) pool_panel(0, 1, node, in, step, h, gh, share * g, found);
             else pool_panel(0, 0, node, in, step, h, gh, share * g, found);
@@ -662,12 +664,270 @@ static void pool_back(const Node *nodes, int64_t l, int64_t examples, const Buff
     }
 }
 
+/* h' = a(h + other). */
+INLINE void add(const int activation, const Node *node, int64_t windows, const Buffers *at) {
+    for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < ROUND(node->in); c += LANES) {
+        vec y = load(at->h + at->from[m] + c) + load(at->other + at->from_other[m] + c);
+        store(at->z + at->to[m] + c, activate(activation, y));
+    }
+}
+
+INLINE void add_back(const int activation, const Node *node, int64_t windows, const Buffers *at) {
+    for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < ROUND(node->in); c += LANES) {
+        int64_t one = at->from[m] + c, two = at->from_other[m] + c;
+        vec g = load(at->gz + at->to[m] + c);
+        if (activation != IDENTITY) g *= slope(activation, load(at->h + one) + load(at->other + two));
+        store(at->gh + one, g);
+        store(at->g_other + two, g);
+    }
+}
+
+/* The channels of each place get mean 0 and variance 1, then gain and shift. */
+static void layer(const Node *node, int64_t windows, const Buffers *at) {
+    float share = 1.0f / (float)node->in;
+    for (int64_t m = 0; m < windows; m++) {
+        const float *z = at->h + at->from[m];
+        vec sum = spread(0.0f), square = spread(0.0f);
+        for (int64_t c = 0; c < node->in; c += LANES) sum += load(z + c);
+        vec mean = share * total(sum);
+        for (int64_t c = 0; c < node->in; c += LANES) {
+            vec apart = only_first(load(z + c) - mean, node->in - c);
+            square += apart * apart;
+        }
+        float inverse = 1.0f / sqrtf(share * total(square)[0] + (float)node->eps);
+        at->mean[m] = mean[0];
+        at->inverse[m] = inverse;
+        for (int64_t c = 0; c < node->in; c += LANES)
+            store(at->z + at->to[m] + c, (load(z + c) - mean) * inverse * load(at->weights + c) + load(at->bias + c));
+    }
+}
+
+static void layer_back(const Node *node, int64_t windows, const Buffers *at) {
+    float share = 1.0f / (float)node->in;
+    for (int64_t m = 0; m < windows; m++) {
+        const float *z = at->h + at->from[m], *g = at->gz + at->to[m];
+        float mean = at->mean[m], inverse = at->inverse[m];
+        vec sum = spread(0.0f), product = spread(0.0f);
+        for (int64_t c = 0; c < node->in; c += LANES) {
+            vec y = (load(z + c) - mean) * inverse, slope = load(g + c);
+            store(at->g_bias + c, load(at->g_bias + c) + slope);
+            store(at->g_weights + c, load(at->g_weights + c) + slope * y);
+            slope *= load(at->weights + c);
+            sum += slope;
+            product += slope * y;
+        }
+        sum = share * total(sum);
+        product = share * total(product);
+        for (int64_t c = 0; c < node->in; c += LANES) {
+            vec y = (load(z + c) - mean) * inverse;
+            store(at->gh + at->from[m] + c, inverse * (load(at->weights + c) * load(g + c) - sum - y * product));
+        }
+    }
+}
+
+static void shift(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t in = ROUND(node->in);
+    for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < in; c += LANES)
+        store(at->z + at->to[m] + c, load(at->h + at->from[m] + c) + load(at->weights + m % windows_of(node) * in + c));
+}
+
+static void shift_back(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t in = ROUND(node->in);
+    for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < in; c += LANES) {
+        float *sum = at->g_weights + m % windows_of(node) * in + c;
+        vec g = load(at->gz + at->to[m] + c);
+        store(sum, load(sum) + g);
+        store(at->gh + at->from[m] + c, g);
+    }
+}
+
+static void embed(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t out = ROUND(node->out);
+    for (int64_t m = 0; m < windows; m++)
+        memcpy(at->z + at->to[m], at->weights + (int64_t)at->h[at->from[m]] * out, out * sizeof(float));
+}
+
+static void embed_back(const Node *node, int64_t windows, const Buffers *at) {
+    int64_t out = ROUND(node->out);
+    for (int64_t m = 0; m < windows; m++) for (int64_t c = 0; c < out; c += LANES) {
+        float *sum = at->g_weights + (int64_t)at->h[at->from[m]] * out + c;
+        store(sum, load(sum) + load(at->gz + at->to[m] + c));
+    }
+}
+
+/* Attention of a head, with queries q, keys k and values v [places][size], goes by panels of up to WIDTH vectors of
+queries. The shares p[k][q] are the softmax over k of q . k / sqrt(size), and z = sum over k of p v. With g for the
+derivative by z, s = p (g . v - sum over k of p (g . v)) is that by q . k / sqrt(size), and k's is the sum over q of s q,
+v's that of p g. */
+typedef struct {
+    float *across;     /* keys or values, [size][places] */
+    float *queries, *found; /* of a panel: queries or derivatives, and what comes of them, [size][panel] */
+    float *slopes;     /* s, [places][panel] */
+    float *beside;     /* queries or derivatives of a panel, [panel][up to WIDTH vectors of size] */
+} Room;
+
+/* How many numbers it takes; its places from ``room`` on, where that is given. */
+static int64_t make_room(const Node *node, float *room, Room *at) {
+    int64_t size = ROUND(node->out / node->groups), places = ROUND(windows_of(node)), panel = WIDTH * LANES;
+    if (room)
+        *at = (Room){room, room + size * places, room + size * (places + panel), room + size * (places + 2 * panel),
+                     room + size * (places + 2 * panel) + places * panel};
+    return size * (places + 2 * panel) + places * panel + panel * panel;
+}
+
+/* z[i] (+)= a[i] times a panel of ``depth`` x ``width`` vectors, for all rows i; ``more``: in addition. */
+INLINE void product(const int width, const int more, int64_t rows, const float *a, int64_t step, int64_t depth,
+                    const float *panel, float *z, int64_t z_step) {
+    for (int64_t m = 0; m < rows; m += HEIGHT) {
+        vec sum[HEIGHT][WIDTH];
+        const float *row[HEIGHT];
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            row[i] = a + MIN(m + i, rows - 1) * step;
+            UNROLL for (int v = 0; v < width; v++)
+                sum[i][v] = more ? load(z + MIN(m + i, rows - 1) * z_step + v * LANES) : spread(0.0f);
+        }
+        multiply(width, depth, row, panel, sum);
+        UNROLL for (int i = 0; i < HEIGHT; i++) {
+            if (m + i == rows) break;
+            UNROLL for (int v = 0; v < width; v++) store(z + (m + i) * z_step + v * LANES, sum[i][v]);
+        }
+    }
+}
+
+/* to[c][r] = factor * from[r][c], and zeros for rows up to ``filled``, which is the step of ``to``. */
+static void across(const float *from, int64_t step, int64_t rows, int64_t columns, float factor, float *to,
+                   int64_t filled) {
+    for (int64_t c = 0; c < columns; c++) {
+        for (int64_t r = 0; r < rows; r++) to[c * filled + r] = factor * from[r * step + c];
+        for (int64_t r = rows; r < filled; r++) to[c * filled + r] = 0.0f;
+    }
+}
+
+/* The softmax of each column of [places][width vectors]. */
+INLINE void softmax(const int width, int64_t places, float *p) {
+    UNROLL for (int v = 0; v < width; v++) {
+        vec top = load(p + v * LANES), sum = spread(0.0f);
+        for (int64_t j = 1; j < places; j++) {
+            vec other = load(p + (j * width + v) * LANES);
+            top = choose(other > top, other, top);
+        }
+        for (int64_t j = 0; j < places; j++) {
+            vec e = exponential(load(p + (j * width + v) * LANES) - top);
+            store(p + (j * width + v) * LANES, e);
+            sum += e;
+        }
+        vec share = 1.0f / sum;
+        for (int64_t j = 0; j < places; j++)
+            store(p + (j * width + v) * LANES, load(p + (j * width + v) * LANES) * share);
+    }
+}
+
+/* slopes = p (slopes - the sum of p slopes over the column). */
+INLINE void softmax_slopes(const int width, int64_t places, const float *p, float *slopes) {
+    UNROLL for (int v = 0; v < width; v++) {
+        vec sum = spread(0.0f);
+        for (int64_t j = 0; j < places; j++)
+            sum += load(p + (j * width + v) * LANES) * load(slopes + (j * width + v) * LANES);
+        for (int64_t j = 0; j < places; j++) {
+            float *s = slopes + (j * width + v) * LANES;
+            store(s, load(p + (j * width + v) * LANES) * (load(s) - sum));
+        }
+    }
+}
+
+/* A head of example n: where its queries lie and those of the outputs, numbers from a place to the next in both, and its
+shares. */
+typedef struct {
+    int64_t places, size, from, to, step, step_out;
+    float scale, *shares;
+} Head;
+
+INLINE Head head_of(const Node *node, const Buffers *at, int64_t n, int64_t number) {
+    int64_t places = windows_of(node), size = node->out / node->groups, all = places * ROUND(places);
+    const int64_t *to = at->to + n * places;
+    return (Head){places, size, at->from[n * places] + number * size, *to + number * size, at->in.pixel,
+                  places > 1 ? to[1] - to[0] : 0, 1.0f / sqrtf((float)size), at->shares + (n * node->groups + number) * all};
+}
+
+/* The queries from ``first`` on. */
+INLINE void attend_panel(const int width, const Node *node, const Buffers *at, Head head, Room room, int64_t first) {
+    int64_t panel = width * LANES, some = MIN(head.places - first, panel);
+    const float *q = at->h + head.from + first * head.step, *k = at->h + head.from + node->out;
+    float *p = head.shares + first * head.places;
+    across(q, head.step, some, head.size, head.scale, room.queries, panel);
+    product(width, 0, head.places, k, head.step, head.size, room.queries, p, panel);
+    softmax(width, head.places, p);
+    product(width, 0, head.size, room.across, head.places, head.places, p, room.found, panel);
+    for (int64_t i = 0; i < some; i++) for (int64_t c = 0; c < head.size; c++)
+        at->z[head.to + (first + i) * head.step_out + c] = room.found[c * panel + i];
+}
+
+static void attend(const Node *node, int64_t examples, const Buffers *at) {
+    Room room;
+    make_room(node, at->room, &room);
+    for (int64_t n = 0; n < examples; n++) for (int64_t number = 0; number < node->groups; number++) {
+        Head head = head_of(node, at, n, number);
+        const float *v = at->h + head.from + 2 * node->out;
+        across(v, head.step, head.places, head.size, 1.0f, room.across, head.places);
+        EACH_PANEL(head.places, first, width) {
+#define PANEL(width) attend_panel(width, node, at, head, room, first)
+            BY_WIDTH(width, PANEL);
+#undef PANEL
+        }
+    }
+}
+
+/* g[j] += the sum over ``some`` queries i of a[j][i] factor b[i], of ``size`` numbers; what fills vectors up adds zero. */
+static void gather_queries(int64_t places, const float *a, int64_t panel, int64_t some, const float *b, int64_t b_step,
+                           float factor, int64_t size, float *beside, float *g, int64_t step) {
+    EACH_PANEL(size, first, width) {
+        for (int64_t i = 0; i < some; i++) for (int64_t c = 0; c < width * LANES; c += LANES) {
+            int64_t left = size - first - c;
+            store(beside + i * width * LANES + c, factor * load_first(b + i * b_step + first + c, MAX(left, 0)));
+        }
+#define PRODUCT(width) product(width, 1, places, a, panel, some, beside, g + first, step)
+        BY_WIDTH(width, PRODUCT);
+#undef PRODUCT
+    }
+}
+
+INLINE void attend_panel_back(const int width, const Node *node, const Buffers *at, Head head, Room room, int64_t first) {
+    int64_t panel = width * LANES, some = MIN(head.places - first, panel), from = head.from + first * head.step;
+    const float *v = at->h + head.from + 2 * node->out, *g = at->gz + head.to + first * head.step_out;
+    const float *p = head.shares + first * head.places;
+    float *gq = at->gh + from, *gk = at->gh + head.from + node->out;
+    across(g, head.step_out, some, head.size, 1.0f, room.queries, panel);
+    product(width, 0, head.places, v, head.step, head.size, room.queries, room.slopes, panel);
+    softmax_slopes(width, head.places, p, room.slopes);
+    product(width, 0, head.size, room.across, head.places, head.places, room.slopes, room.found, panel);
+    for (int64_t i = 0; i < some; i++) for (int64_t c = 0; c < head.size; c++)
+        gq[i * head.step + c] += head.scale * room.found[c * panel + i];
+    gather_queries(head.places, room.slopes, panel, some, at->h + from, head.step, head.scale, head.size, room.beside, gk,
+                   head.step);
+    gather_queries(head.places, p, panel, some, g, head.step_out, 1.0f, head.size, room.beside, gk + node->out, head.step);
+}
+
+static void attend_back(const Node *node, int64_t examples, const Buffers *at) {
+    Room room;
+    make_room(node, at->room, &room);
+    memset(at->gh, 0, examples * at->in.image * sizeof(float));
+    for (int64_t n = 0; n < examples; n++) for (int64_t number = 0; number < node->groups; number++) {
+        Head head = head_of(node, at, n, number);
+        across(at->h + head.from + node->out, head.step, head.places, head.size, 1.0f, room.across, head.places);
+        EACH_PANEL(head.places, first, width) {
+#define PANEL(width) attend_panel_back(width, node, at, head, room, first)
+            BY_WIDTH(width, PANEL);
+#undef PANEL
+        }
+    }
+}
+
 /* p = softmax(outputs) in their place, and the derivative by them = weight * (p - targets). */
 static void loss_gradient(int64_t examples, int64_t classes, const float *targets, const int64_t *order,
-                          const float *weights, const Buffers *outputs) {
+                          const float *weights, const Buffers *last) {
     for (int64_t n = 0; n < examples; n++) {
         const float *target = targets + (order ? order[n] : n) * classes;
-        float *p = outputs->h + n * ROUND(classes), *g = outputs->gh + n * ROUND(classes), top = p[0], sum = 0.0f;
+        float *p = last->z + n * ROUND(classes), *g = last->gz + n * ROUND(classes), top = p[0], sum = 0.0f;
         for (int64_t c = 1; c < classes; c++) top = p[c] > top ? p[c] : top;
         for (int64_t c = 0; c < classes; c++) sum += p[c] = expf(p[c] - top);
         for (int64_t c = 0; c < classes; c++) {
@@ -678,14 +938,14 @@ static void loss_gradient(int64_t examples, int64_t classes, const float *target
 }
 
 /* Copies images [channels][height][width] into the first signal. */
-static void enter(const Node *nodes, int64_t examples, const float *x, const int64_t *order, const Buffers *at) {
-    int64_t in = nodes->in, places = nodes->height * nodes->width;
+static void enter(const Node *node, int64_t examples, const float *x, const int64_t *order, const Buffers *at) {
+    int64_t in = node->in, places = node->height * node->width;
     for (int64_t n = 0; n < examples; n++) {
         const float *own = x + (order ? order[n] : n) * in * places;
-        for (int64_t i = 0; i < nodes->height; i++) {
-            float *h = at->h + n * image(nodes, 0) + (nodes->pad_height + i) * line(nodes, 0) + nodes->pad_width * in;
-            for (int64_t j = 0; j < nodes->width; j++) for (int64_t c = 0; c < in; c++)
-                h[j * in + c] = own[c * places + i * nodes->width + j];
+        for (int64_t i = 0; i < node->height; i++) {
+            float *h = at->h + n * at->in.image + (at->in.top + i) * at->in.line + at->in.left * in;
+            for (int64_t j = 0; j < node->width; j++) for (int64_t c = 0; c < in; c++)
+                h[j * in + c] = own[c * places + i * node->width + j];
         }
     }
 }
@@ -693,29 +953,56 @@ static void enter(const Node *nodes, int64_t examples, const float *x, const int
 static void forward(const Node *nodes, int64_t count, int64_t examples, const Buffers *at) {
     for (int64_t l = 0; l < count; l++) {
         int64_t windows = examples * windows_of(nodes + l);
-        if (tiled(nodes, l)) tiles_forward(nodes, l, examples, at + l);
-        else if (nodes[l].kind == CONVOLUTION) convolve(nodes, l, windows, at + l);
+        if (tiled(nodes + l)) tiles_forward(nodes + l, examples, at + l);
+        else if (nodes[l].kind == CONVOLUTION) convolve(nodes + l, windows, at + l);
         else if (nodes[l].kind == NORM) normalize(nodes + l, examples, at + l);
-        else pool(nodes, l, windows, at + l);
+        else if (nodes[l].kind == LAYER) layer(nodes + l, windows, at + l);
+        else if (nodes[l].kind == SHIFT) shift(nodes + l, windows, at + l);
+        else if (nodes[l].kind == EMBEDDING) embed(nodes + l, windows, at + l);
+        else if (nodes[l].kind == ATTENTION) attend(nodes + l, examples, at + l);
+#define VALUES(activation) add(activation, nodes + l, windows, at + l)
+        else if (nodes[l].kind == SUM) BY_ACTIVATION(nodes[l].activation, VALUES);
+#undef VALUES
+        else pool(nodes + l, windows, at + l);
     }
+}
+
+/* all += own, of so many whole vectors; nothing where there is no ``all``. */
+static void gather(float *all, const float *own, int64_t number) {
+    for (int64_t i = 0; all && i < number; i += LANES) store(all + i, load(all + i) + load(own + i));
 }
 
 static void backward(const Node *nodes, int64_t count, int64_t examples, const Buffers *at) {
     for (int64_t l = count - 1; l >= 0; l--) {
-        if (nodes[l].kind == CONVOLUTION) {
-            int64_t windows = examples * windows_of(nodes + l);
-            if (nodes[l].bias >= 0) bias_gradient(nodes + l, windows, at + l);
-            if (tiled(nodes, l)) {
-                tiles_backward(nodes, l, examples, at + l);
-                continue;
+        const Node *node = nodes + l;
+        int64_t windows = examples * windows_of(node);
+        if (node->kind == CONVOLUTION) {
+            if (node->bias >= 0) bias_gradient(node, windows, at + l);
+            if (tiled(node)) {
+                tiles_backward(node, examples, at + l);
+            } else {
+                weight_gradient(node, windows, at + l);
+                if (node->of) input_gradient(node, examples, at + l); /* nobody asks for that of the inputs */
             }
-            weight_gradient(nodes, l, windows, at + l);
-            if (l) input_gradient(nodes, l, examples, at + l); /* nobody asks for that of the inputs */
-        } else if (nodes[l].kind == NORM) {
-            normalize_back(nodes + l, examples, at + l);
+        } else if (node->kind == NORM) {
+            normalize_back(node, examples, at + l);
+        } else if (node->kind == LAYER) {
+            layer_back(node, windows, at + l);
+        } else if (node->kind == SHIFT) {
+            shift_back(node, windows, at + l);
+        } else if (node->kind == EMBEDDING) {
+            embed_back(node, windows, at + l);
+        } else if (node->kind == ATTENTION) {
+            attend_back(node, examples, at + l);
+        } else if (node->kind == SUM) {
+#define SLOPES(activation) add_back(activation, node, windows, at + l)
+            BY_ACTIVATION(node->activation, SLOPES);
+#undef SLOPES
+            gather(at[l].all_other, at[l].g_other, examples * at[l].in_other.image);
         } else {
-            pool_back(nodes, l, examples, at + l);
+            pool_back(node, examples, at + l);
         }
+        gather(at[l].all, at[l].gh, examples * at[l].in.image);
     }
 }
 
@@ -771,12 +1058,14 @@ static void take(float *to, const float *a, const float *b, int64_t place, int64
 }
 
 /* Lays out the parameters start + moved for the products. What fills vectors up stays zero. */
-static void pack(const Node *nodes, int64_t l, const float *start, const float *moved, const Buffers *at) {
-    const Node *node = nodes + l;
-    int64_t in = pixel(nodes, l), out = ROUND(node->out), area = node->kernel_height * node->kernel_width;
+static void pack(const Node *node, const float *start, const float *moved, const Buffers *at) {
+    int64_t in = pixel(node), out = ROUND(node->out), area = node->kernel_height * node->kernel_width;
     take(at->bias, start, moved, node->bias, node->out, 0.0f);
-    if (node->kind == NORM) {
-        take(at->weights, start, moved, node->weight, node->out, 1.0f);
+    if (node->kind != CONVOLUTION) {
+        for (int64_t m = 0; m < depth_of(node); m++) {
+            int64_t place = node->weight < 0 ? -1 : node->weight + m * node->out;
+            take(at->weights + m * out, start, moved, place, node->out, 1.0f);
+        }
         return;
     }
     EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
@@ -784,7 +1073,7 @@ static void pack(const Node *nodes, int64_t l, const float *start, const float *
         for (int64_t c = 0; c < node->in; c++) {
             float *to = at->weights + c * width * LANES + o - first;
             const float *from = at->columns + c * node->channel_step * LANES;
-            if (tiled(nodes, l)) {
+            if (tiled(node)) {
                 vec t[PARTS];
                 UNROLL for (int k = 0; k < 9; k++) t[k / 3 * 4 + k % 3] = load(from + k * node->place_step * LANES);
                 BOTH_WAYS(weights_apart, t, 3, 4);
@@ -795,11 +1084,11 @@ static void pack(const Node *nodes, int64_t l, const float *start, const float *
             }
         }
     }
-    if (!l) return;
-    int64_t stacks = tiled(nodes, l) ? PARTS : node->kernel_height, rows = tiled(nodes, l) ? in : node->kernel_width * in;
+    if (!node->of) return;
+    int64_t stacks = tiled(node) ? PARTS : node->kernel_height, rows = tiled(node) ? in : node->kernel_width * in;
     for (int64_t k = 0; k < stacks; k++) {
         float *to = at->transposed + k * rows * node->out;
-        if (tiled(nodes, l)) turn(at->weights + k * out * in, in, 0, in, out, node->out, to);
+        if (tiled(node)) turn(at->weights + k * out * in, in, 0, in, out, node->out, to);
         else turn(at->weights, area * in, k * rows, rows, out, node->out, to);
     }
 }
@@ -809,21 +1098,21 @@ static void update(float *into, const float *g, int64_t number, float scale, flo
     for (int64_t i = 0; i < number; i++) into[i] = (scale == 0.0f ? 0.0f : scale * into[i]) + step * g[i];
 }
 
-static void unpack(const Node *nodes, int64_t l, const Buffers *at, float *into, float scale, float step) {
-    const Node *node = nodes + l;
-    int64_t in = pixel(nodes, l), out = ROUND(node->out), area = node->kernel_height * node->kernel_width;
+static void unpack(const Node *node, const Buffers *at, float *into, float scale, float step) {
+    int64_t in = pixel(node), out = ROUND(node->out), area = node->kernel_height * node->kernel_width;
     if (node->bias >= 0) update(into + node->bias, at->g_bias, node->out, scale, step);
     if (node->weight < 0) return;
     into += node->weight;
-    if (node->kind == NORM) {
-        update(into, at->g_weights, node->out, scale, step);
+    if (node->kind != CONVOLUTION) {
+        for (int64_t m = 0; m < depth_of(node); m++)
+            update(into + m * node->out, at->g_weights + m * out, node->out, scale, step);
         return;
     }
     for (int64_t o = 0; o < out; o += LANES) {
         for (int64_t c = 0; c < node->in; c++) {
             const float *from = at->g_weights + c * out + o;
             float *to = at->columns + c * node->channel_step * LANES;
-            if (tiled(nodes, l)) {
+            if (tiled(node)) {
                 vec t[PARTS];
                 UNROLL for (int k = 0; k < PARTS; k++) t[k] = load(from + k * in * out);
                 BOTH_WAYS(weights_together, t, 4, 3);
@@ -837,16 +1126,42 @@ static void unpack(const Node *nodes, int64_t l, const Buffers *at, float *into,
 }
 
 /* Zeros what backward sums up. */
-static void clear(const Node *nodes, int64_t l, const Buffers *at) {
-    int64_t out = ROUND(nodes[l].out);
-    if (nodes[l].kind > NORM) return;
+static void clear(const Node *node, const Buffers *at) {
+    int64_t out = ROUND(node->out);
+    if (node->kind > EMBEDDING) return;
     memset(at->g_bias, 0, out * sizeof(float));
-    memset(at->g_weights, 0, (nodes[l].kind == NORM ? 1 : depth_of(nodes, l)) * out * sizeof(float));
+    memset(at->g_weights, 0, depth_of(node) * out * sizeof(float));
 }
 
-/* Whether a norm's derivative can take the place of what it is computed from. */
-INLINE int in_place(const Node *nodes, int64_t count, int64_t l) {
-    return nodes[l].kind == NORM && l && l + 1 < count && image(nodes, l) == image(nodes, l + 1);
+/* How the signals lie, [count + 1]. */
+static void lay(const Node *nodes, int64_t count, Layout *signals) {
+    int64_t below[count + 1], right[count + 1]; /* the padding there */
+    for (int64_t v = 0; v <= count; v++) {
+        signals[v] = (Layout){0};
+        below[v] = right[v] = 0;
+    }
+    for (int64_t l = 0; l < count; l++) {
+        const Node *node = nodes + l;
+        Layout *in = signals + node->of;
+        in->top = MAX(in->top, node->pad_height);
+        in->left = MAX(in->left, node->pad_width);
+        /* with room for the last tile, of zeros */
+        below[node->of] = MAX(below[node->of], node->pad_height + (tiled(node) ? node->height_out & 1 : 0));
+        right[node->of] = MAX(right[node->of], node->pad_width + (tiled(node) ? node->width_out & 1 : 0));
+    }
+    for (int64_t v = 0; v <= count; v++) {
+        Layout *s = signals + v;
+        s->pixel = v ? ROUND(nodes[v - 1].out) : nodes->in;
+        s->line = (s->left + (v ? nodes[v - 1].width_out : nodes->width) + right[v]) * s->pixel;
+        s->image = (s->top + (v ? nodes[v - 1].height_out : nodes->height) + below[v]) * s->line;
+    }
+}
+
+/* Whether the derivative by what enters can take the place of that by what leaves. */
+INLINE int in_place(const Node *nodes, int64_t count, int64_t l, const Layout *signals) {
+    int64_t kind = nodes[l].kind;
+    return (kind == NORM || kind == LAYER || kind == SHIFT || kind == SUM) && l + 1 < count &&
+           !memcmp(signals + nodes[l].of, signals + l + 1, sizeof(Layout));
 }
 
 #define PLACE(pointer, number)                                                   \
@@ -858,42 +1173,66 @@ INLINE int in_place(const Node *nodes, int64_t count, int64_t l) {
 
 /* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. */
 static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *memory, Buffers *at) {
-    int64_t used = 0, widest = 0, most = 0;
-    float *tiles_in = NULL, *tiles_out = NULL, *columns = NULL;
+    int64_t used = 0, widest = 0, most = 0, largest = 0;
+    float *tiles_in = NULL, *tiles_out = NULL, *columns = NULL, *room = NULL, *h[count + 1], *gh[count + 1];
+    Layout signals[count + 1];
+    lay(nodes, count, signals);
+    for (int64_t v = 0; v <= count; v++) { /* the last: the outputs, then their softmax */
+        h[v] = gh[v] = NULL;
+        PLACE(h[v], block * signals[v].image);
+    }
+    PLACE(gh[count], block * signals[count].image);
     for (int64_t l = 0; l < count; l++) {
         const Node *node = nodes + l;
         Buffers *b = at + l;
-        int64_t out = ROUND(node->out), depth = depth_of(nodes, l);
-        *b = (Buffers){0};
+        int64_t out = ROUND(node->out), depth = depth_of(node);
+        *b = (Buffers){.in = signals[node->of], .h = h[node->of], .z = h[l + 1]};
         most = MAX(most, node->in * node->kernel_height * node->kernel_width);
-        if (tiled(nodes, l)) widest = MAX(widest, MAX(pixel(nodes, l), out));
-        PLACE(b->h, block * image(nodes, l));
-        if (l && !in_place(nodes, count, l)) PLACE(b->gh, block * image(nodes, l));
+        if (tiled(node)) widest = MAX(widest, MAX(pixel(node), out));
+        if (node->of && !in_place(nodes, count, l, signals)) PLACE(b->gh, block * b->in.image + (node->kind == ATTENTION ? LANES : 0)); /* whole vectors are added there */
         PLACE(b->from, block * windows_of(node));
         PLACE(b->to, block * windows_of(node));
-        if (node->kind > NORM) continue;
-        PLACE(b->weights, node->kind == NORM ? out : depth * out);
-        PLACE(b->g_weights, node->kind == NORM ? out : depth * out);
+        if (node->kind == SUM) {
+            b->in_other = signals[node->other];
+            b->other = h[node->other];
+            PLACE(b->g_other, block * b->in_other.image);
+            PLACE(b->from_other, block * windows_of(node));
+        }
+        if (node->kind == ATTENTION) {
+            PLACE(b->shares, block * node->groups * windows_of(node) * ROUND(windows_of(node)));
+            largest = MAX(largest, make_room(node, NULL, NULL));
+        }
+        if (node->kind > EMBEDDING) continue;
+        PLACE(b->weights, depth * out);
+        PLACE(b->g_weights, depth * out);
         PLACE(b->bias, out);
         PLACE(b->g_bias, out);
-        if (node->kind == CONVOLUTION && l) PLACE(b->transposed, depth * node->out);
-        if (node->kind == CONVOLUTION) continue;
-        PLACE(b->mean, block * out);
-        PLACE(b->inverse, block * out);
+        if (node->kind == CONVOLUTION && node->of) PLACE(b->transposed, depth * node->out);
+        if (node->kind != NORM && node->kind != LAYER) continue;
+        PLACE(b->mean, block * (node->kind == LAYER ? windows_of(node) : out));
+        PLACE(b->inverse, block * (node->kind == LAYER ? windows_of(node) : out));
+        if (node->kind == LAYER) continue;
         PLACE(b->factor, block * out);
         PLACE(b->sum, out);
         PLACE(b->product, out);
     }
-    PLACE(at[count].h, block * ROUND(nodes[count - 1].out)); /* the outputs, then their softmax */
-    PLACE(at[count].gh, block * ROUND(nodes[count - 1].out));
     PLACE(tiles_in, PARTS * TILES * widest);
     PLACE(tiles_out, PARTS * TILES * widest);
     PLACE(columns, ROUND(most) * LANES);
-    for (int64_t l = count - 1; memory && l >= 0; l--) {
-        at[l].tiles_in = tiles_in;
-        at[l].tiles_out = tiles_out;
-        at[l].columns = columns;
-        if (in_place(nodes, count, l)) at[l].gh = at[l + 1].gh;
+    PLACE(room, largest);
+    for (int64_t l = count - 1; memory && l >= 0; l--) { /* as backward goes */
+        Buffers *b = at + l;
+        b->tiles_in = tiles_in;
+        b->tiles_out = tiles_out;
+        b->columns = columns;
+        b->room = room;
+        b->gz = gh[l + 1];
+        if (in_place(nodes, count, l, signals)) b->gh = b->gz;
+        b->all = gh[nodes[l].of];
+        if (!b->all) gh[nodes[l].of] = b->gh;
+        if (nodes[l].kind != SUM) continue;
+        b->all_other = gh[nodes[l].other];
+        if (!b->all_other) gh[nodes[l].other] = b->g_other;
     }
     return used;
 }
@@ -901,29 +1240,34 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
 
 /* How many bytes of scratch memory a thread needs. */
 int64_t images_scratch(const Node *nodes, int64_t count, int64_t block) {
-    Buffers at[count + 1];
+    Buffers at[count];
     return arrange(nodes, count, block, NULL, at);
+}
+
+/* Where the place (i, j) of example n lies in a signal, from its ``up``-th padded line and ``left``-th padded place on. */
+INLINE int64_t place_in(const Layout *s, int64_t n, int64_t i, int64_t j, int64_t up, int64_t left) {
+    return n * s->image + (s->top - up + i) * s->line + (s->left - left + j) * s->pixel;
 }
 
 /* Makes zeroed scratch memory ready. What pads a signal stays what it is from then on. */
 void images_prepare(const Node *nodes, int64_t count, int64_t block, char *scratch, int threads) {
-    Buffers at[count + 1];
+    Buffers at[count];
+    Layout signals[count + 1];
+    lay(nodes, count, signals);
     for (int thread = 0; thread < threads; thread++) {
         scratch += arrange(nodes, count, block, scratch, at);
         for (int64_t l = 0; l < count; l++) {
             const Node *node = nodes + l;
-            int64_t next = l + 1 < count ? pixel(nodes, l + 1) : ROUND(node->out), m = 0;
-            int64_t pad_height = l + 1 < count ? node[1].pad_height : 0, pad_width = l + 1 < count ? node[1].pad_width : 0;
-            int64_t next_line = l + 1 < count ? line(nodes, l + 1) : next; /* the outputs are one vector */
-            int64_t next_image = l + 1 < count ? image(nodes, l + 1) : next;
+            int64_t m = 0;
             for (int64_t n = 0; n < block; n++)
                 for (int64_t i = 0; i < node->height_out; i++) for (int64_t j = 0; j < node->width_out; j++, m++) {
-                    at[l].from[m] = n * image(nodes, l) + i * node->stride_height * line(nodes, l) +
-                                    j * node->stride_width * pixel(nodes, l);
-                    at[l].to[m] = n * next_image + (pad_height + i) * next_line + (pad_width + j) * next;
+                    at[l].from[m] = place_in(&at[l].in, n, i * node->stride_height, j * node->stride_width,
+                                             node->pad_height, node->pad_width);
+                    at[l].to[m] = place_in(signals + l + 1, n, i, j, 0, 0);
+                    if (node->kind == SUM) at[l].from_other[m] = place_in(&at[l].in_other, n, i, j, 0, 0);
                 }
             if (node->kind == MAXIMUM && (node->pad_height || node->pad_width)) /* signals are written over the rest */
-                for (int64_t i = 0; i < block * image(nodes, l); i++) at[l].h[i] = -INFINITY;
+                for (int64_t i = 0; i < block * at[l].in.image; i++) at[l].h[i] = -INFINITY;
         }
     }
 }
@@ -945,7 +1289,7 @@ typedef struct Job {
 
 static void each_row(Shared *shared, int thread) {
     const Job *job = shared->job;
-    Buffers at[job->count + 1];
+    Buffers at[job->count];
     int64_t bytes = images_scratch(job->nodes, job->count, job->block), r;
     arrange(job->nodes, job->count, job->block, job->scratch + thread * bytes, at);
     while ((r = next_row(shared)) >= 0) job->row(job, r, at);
@@ -957,9 +1301,9 @@ static void gradient_row(const Job *job, int64_t r, const Buffers *at) {
     float *into = job->into + r * job->parameters;
     for (int64_t t = 0; t < job->times; t++) {
         for (int64_t l = 0; l < count; l++) {
-            clear(nodes, l, at + l);
-            if (nodes[l].kind <= NORM)
-                pack(nodes, l, job->start + r * job->stride, job->moved ? job->moved + r * job->parameters : NULL, at + l);
+            clear(nodes + l, at + l);
+            if (nodes[l].kind <= EMBEDDING)
+                pack(nodes + l, job->start + r * job->stride, job->moved ? job->moved + r * job->parameters : NULL, at + l);
         }
         for (int64_t n = 0; n < job->chosen; n += job->block) {
             int64_t some = MIN(job->block, job->chosen - n), first = r * job->examples + (job->order ? 0 : n);
@@ -967,11 +1311,11 @@ static void gradient_row(const Job *job, int64_t r, const Buffers *at) {
             const int64_t *which = job->order ? job->order + weight : NULL;
             enter(nodes, some, job->x + first * inputs, which, at);
             forward(nodes, count, some, at);
-            loss_gradient(some, classes, job->targets + first * classes, which, job->weights + weight, at + count);
+            loss_gradient(some, classes, job->targets + first * classes, which, job->weights + weight, at + count - 1);
             backward(nodes, count, some, at);
         }
         for (int64_t l = 0; l < count; l++)
-            if (nodes[l].kind <= NORM) unpack(nodes, l, at + l, into, job->scale[t], job->step[t]);
+            if (nodes[l].kind <= EMBEDDING) unpack(nodes + l, at + l, into, job->scale[t], job->step[t]);
     }
 }
 
@@ -979,13 +1323,13 @@ static void outputs_row(const Job *job, int64_t r, const Buffers *at) {
     const Node *nodes = job->nodes;
     int64_t count = job->count, classes = nodes[count - 1].out, inputs = nodes->in * nodes->height * nodes->width;
     for (int64_t l = 0; l < count; l++)
-        if (nodes[l].kind <= NORM) pack(nodes, l, job->start + r * job->stride, NULL, at + l);
+        if (nodes[l].kind <= EMBEDDING) pack(nodes + l, job->start + r * job->stride, NULL, at + l);
     for (int64_t n = 0; n < job->examples; n += job->block) {
         int64_t some = MIN(job->block, job->examples - n), first = r * job->examples + n;
         enter(nodes, some, job->x + first * inputs, NULL, at);
         forward(nodes, count, some, at);
         for (int64_t i = 0; i < some; i++)
-            memcpy(job->into + (first + i) * classes, at[count].h + i * ROUND(classes), classes * sizeof(float));
+            memcpy(job->into + (first + i) * classes, at[count - 1].z + i * ROUND(classes), classes * sizeof(float));
     }
 }
 

@@ -12,6 +12,7 @@ from fobmaml.engine import fused, images, library
 from fobmaml.engine.autograd import Autograd
 from fobmaml.engine.base import WHOLE, Engine
 from fobmaml.engine.chain import Chain
+from fobmaml.engine.described import Described
 from fobmaml.engine.head import Body, module_of
 from fobmaml.engine.loop import Loop
 from fobmaml.engine.losses import CrossEntropy, Loss, LossFn, Part, RowLoss
@@ -43,8 +44,9 @@ class Learner(Network):
       the module has them from (``engine.trace``);
     - ``fused``: those padded by one, with biases and SiLU, for a cross-entropy by a compiled kernel, in float32 on a
       CPU;
-    - ``images``: first derivatives of a cross-entropy of chains of convolutions, norms, activations and pools, by a
-      compiled kernel, in float32 on a CPU; by ``auto`` alone;
+    - ``images``: first derivatives of a cross-entropy of networks of convolutions, norms, activations, pools and
+      residual sums, and of linear layers, layer norms and attention on sequences of vectors or
+      of words, by a compiled kernel, in float32 on a CPU; by ``auto`` alone;
     - ``autograd``: any module that ``torch.func.vmap`` batches, all rows at once;
     - ``loop``: any module, row by row;
     - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
@@ -159,9 +161,10 @@ class Learner(Network):
         """The network as the engines by hand take it, or None."""
         return None if self.layout else self._trial.chain(x)
 
-    def _of_images(self, x: Tensor) -> images.Described | None:
+    def _of_images(self, x: Tensor) -> Described | None:
         """The network as the kernel for images takes it, or None; what the other kernel takes is its own."""
-        if self.engine != "auto" or x.dtype != torch.float32 or x.device.type != "cpu" or self.layout:
+        known = self.dtype == torch.float32 and x.dtype in (torch.float32, torch.int64) and x.device.type == "cpu"
+        if self.engine != "auto" or self.layout or not known:
             return None
         if (chain := self._chain(x)) and self.fuses(chain):
             return None

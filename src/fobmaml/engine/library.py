@@ -50,7 +50,7 @@ class Image(ctypes.Structure):
             for name in (
                 *("kind", "inputs", "height", "width", "outputs", "height_out", "width_out"),
                 *("kernel_height", "kernel_width", "stride_height", "stride_width", "pad_height", "pad_width"),
-                *("weight", "bias", "channel_step", "place_step", "groups", "activation"),
+                *("weight", "bias", "channel_step", "place_step", "groups", "activation", "of", "other"),
             )
         ),
         ("eps", ctypes.c_double),

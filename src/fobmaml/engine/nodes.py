@@ -1,4 +1,6 @@
-"""What a network of known operations is: one node an operation, applied one after another.
+"""What a network of known operations is: one node an operation, applied to what the node before gave.
+
+``Take`` goes back to an earlier result, and ``Sum`` adds one: so a list of nodes says what a graph of operations is.
 
 Parameters are named as the module names them and have the module's own layout. A one-dimensional operation is a
 two-dimensional one of height 1; its weight may be [out, in, kernel width].
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from fobmaml.arguments import refuse
 from fobmaml.engine.activations import activation_function
 
 
@@ -27,7 +30,8 @@ class Conv:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of an example's values, one vector: ``weight`` [out, in], ``bias`` [out]."""
+    """A linear layer of an example's values, one vector, or of the vector at each place of a sequence [places, in]:
+    ``weight`` [out, in], ``bias`` [out]."""
 
     weight: str
     bias: str | None
@@ -73,7 +77,74 @@ class Flatten:
     """The values of an example, in their order, as one vector: of channels, the places of the first come first."""
 
 
-Node = Conv | Linear | GroupNorm | Activate | Pool | Reshape | Flatten
+@dataclass(frozen=True)
+class Take:
+    """What the node number ``step`` gave, from 0 on; -1: the inputs."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Of what the node before gave and what the node number ``step`` gave, of the same shape."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """The vector at each place, [places, values] or [values], is brought to mean 0 and variance 1; ``weight`` and
+    ``bias``, if any, [values]."""
+
+    weight: str | None
+    bias: str | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Adds a ``parameter`` of an example's shape."""
+
+    parameter: str
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Of a sequence of whole numbers the vectors that have them in a table: ``weight`` [numbers, values], [places] ->
+    [places, values]."""
+
+    weight: str
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Scaled dot-product attention of a sequence [places, 3 · values], at each place queries, keys and values, of so
+    many ``heads``: [places, values]."""
+
+    heads: int
+
+
+@dataclass(frozen=True)
+class MeanOfPlaces:
+    """Of a sequence: [places, values] -> [values]."""
+
+
+Node = (
+    Conv
+    | Linear
+    | GroupNorm
+    | Activate
+    | Pool
+    | Reshape
+    | Flatten
+    | Take
+    | Sum
+    | LayerNorm
+    | Shift
+    | Embedding
+    | Attention
+    | MeanOfPlaces
+)
 Module = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
@@ -81,9 +152,15 @@ def as_module(nodes: Sequence[Node]) -> Module:
     """(parameters, examples [N, ...]) -> [N, ...]: what the nodes say, by torch's own operators."""
 
     def call(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        results = [x]
         for node in nodes:
-            x = _applied(node, parameters, x)
-        return x
+            if isinstance(node, Take):
+                results.append(results[node.step + 1])
+            elif isinstance(node, Sum):
+                results.append(results[-1] + results[node.step + 1])
+            else:
+                results.append(_applied(node, parameters, results[-1]))
+        return results[-1]
 
     return call
 
@@ -109,5 +186,19 @@ def _applied(node: Node, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
             return pooled.squeeze(2) if x.dim() == 3 else pooled
         case Reshape(shape):
             return x.reshape(-1, *shape)
+        case LayerNorm(weight, bias, eps):
+            scale, shift = (None if name is None else parameters[name] for name in (weight, bias))
+            return F.layer_norm(x, x.shape[-1:], scale, shift, eps)
+        case Shift(parameter):
+            return x + parameters[parameter]
+        case Embedding(weight):
+            return F.embedding(x, parameters[weight])
+        case Attention(heads):
+            q, k, v = x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        case MeanOfPlaces():
+            return x.mean(1)
         case Flatten():
             return x.flatten(1)
+        case _:
+            raise refuse("node", node, "one that is applied to what the node before gave")

@@ -27,14 +27,13 @@ class Value:
 @dataclass(eq=False)
 class Operation:
     """A call of ``target``, one of torch's operators, in ``layer``. In ``args`` and ``kwargs`` a Value stands for each
-    tensor that came of those given, and ``taken`` are these; other tensors are as they are. ``made``: its result, or
-    the first of several."""
+    tensor that came of those given, and ``taken`` are these; other tensors are as they are. ``made``: its results."""
 
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     taken: list[Value]
-    made: Value
+    made: list[Value]
     layer: str
 
     def refuse(self, why: str = "") -> NoReturn:
@@ -71,12 +70,12 @@ class _Operations:
 
         found = func(*args, **(kwargs or {}))
         named = {name: value(each) for name, each in (kwargs or {}).items()}
-        operation = Operation(func, value(args), named, list(taken), Value(()), self.layer)
+        operation = Operation(func, value(args), named, list(taken), [], self.layer)
         several = found if type(found) in (list, tuple) else [found]
         if taken and not all(isinstance(each, Tensor) for each in several):
             operation.refuse()
         if taken:
-            operation.made, *_ = (self._value_of(each) for each in several)
+            operation.made = [self._value_of(each) for each in several]
             self.operations.append(operation)
         return found
 
@@ -108,7 +107,7 @@ class Recording(_Operations, TorchDispatchMode):
         end = self._values.get(id(result))
         needed, kept = {end}, []
         for operation in reversed(self.operations):
-            if operation.made in needed:
+            if not needed.isdisjoint(operation.made):
                 needed.update(operation.taken)
                 kept.append(operation)
                 for value in operation.taken:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fobmaml.arguments import refuse
 from fobmaml.engine.autograd import rows_batched
 from fobmaml.engine.chain import Chain, chain_of
-from fobmaml.engine.images import Described, described
+from fobmaml.engine.described import Described, described
 from fobmaml.engine.loop import rows_one_by_one
 from fobmaml.engine.losses import close, hvp
 from fobmaml.engine.modules import differentiable, private_copy

@@ -122,6 +122,19 @@ INLINE void transpose(vec v[LANES]) {
     EXCHANGE(v, 1)
 }
 
+/* The sum of the lanes, in each of them. */
+#define ROTATED(j, h) (((j) + (h)) % LANES)
+INLINE vec total(vec v) {
+#if LANES > 8
+    v += SHUFFLE(v, v, EACH_LANE(ROTATED, 8));
+#endif
+#if LANES > 4
+    v += SHUFFLE(v, v, EACH_LANE(ROTATED, 4));
+#endif
+    v += SHUFFLE(v, v, EACH_LANE(ROTATED, 2));
+    return v + SHUFFLE(v, v, EACH_LANE(ROTATED, 1));
+}
+
 /* e^x, within two ulp; 0 below -87 and 6e37 above 87. It is 2^n e^r with |r| <= ln(2) / 2, and e^r a polynomial. */
 INLINE vec exponential(vec x) {
     const float to_integer = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded, into its last bits */
