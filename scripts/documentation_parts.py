@@ -99,7 +99,7 @@ def claims() -> str:
             verdict = str(claim.examine(asked).verdict)
         except Missing:
             verdict = "not measured"
-        names = dict.fromkeys(re.sub("_(curves|slopes)$", "", name) for name in asked.read)
+        names = dict.fromkeys(re.sub("_(curves|slopes|examples)$", "", name) for name in asked.read)
         again = [f"`make {name}`" if name in ("bench", "race") else f"`make reproduce ARGS={name}`" for name in names]
         rows.append([claim.title, claim.paper, verdict, "<br>".join(again)])
     return _table(("claim", "what is claimed", "verdict", "measured again by"), rows)

@@ -133,7 +133,7 @@ def counted(row: Row) -> float:
 def percent(rows: Sequence[Row], examples: Sequence[Row]) -> str:
     """Mean test accuracy and its interval over seeds and test examples."""
     mean, half = interval([*points(rows).values()], of_examples([row[rows[0]["estimator"]] for row in examples]))
-    return f"{mean:.1f} ± {half:.1f} %"
+    return f"{mean:.1f} ± {half:.1f} %" if len(rows) > 1 else f"{mean:.1f} %, one seed"
 
 
 def stopped(row: Row) -> bool:

@@ -525,7 +525,7 @@ def test_automatic_chunks_of_plain_modules():
     chunks = {}
     for name, width in (("small", 4), ("large", 900)):
         model = nn.Sequential(
-            nn.Linear(6, width), nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 3)
+            nn.Linear(6, width), nn.RMSNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 3)
         )
         learner, batch = Learner(model, F.cross_entropy), tasks(vectors, _labels, 6, 10, 10).to(dtype=torch.float32)
         chunks[name] = chunk_size(learner, batch, SYMMETRIC)

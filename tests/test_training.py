@@ -316,10 +316,19 @@ def test_accuracy_and_its_interval_by_hand(mnist1d):
 
             phi = {n: v - 0.1 * torch.func.grad(loss)(phi)[n] for n, v in phi.items()}
         out = torch.func.functional_call(training.learner.model, phi, (tasks.query_x[i],))
-        correct.append((out.argmax(1) == tasks.query_y[i]).double().mean())
-    each = torch.stack(correct)
+        correct.append((out.argmax(1) == tasks.query_y[i]).double())
+    right = torch.stack(correct)
+    each, shares = right.mean(1), (right - right.mean()) / right.numel()
     assert found.accuracy == pytest.approx(float(each.mean()), abs=1e-3)
-    assert found.accuracy_ci95 == pytest.approx(1.96 * float(each.std()) / math.sqrt(12), rel=0.05)
+    of_examples = dict[bytes, float]()
+    for x, share in zip(tasks.query_x.flatten(0, 1), shares.flatten().tolist(), strict=True):
+        key = x.numpy().tobytes()
+        of_examples[key] = of_examples.get(key, 0.0) + share
+    count = len(of_examples)
+    assert count < right.numel()
+    shared = sum(share**2 for share in of_examples.values()) - float(shares.square().sum())
+    variance = float(each.var()) / 12 + max(shared, 0.0) * count / (count - 1)
+    assert found.accuracy_ci95 == pytest.approx(1.96 * math.sqrt(variance), rel=0.05)
 
 
 def test_regression_has_a_loss_and_no_accuracy():

@@ -265,9 +265,7 @@ class SquaredError(RowLoss):
         """What each example's squares count, [R, N, 1, ...]."""
         weights = self.targets.new_zeros(*self.targets.shape[:2], *[1] * (self.targets.dim() - 2))
         for part in self.parts:
-            factor = (
-                part.factor.view(-1, *[1] * (weights.dim() - 1)) if isinstance(part.factor, Tensor) else part.factor
-            )
+            factor = torch.as_tensor(part.factor).to(weights).view(-1, *[1] * (weights.dim() - 1))
             weights[:, part.examples] += factor / (self.targets[0, part.examples].numel() if self.mean else 1)
         return weights
 

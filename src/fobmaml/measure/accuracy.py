@@ -96,7 +96,7 @@ class Score:
 
     loss: float
     metrics: dict[str, tuple[float | None, float | None]]
-    ratios: Mapping[str, Ratios] = field(default_factory=dict)
+    ratios: Mapping[str, Ratios] = field(default_factory=dict, compare=False)
 
     @property
     def accuracy(self) -> float | None:
@@ -240,6 +240,7 @@ class MetaTest(Measurement):
             "test/accuracy": found.accuracy,
             "test/accuracy_ci95": found.accuracy_ci95,
             "test/loss": found.loss,
+            "test/right": None,
             "test/novel_classes": getattr(training.source, "novel_classes", None),
         }
         for name, (mean, half) in found.metrics.items():
