@@ -19,10 +19,14 @@ import argparse
 import contextlib
 import json
 import math
+import os
+import signal
 import statistics
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -280,9 +284,7 @@ class Tuning:
     def tune(self, name: str) -> tuple[str, Settings]:
         """The number and the settings of the chosen trial, after those that are missing were run."""
         tried = self.points(name)
-        quiet = True if self.only_read else None  # None: on a terminal alone
-        bar = tqdm(tried.items(), f"{self.experiment}: {name}", unit="trial", dynamic_ncols=True, disable=quiet)
-        once = {n: self.run(name, n, point, SEEDS[0])["accuracy"] for n, point in bar}
+        once = {n: self.run(name, n, point, SEEDS[0])["accuracy"] for n, point in tried.items()}
         ranked = sorted(once, key=lambda n: (-once[n], int(n)))[:AGAIN]
         twice = {n: self.both(name, n, tried[n]) for n in ranked}
         best = max(ranked, key=lambda n: twice[n])
@@ -339,31 +341,69 @@ def main() -> None:
     parser.add_argument("--experiments", nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
     parser.add_argument("--collect", action="store_true", help="run nothing, write the tables of what is there")
     parser.add_argument("--fast", action="store_true", help="two short trials a method, below outputs/fast")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="methods at once, on one core each")
     arguments = parser.parse_args()
-    keep_freed_memory()
-    torch.set_num_threads(1)
+    if arguments.jobs < 1:
+        sys.exit(f"error: --jobs={arguments.jobs}: takes a whole number of at least 1")
     outputs = ROOT / "outputs" / ("fast" if arguments.fast else "")
     trials, shorter = (1, ("steps=6", "meta_batch=2", "width=4")) if arguments.fast else (TRIALS, ())
+    tunings = {name: Tuning(outputs / "tuning" / name, name, trials, shorter) for name in EXPERIMENTS}
+    if not arguments.collect:
+        tune(
+            [(tunings[experiment], name) for experiment in arguments.experiments for name in arguments.methods],
+            arguments.jobs,
+        )
+    if arguments.fast:
+        collect(tunings, outputs / "tuned", outputs)
+    else:
+        collect(tunings, ROOT / "configs" / "tuned", ROOT / "results")
+
+
+def tune(missing: Sequence[tuple[Tuning, str]], jobs: int) -> None:
+    """Runs what is missing of the trials of methods, some at once, with a bar of runs."""
+
+    def done() -> int:
+        return sum(len([*(tuning.folder / name).glob("*.json")]) for tuning, name in missing)
+
+    with (
+        get_context("spawn").Pool(jobs, _alone) as pool,
+        tqdm(
+            total=len(missing) * (missing[0][0].trials + 1 + AGAIN), unit="run", dynamic_ncols=True, disable=None
+        ) as bar,
+    ):
+        running = pool.starmap_async(Tuning.tune, missing, chunksize=1)
+        while not running.ready():
+            running.wait(1.0)
+            bar.n = done()
+            bar.total = max(bar.total, bar.n)  # and those beyond edges
+            bar.refresh()
+        running.get()
+
+
+def _alone() -> None:
+    """A process of one core, which its parent stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
+    torch.set_num_threads(1)
+
+
+def collect(tunings: Mapping[str, Tuning], tuned: Path, results: Path) -> None:
+    """Writes the files of the methods whose trials are all there, and the table of all trials."""
     rows, made_with = list[dict[str, Any]](), list[Any]()
-    for experiment in arguments.experiments:
-        folder = outputs / "tuning" / experiment
-        tuning = Tuning(folder, experiment, trials, shorter, only_read=arguments.collect)
-        chosen = {}
-        for name in arguments.methods:
+    tuned.mkdir(parents=True, exist_ok=True)
+    for experiment, tuning in tunings.items():
+        chosen, about = dict[str, str](), EXPERIMENTS[experiment]
+        for name in METHODS:
             with contextlib.suppress(FileNotFoundError):
-                chosen[name] = tuning.tune(name)
-        tuned = outputs / "tuned" if arguments.fast else ROOT / "configs" / "tuned"
-        tuned.mkdir(parents=True, exist_ok=True)
-        about = EXPERIMENTS[experiment]
-        for name, (_, point) in chosen.items():
-            text = file_of(overrides(METHODS[name], point, about), experiment)
-            write_text(tuned / f"{name}{about.suffix}.yaml", text)
-        runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+                chosen[name], point = replace(tuning, only_read=True).tune(name)
+                text = file_of(overrides(METHODS[name], point, about), experiment)
+                write_text(tuned / f"{name}{about.suffix}.yaml", text)
+        runs = [json.loads(path.read_text()) for path in sorted(tuning.folder.glob("*/*.json"))]
         rows += [
             {
                 "experiment": experiment,
                 **{key: run["who"][key] for key in ("estimator", "trial", "seed")},
-                "chosen": str(run["who"]["trial"] == chosen.get(run["who"]["estimator"], ("",))[0]).lower(),
+                "chosen": str(run["who"]["trial"] == chosen.get(run["who"]["estimator"])).lower(),
                 **{key: run[key] for key in ("accuracy", "third", "steps", "work")},
                 "diverged": str(run["diverged"]).lower(),
                 "settings": " ".join(said(run["settings"])),
@@ -371,10 +411,14 @@ def main() -> None:
             for run in runs
         ]
         made_with += [run["provenance"] for run in runs]
-    results = outputs if arguments.fast else ROOT / "results"
+    if not rows:
+        sys.exit(f"error: {os.path.relpath(results)}: there is no trial yet")
     write_csv(results / "tuning.csv", rows)
     write_json(results / "tuning.json", {"command": "python scripts/tune.py", "provenance": distinct(made_with)})
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues")
