@@ -7,6 +7,7 @@ import tune
 import yaml
 from hydra import compose, initialize_config_dir
 
+from fobmaml.files import read_csv
 from fobmaml.run.build import build
 
 FIVE, ONE, BUDGET = (tune.EXPERIMENTS[f"accuracy{each}"] for each in ("", "_1shot", "_budget"))
@@ -98,3 +99,21 @@ def test_the_best_by_both_seeds_is_taken_beyond_the_edge_and_not_run_twice(runs,
     with pytest.raises(FileNotFoundError):
         tune.Tuning(tmp_path, "accuracy", only_read=True).tune("maml")
     assert len(runs) == count
+
+
+def test_the_table_is_of_all_trials_and_the_files_of_methods_that_are_tuned(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "provenance", lambda device: {"commit": "0"})
+    tunings = {name: tune.Tuning(tmp_path / name, name, trials=2) for name in ("accuracy", "accuracy_budget")}
+    with pytest.raises(SystemExit, match="there is no trial yet"):
+        tune.collect(tunings, tmp_path / "tuned", tmp_path)
+    for tuning in tunings.values():
+        tuning.tune("reptile")
+    tunings["accuracy"].run("maml", "0", tune.KNOWN, tune.SEEDS[0])  # and no other
+    tune.collect(tunings, tmp_path / "tuned", tmp_path)
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"reptile.yaml", "reptile_budget.yaml"}
+    rows = read_csv(tmp_path / "tuning.csv")
+    assert {(row["experiment"], row["estimator"]) for row in rows if row["chosen"] == "true"} == {
+        ("accuracy", "reptile"),
+        ("accuracy_budget", "reptile"),
+    }
+    assert len(rows) == len(runs)
