@@ -211,7 +211,9 @@ def collect(name: str, folder: Path, results: Path) -> None:
     known = dict.fromkeys(key for found in settings.values() for key in found)
     swept = {part.split("=")[0] for run in runs for part in run.split(",")} - {"estimator"}
     varied = [
-        key for key in known if key in swept or len({json.dumps(found.get(key)) for found in settings.values()}) > 1
+        key
+        for key in known
+        if key in swept or (key != "estimator" and len({json.dumps(found.get(key)) for found in settings.values()}) > 1)
     ]
     measured = [
         key

@@ -119,6 +119,18 @@ def test_a_run_is_named_by_what_was_tuned_and_a_stopped_one_is_at_chance_in_ever
     assert reproduce.by_example({"seed=2": {"choices": {"estimator": "maml"}}}) == []
 
 
+def test_methods_of_one_estimator_are_told_apart_in_tables(tmp_path):
+    for name, estimator in (("maml", "maml"), ("maml_plus", "maml"), ("reptile", "reptile")):
+        folder = tmp_path / "runs" / f"seed=1,tuned={name}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text('{"step": 1, "val/accuracy": 0.5}\n')
+        summary = {"choices": {"estimator": estimator}, "config": {"seed": 1}, "provenance": {"commit": "0"}}
+        (folder / "summary.json").write_text(json.dumps({"status": "completed", "step": 1, "seconds": 1.0, **summary}))
+    collect("made", tmp_path / "runs", tmp_path)
+    for table in ("made", "made_curves"):
+        assert [row["estimator"] for row in read_csv(tmp_path / f"{table}.csv")] == ["maml", "maml_plus", "reptile"]
+
+
 def test_a_missing_table_is_named_with_what_makes_it(tmp_path):
     done = _script("figure_time.py", tmp_path)
     assert done.returncode == 1
