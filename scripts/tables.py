@@ -93,7 +93,7 @@ def unsolved(rows: Sequence[Row]) -> str:
 
 
 def the_best(rows: Sequence[Row], examples: Sequence[Row]) -> str:
-    """Which method of three seeds or more has the highest mean, and which cannot be told from it or are level with it."""
+    """Which method of three seeds or more has the highest mean, which are level with it and which not told from it."""
     scores = {name: points(found) for name, found in groups(rows, "estimator").items() if len(found) > 2}
     best = max(scores, key=lambda name: statistics.fmean(scores[name].values()))
     level_with, not_told = [], []

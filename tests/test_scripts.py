@@ -313,6 +313,7 @@ def test_the_tables_of_pages_are_of_a_folder(tmp_path):
     for table in ("accuracy", "race", "bench", "bench_gpu", "novel_classes", "novel_omniglot", "bench_conv4"):
         for suffix in ("csv", "json"):
             shutil.copy(RESULTS / f"{table}.{suffix}", tmp_path)
+    shutil.copy(RESULTS / "accuracy_examples.csv", tmp_path)
     assert tables.pages(tmp_path) == tables.pages(RESULTS)
     rows = read_csv(tmp_path / "accuracy.csv")
     write_csv(tmp_path / "accuracy.csv", [row for row in rows if row["estimator"] != "reptile"])
@@ -414,7 +415,7 @@ def test_bad_requests_are_one_line(monkeypatch):
 def test_every_table_has_its_provenance():
     derived = {"bias_slopes", "quadratic"}  # of tables, and of a formula
     for path in RESULTS.glob("*.csv"):
-        name = re.sub("_(curves|chunks|loop)$|(?<=race)_tuning$", "", path.stem)
+        name = re.sub("_(curves|chunks|loop|examples)$|(?<=race)_tuning$", "", path.stem)
         if name in derived:
             continue
         about = json.loads((RESULTS / f"{name}.json").read_text())
