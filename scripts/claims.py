@@ -12,7 +12,7 @@ from drawing import Row, groups
 from figure_bias import THEORY, best_nu
 from figure_optimizers import NEAR
 from statistics_of_runs import CHANCE, interval, of_examples, slope
-from tables import percent, points
+from tables import in_words, percent, points
 from verdicts import MARGIN, Verdict, above, below, level, of_all, over_runs, within
 
 from fobmaml.run.plotting import OF_OTHERS, method
@@ -71,7 +71,7 @@ def _difference(found: Sequence[float], shared: float) -> str:
 def accuracy(table: str, tables: Tables) -> Finding:
     rows, examples = tables.rows(table), tables.rows(f"{table}_examples")
     found, shared = against_maml(rows, examples)
-    parts = [f"{method(name).label} {percent(of, examples)}" for name, of in groups(rows, "estimator").items()]
+    parts = [f"{in_words(name)} {percent(of, examples)}" for name, of in groups(rows, "estimator").items()]
     return Finding(
         f"symmetric − MAML = {_difference(found, shared)} points over {len(found)} seeds. Meta-test accuracy: "
         f"{', '.join(parts)}.",

@@ -109,7 +109,7 @@ def the_best(rows: Sequence[Row], examples: Sequence[Row]) -> str:
             not_told.append(in_words(name))
     said = f"{in_words(best)} has the highest mean"
     if level_with:
-        said += f", and within {MARGIN:g} points of it are {', '.join(level_with)}"
+        said += f", level with it (within {MARGIN:g} points): {', '.join(level_with)}"
     if not_told:
         said += f"; {', '.join(not_told)} cannot be told from it"
     return said
