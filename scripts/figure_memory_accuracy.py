@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from drawing import Row, draw_alone, groups, legend_below, load, save, style
+from figure_accuracy import by_error
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 from statistics_of_runs import CHANCE
@@ -16,7 +17,7 @@ from fobmaml.run.plotting import new_figure
 
 def draw(folder: Path) -> None:
     rows = load(folder, "accuracy", columns=("memory/peak_bytes",))
-    figure, (ax,) = new_figure(width_in=5.0, height_in=3.0)
+    figure, (ax,) = new_figure(width_in=5.0, height_in=3.8)
     for name, found in groups(rows, "estimator").items():
         measured = [row["memory/peak_bytes"] / 1e6 for row in found if row["memory/peak_bytes"]]
         if measured:
@@ -29,9 +30,10 @@ def draw(folder: Path) -> None:
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("peak memory of a meta-gradient (MB)")
+    by_error(ax, "y")
     ax.set_ylabel("meta-test accuracy (%)")
     ax.set_title("every run a point (×: stopped, counted at chance); bars: means", fontsize=8)
-    legend_below(figure, [ax], 3)
+    legend_below(figure, [ax], 2)
     save(figure, folder, "memory_accuracy")
 
 
