@@ -256,27 +256,23 @@ class SquaredError(RowLoss):
 
     def __init__(self, loss: "Loss", targets: Tensor, parts: Sequence[Part], mean: bool):
         super().__init__(loss, targets, parts)
-        self.mean = mean
+        self.weights = targets.new_zeros(*targets.shape[:2], *[1] * (targets.dim() - 2))  # of an example's squares
+        for part in parts:
+            factor = torch.as_tensor(part.factor).to(targets).view(-1, *[1] * (targets.dim() - 1))
+            self.weights[:, part.examples] += factor / (targets[0, part.examples].numel() if mean else 1)
 
     def _fits(self, outputs: Tensor) -> bool:
         return outputs.shape == self.targets.shape and outputs.dtype == self.targets.dtype
 
-    def _weights(self) -> Tensor:
-        """What each example's squares count, [R, N, 1, ...]."""
-        weights = self.targets.new_zeros(*self.targets.shape[:2], *[1] * (self.targets.dim() - 2))
-        for part in self.parts:
-            factor = torch.as_tensor(part.factor).to(weights).view(-1, *[1] * (weights.dim() - 1))
-            weights[:, part.examples] += factor / (self.targets[0, part.examples].numel() if self.mean else 1)
-        return weights
-
     def __call__(self, outputs: Tensor) -> Tensor:
-        squares = (outputs - self.targets).square() if self._fits(outputs) else None
-        return super().__call__(outputs) if squares is None else (squares * self._weights()).flatten(1).sum(1)
+        if not self._fits(outputs):
+            return super().__call__(outputs)
+        return ((outputs - self.targets).square() * self.weights).flatten(1).sum(1)
 
     def linearize(self, outputs: Tensor, second_order: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         if not self._fits(outputs):
             return super().linearize(outputs, second_order)
-        twice = 2.0 * self._weights()
+        twice = 2.0 * self.weights
         return (outputs.detach() - self.targets) * twice, lambda t: t * twice
 
 
