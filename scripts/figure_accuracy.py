@@ -9,8 +9,8 @@ import numpy as np
 from drawing import Row, draw_alone, groups, load, save, style
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
-from statistics_of_runs import CHANCE, interval, of_examples
-from tables import Comparison, comparisons, points, stopped, work
+from statistics_of_runs import CHANCE
+from tables import Comparison, accuracy_interval, comparisons, points, stopped, work
 
 from fobmaml.run.plotting import method, new_figure
 
@@ -46,7 +46,7 @@ def each_run(ax: Axes, compared: Comparison, names: list[str]) -> None:
                 markeredgewidth=0.6 if whole[seed] else 1.2,
                 linestyle="none",
             )
-        mean, half = interval([*accuracies.values()], of_examples([row[name] for row in compared.examples]))
+        mean, half = accuracy_interval(found, compared.examples)
         ax.errorbar(
             mean, place, xerr=half, color="#D62728", capsize=2.5, elinewidth=1.0, marker="|", markersize=9, zorder=3
         )

@@ -130,9 +130,14 @@ def counted(row: Row) -> float:
     return CHANCE if stopped(row) else 100 * row["test/accuracy"]
 
 
+def accuracy_interval(rows: Sequence[Row], examples: Sequence[Row]) -> tuple[float, float]:
+    """Of a method's runs: mean test accuracy in per cent, and half width of its interval over seeds and examples."""
+    return interval([*points(rows).values()], of_examples([row[rows[0]["estimator"]] for row in examples]))
+
+
 def percent(rows: Sequence[Row], examples: Sequence[Row]) -> str:
     """Mean test accuracy and its interval over seeds and test examples."""
-    mean, half = interval([*points(rows).values()], of_examples([row[rows[0]["estimator"]] for row in examples]))
+    mean, half = accuracy_interval(rows, examples)
     return f"{mean:.1f} ± {half:.1f} %" if len(rows) > 1 else f"{mean:.1f} %, one seed"
 
 
