@@ -1,8 +1,9 @@
 """Runs the experiments behind results/ and collects them: python scripts/reproduce.py [experiment ...]
 
 An experiment is a sweep, configs/experiment/NAME.yaml, its jobs below outputs/experiments/NAME. A job that is complete
-is not run again, one that was stopped continues. ``--collect``: only collect what is there. ``--fast``: smaller sweeps,
-below outputs/fast, which leave results/ alone. The exit status says whether every job of every sweep is there.
+is not run again, one that was stopped continues. ``--collect``: only collect what is there. ``--add``: only that, and
+jobs of the table that are not there, which were run elsewhere, stay in it. ``--fast``: smaller sweeps, below
+outputs/fast, which leave results/ alone. The exit status says whether every job of every sweep is there.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from statistics_of_runs import CHANCE
 from tqdm import tqdm
 
-from fobmaml.files import write_csv, write_json
+from fobmaml.files import read_csv, write_csv, write_json
 from fobmaml.logged import KEYS, WORK
 from fobmaml.run.events import read_events
 from fobmaml.run.provenance import distinct
@@ -77,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"{', '.join(EXPERIMENTS)}; default: all")
     parser.add_argument("--collect", action="store_true", help="run nothing, collect what is there")
+    parser.add_argument("--add", action="store_true", help="run nothing, add what is there to the tables")
     parser.add_argument("--fast", action="store_true", help="smaller sweeps, below outputs/fast")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="sweeps at once, on one core each")
     arguments = parser.parse_args()
@@ -87,11 +90,11 @@ def main() -> None:
         sys.exit(f"error: --jobs={arguments.jobs}: takes a whole number of at least 1")
     outputs = ROOT / "outputs" / ("fast" if arguments.fast else "experiments")
     overrides = {name: EXPERIMENTS[name].split() if arguments.fast else [] for name in names}
-    ended = {} if arguments.collect else sweep(overrides, outputs, arguments.jobs)
+    ended = {} if arguments.collect or arguments.add else sweep(overrides, outputs, arguments.jobs)
     wrong = []
     for name in names:
-        collect(name, outputs / name, outputs if arguments.fast else ROOT / "results")
-        wrong += faults(name, jobs_of(name, overrides[name]), outputs / name, ended.get(name, 0))
+        kept = collect(name, outputs / name, outputs if arguments.fast else ROOT / "results", arguments.add)
+        wrong += faults(name, jobs_of(name, overrides[name]), outputs / name, ended.get(name, 0), kept)
     if wrong:
         sys.exit("\n".join(f"error: {fault}" for fault in wrong))
 
@@ -105,10 +108,15 @@ def jobs_of(name: str, overrides: Sequence[str]) -> list[frozenset[str]]:
     return [frozenset(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
 
 
-def faults(name: str, jobs: Sequence[frozenset[str]], folder: Path, status: int = 0) -> list[str]:
+def faults(
+    name: str, jobs: Sequence[frozenset[str]], folder: Path, status: int = 0, kept: Mapping[str, str] | None = None
+) -> list[str]:
     """Says how many of the jobs are there, and returns what is wrong: jobs that are not, and a sweep's exit status that
-    no diverged run explains. One that diverged is there."""
-    there, diverged, failed = set(), 0, []
+    no diverged run explains. One that diverged is there, and so are the ``kept`` jobs of its table, each with its
+    status."""
+    ended = {frozenset([*run.split(","), f"experiment={name}"]): how for run, how in (kept or {}).items()}
+    there, failed = {*ended} & {*jobs}, []
+    diverged = sum(ended[job] != "completed" for job in there)
     for path in sorted(folder.glob("*/summary.json")):
         job = frozenset(yaml.safe_load((path.parent / ".hydra" / "overrides.yaml").read_text()))
         summary = json.loads(path.read_text())
@@ -199,83 +207,128 @@ def of_curves(key: str) -> bool:
     return of_a_curve(key) or key in WORK
 
 
-def collect(name: str, folder: Path, results: Path) -> None:
+def collect(name: str, folder: Path, results: Path, add: bool = False) -> dict[str, str]:
     """Writes NAME.csv (a row a job: the settings that were swept or differ, what was measured), NAME_curves.csv (what
-    was measured during training, by step) and NAME.json (provenance and common settings)."""
+    was measured during training, by step), NAME_examples.csv and NAME.json (provenance and common settings). With
+    ``add``, the jobs of these files that are not in ``folder`` stay; returns the status of each of them."""
     runs = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/summary.json"))}
     runs = {run: summary for run, summary in runs.items() if summary["status"] != "interrupted"}
-    if not runs:
+    before = Before.read(name, results, set(runs)) if add else Before()
+    if not runs and not before.rows:
         print(f"{name}: no run is complete")
-        return
+        return {}
     settings = {run: summary["choices"] | dict(flat(summary["config"])) for run, summary in runs.items()}
-    known = dict.fromkeys(key for found in settings.values() for key in found)
-    swept = {part.split("=")[0] for run in runs for part in run.split(",")} - {"estimator"}
+    values = {key: before.values(key) for key in (*before.settings, *before.varied)}
+    for found in settings.values():
+        for key in found:
+            values.setdefault(key, [None] * bool(before.rows))
+    for key, different in values.items():
+        different += [found.get(key) for found in settings.values()]
+    swept = {part.split("=")[0] for run in (*before.rows, *runs) for part in run.split(",")} - {"estimator"}
     varied = [
         key
-        for key in known
-        if key in swept or (key != "estimator" and len({json.dumps(found.get(key)) for found in settings.values()}) > 1)
+        for key, different in values.items()
+        if key in swept or (key != "estimator" and len({json.dumps(value) for value in different}) > 1)
     ]
-    measured = [
-        key
-        for key in dict.fromkeys(key for summary in runs.values() for key in summary)
-        if "/" in key
-        and not key.startswith(NOT_IN_TABLES)
-        and any(summary.get(key) is not None for summary in runs.values())
-    ]
-    write_csv(
-        results / f"{name}.csv",
-        [
+
+    def named(run: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+        return {"run": run, "estimator": method_of(run, summary), **{key: settings[run].get(key) for key in varied}}
+
+    old = {key: before.settings.get(key) for key in varied}
+    rows = [{**old, **row} for row in before.rows.values()]
+    for run, summary in runs.items():
+        ended = {key: summary[key] for key in ("status", "step", "seconds")}
+        measured = {key: value for key, value in summary.items() if "/" in key and not key.startswith(NOT_IN_TABLES)}
+        rows.append(
             {
-                "run": run,
-                "estimator": method_of(run, summary),
-                **{key: settings[run].get(key) for key in varied},
-                "status": summary["status"],
-                "step": summary["step"],
-                "seconds": summary["seconds"],
-                **{key: summary.get(key) if summary["status"] == "completed" else None for key in measured},
+                **named(run, summary),
+                **ended,
+                **{key: value if ended["status"] == "completed" else None for key, value in measured.items()},
                 "reason": (summary.get("reason") or "").split(":")[0],
             }
-            for run, summary in runs.items()
-        ],
-    )
-    curves = [
-        {
-            "run": run,
-            "estimator": method_of(run, summary),
-            **{key: settings[run].get(key) for key in varied},
-            **event,
-        }
-        for run, summary in runs.items()
-        for event in read_events(folder / run / "metrics.jsonl")
-        if any(map(of_a_curve, event))
-    ]
-    if any(row["step"] for row in curves):
-        columns = dict.fromkeys(
-            key for row in curves for key in row if key in ("run", "estimator", "step", *varied) or of_curves(key)
         )
-        write_csv(results / f"{name}_curves.csv", [{key: row.get(key) for key in columns} for row in curves])
-    if parts := by_example(runs):
+    first = ("run", "estimator", *varied, "status", "step", "seconds")
+    write_rows(results / f"{name}.csv", rows, first, ("reason",))
+    curves = [{**old, **event} for event in before.curves]
+    for run, summary in runs.items():
+        curves += [
+            {
+                key: value
+                for key, value in (named(run, summary) | event).items()
+                if key in (*first, "step") or of_curves(key)
+            }
+            for event in read_events(folder / run / "metrics.jsonl")
+            if any(map(of_a_curve, event))
+        ]
+    if any(int(row["step"]) for row in curves):
+        write_rows(results / f"{name}_curves.csv", curves, ("run", "estimator", *varied, "step"))
+    if parts := by_example(runs, before.shares):
         write_csv(results / f"{name}_examples.csv", parts)
-    first = settings[next(iter(settings))]
     write_json(
         results / f"{name}.json",
         {
             "command": f"make reproduce ARGS={name}",
-            "jobs": len(runs),
-            "seconds": round(sum(summary["seconds"] for summary in runs.values())),
-            "provenance": distinct([summary["provenance"] for summary in runs.values()]),
-            "settings": {key: value for key, value in first.items() if key not in varied},
-            "varied": {key: list(dict.fromkeys(found.get(key) for found in settings.values())) for key in varied},
+            "jobs": len(rows),
+            "seconds": round(sum(float(row["seconds"]) for row in rows)),
+            "provenance": distinct([*before.provenance, *(summary["provenance"] for summary in runs.values())]),
+            "settings": {key: different[0] for key, different in values.items() if key not in varied},
+            "varied": {key: list(dict.fromkeys(values[key])) for key in varied},
         },
     )
-    failed = sum(summary["status"] == "failed" for summary in runs.values())
-    print(f"{results.name}/{name}.csv: {len(runs)} jobs" + f", {failed} of them failed" * bool(failed))
+    failed = sum(row["status"] == "failed" for row in rows)
+    print(f"{results.name}/{name}.csv: {len(rows)} jobs" + f", {failed} of them failed" * bool(failed))
+    return {run: row["status"] for run, row in before.rows.items()}
 
 
-def by_example(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Before:
+    """What the files of an experiment have of jobs that were run elsewhere."""
+
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    shares: dict[str, list[list[float] | None]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    varied: dict[str, list[Any]] = field(default_factory=dict)
+    provenance: list[dict[str, Any]] = field(default_factory=list)
+
+    def values(self, setting: str) -> list[Any]:
+        return self.varied.get(setting) or [self.settings.get(setting)] * bool(self.rows)
+
+    @classmethod
+    def read(cls, name: str, results: Path, runs: Set[str]) -> "Before":
+        """Raises ValueError where one of ``runs`` is in a table of examples, which has the means of methods alone."""
+        table, curves, examples = (results / f"{name}{end}.csv" for end in ("", "_curves", "_examples"))
+        if not table.exists():
+            return cls()
+        rows, shares = {row["run"]: row for row in read_csv(table)}, dict[str, list[list[float] | None]]()
+        if examples.exists():
+            if twice := runs & {*rows}:
+                raise ValueError(f"{examples.name} has {', '.join(sorted(twice))} already: --collect makes it anew")
+            means = read_csv(examples)
+            for row in rows.values():
+                shares.setdefault(row["estimator"], []).append([float(mean[row["estimator"]]) for mean in means])
+        about = json.loads((results / f"{name}.json").read_text())
+        kept = {run: row for run, row in rows.items() if run not in runs}
+        events = [event for event in (read_csv(curves) if curves.exists() else []) if event["run"] in kept]
+        return cls(kept, events, shares, about["settings"], about["varied"], about["provenance"])
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], first: Sequence[str], last: Sequence[str] = ()) -> None:
+    """A table of rows with different columns, but for those without a value in any row."""
+    given = {key for row in rows for key, value in row.items() if value not in (None, "")}
+    others = dict.fromkeys(key for row in rows for key in row if key in given.difference(first, last))
+    columns = [*first, *others, *last]
+    ordered = sorted(rows, key=lambda row: row["run"])
+    write_csv(path, [{key: row.get(key) for key in columns} for row in ordered])
+
+
+def by_example(
+    runs: Mapping[str, Mapping[str, Any]], before: Mapping[str, list[list[float] | None]] | None = None
+) -> list[dict[str, Any]]:
     """Of each test example what it gives to a method's mean accuracy over its runs, in points, so that a method's
-    column adds up to it; a run that diverged counts at chance. Empty where the runs did not ask for it."""
-    shares: dict[str, list[list[float] | None]] = {}
+    column adds up to it; a run that diverged counts at chance.
+    Empty where the runs did not ask for it. ``before``: of runs elsewhere."""
+    shares = {method: [*found] for method, found in (before or {}).items()}
     for run, summary in runs.items():
         counts = [float(count) for count in (summary.get(RIGHT) or "").split()]
         share = [100 * summary["test/accuracy"] * count / sum(counts) for count in counts] or None

@@ -222,6 +222,10 @@ class RandomImages(Random):
             return super()._tensor(d, name)
         t = d.inputs
         rows, examples, channels, *size = t.shape
+        if isinstance(d.layers[0], Linear) and size:  # [R, N, places, values], of any places where their mean is next
+            other = [channels, size[0] + self.choice([-1, 1, 7])]
+        else:
+            other = [channels + self.choice([-1, 1, 7]), *size]
         ways: list[Callable[[], object]] = [
             t.double,
             t.long,
@@ -230,7 +234,7 @@ class RandomImages(Random):
             t.tolist,
             t.flatten,
             lambda: t[None, None, None],
-            lambda: t.new_zeros(rows, examples, channels + self.choice([-1, 1, 7]), *size),
+            lambda: t.new_zeros(rows, examples, *other),
             lambda: t.new_zeros(rows + 7, examples, channels, *size),
         ]
         if t.numel():

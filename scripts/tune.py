@@ -12,7 +12,8 @@ The rule, written before the runs, for each experiment of accuracy apart (EXPERI
   beyond the edge (half, at the lower one) is run with both seeds, and takes its place if it is better: at most FURTHER
   times for each number.
 
-What is done is below outputs/tuning and not done twice. Writes results/tuning.csv and configs/tuned/METHOD.yaml.
+What is done, below outputs/tuning or by the table here or elsewhere, is not done twice. Writes results/tuning.csv and
+configs/tuned/METHOD.yaml.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from omegaconf import OmegaConf
 from scipy.stats import qmc
 from tqdm import tqdm
 
-from fobmaml.files import write_csv, write_json, write_text
+from fobmaml.files import read_csv, write_csv, write_json, write_text
 from fobmaml.measure.accuracy import score
 from fobmaml.run.allocator import keep_freed_memory
 from fobmaml.run.build import build
@@ -49,6 +50,9 @@ TASKS, SEEDS = 300, (100, 101)
 CHANCE, BEHIND = 0.2, 0.15
 WAYS, QUERIES = 5, 15
 Settings = dict[str, Any]
+Row = dict[str, str]
+WHO = ("experiment", "estimator", "trial", "seed")
+Who = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -254,25 +258,58 @@ class Tuning:
     experiment: str
     trials: int = TRIALS
     shorter: tuple[str, ...] = ()
+    recorded: Mapping[Who, Row] = field(default_factory=dict)  # the rows that results/tuning.csv had
     only_read: bool = False
 
-    def run(self, name: str, number: str, point: Settings, seed: int) -> dict[str, Any]:
-        """A trial's run, which is read where it is there. Raises FileNotFoundError where it may only be read."""
-        path = self.folder / name / f"{number}-{seed}.json"
+    def run(self, name: str, number: str, point: Settings, seed: int) -> float:
+        """The accuracy of a trial's run, which is read where it is there. Raises FileNotFoundError where it may only be
+        read, ValueError where the table has it with other settings."""
+        given = overrides(METHODS[name], point, EXPERIMENTS[self.experiment])
+        path, who = self.folder / name / f"{number}-{seed}.json", (self.experiment, name, number, str(seed))
+        if not path.exists() and who in self.recorded:
+            if (settings := self.recorded[who]["settings"]) != " ".join(said(given)):
+                raise ValueError(f"results/tuning.csv: {', '.join(who)}: {settings}: takes {' '.join(said(given))}")
+            return float(self.recorded[who]["accuracy"])
         if not path.exists():
             if self.only_read:
                 raise FileNotFoundError(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            given = overrides(METHODS[name], point, EXPERIMENTS[self.experiment])
             made_with = provenance(torch.device("cpu"))
-            who = {"experiment": self.experiment, "estimator": name, "trial": number, "seed": seed}
-            before = [json.loads(each.read_text())["third"] or 0.0 for each in path.parent.glob("*.json")]
+            before = [float(row["third"] or 0.0) for row in self.rows() if row["estimator"] == name]
             ended = accuracy(given, self.experiment, seed, max(before, default=0.0) - BEHIND, self.shorter)
-            write_json(path, {"who": who, **ended, "settings": given, "provenance": made_with})
-        return json.loads(path.read_text())
+            named = {"experiment": self.experiment, "estimator": name, "trial": number, "seed": seed}
+            write_json(path, {"who": named, **ended, "settings": given, "provenance": made_with})
+        return float(json.loads(path.read_text())["accuracy"])
+
+    def files(self) -> list[dict[str, Any]]:
+        """What was written of the runs made here."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*/*.json"))]
+
+    def rows(self) -> list[Row]:
+        """The table's rows, all but which is chosen: those of runs made here, and the others that it had."""
+        made = {
+            (self.experiment, run["who"]["estimator"], run["who"]["trial"], str(run["who"]["seed"])): run
+            for run in self.files()
+        }
+        before = {who: row for who, row in self.recorded.items() if who[0] == self.experiment}
+        return [
+            *(row for who, row in before.items() if who not in made),
+            *(
+                {
+                    **dict(zip(WHO, who, strict=True)),
+                    "chosen": "",
+                    **{
+                        key: "" if run[key] is None else str(run[key]) for key in ("accuracy", "third", "steps", "work")
+                    },
+                    "diverged": str(run["diverged"]).lower(),
+                    "settings": " ".join(said(run["settings"])),
+                }
+                for who, run in made.items()
+            ),
+        ]
 
     def both(self, name: str, number: str, point: Settings) -> float:
-        return statistics.fmean(self.run(name, number, point, seed)["accuracy"] for seed in SEEDS)
+        return statistics.fmean(self.run(name, number, point, seed) for seed in SEEDS)
 
     def points(self, name: str) -> dict[str, Settings]:
         first = KNOWN | (METHODS[name].known or {})
@@ -284,7 +321,7 @@ class Tuning:
     def tune(self, name: str) -> tuple[str, Settings]:
         """The number and the settings of the chosen trial, after those that are missing were run."""
         tried = self.points(name)
-        once = {n: self.run(name, n, point, SEEDS[0])["accuracy"] for n, point in tried.items()}
+        once = {n: self.run(name, n, point, SEEDS[0]) for n, point in tried.items()}
         ranked = sorted(once, key=lambda n: (-once[n], int(n)))[:AGAIN]
         twice = {n: self.both(name, n, tried[n]) for n in ranked}
         best = max(ranked, key=lambda n: twice[n])
@@ -347,7 +384,8 @@ def main() -> None:
         sys.exit(f"error: --jobs={arguments.jobs}: takes a whole number of at least 1")
     outputs = ROOT / "outputs" / ("fast" if arguments.fast else "")
     trials, shorter = (1, ("steps=6", "meta_batch=2", "width=4")) if arguments.fast else (TRIALS, ())
-    tunings = {name: Tuning(outputs / "tuning" / name, name, trials, shorter) for name in EXPERIMENTS}
+    recorded = {} if arguments.fast else rows_of(ROOT / "results" / "tuning.csv")
+    tunings = {name: Tuning(outputs / "tuning" / name, name, trials, shorter, recorded) for name in EXPERIMENTS}
     if not arguments.collect:
         tune(
             [(tunings[experiment], name) for experiment in arguments.experiments for name in arguments.methods],
@@ -359,11 +397,16 @@ def main() -> None:
         collect(tunings, ROOT / "configs" / "tuned", ROOT / "results")
 
 
+def rows_of(table: Path) -> dict[Who, Row]:
+    """By what they are of, and none where there is no table."""
+    return {tuple(row[key] for key in WHO): row for row in (read_csv(table) if table.exists() else [])}  # type: ignore[misc]
+
+
 def tune(missing: Sequence[tuple[Tuning, str]], jobs: int) -> None:
     """Runs what is missing of the trials of methods, some at once, with a bar of runs."""
 
     def done() -> int:
-        return sum(len([*(tuning.folder / name).glob("*.json")]) for tuning, name in missing)
+        return sum(row["estimator"] == name for tuning, name in missing for row in tuning.rows())
 
     with (
         get_context("spawn").Pool(jobs, _alone) as pool,
@@ -389,7 +432,9 @@ def _alone() -> None:
 
 def collect(tunings: Mapping[str, Tuning], tuned: Path, results: Path) -> None:
     """Writes the files of the methods whose trials are all there, and the table of all trials."""
-    rows, made_with = list[dict[str, Any]](), list[Any]()
+    rows, made_with = list[Row](), list[Any]()
+    if (about_table := results / "tuning.json").exists():
+        made_with += json.loads(about_table.read_text())["provenance"]
     tuned.mkdir(parents=True, exist_ok=True)
     for experiment, tuning in tunings.items():
         chosen, about = dict[str, str](), EXPERIMENTS[experiment]
@@ -398,23 +443,15 @@ def collect(tunings: Mapping[str, Tuning], tuned: Path, results: Path) -> None:
                 chosen[name], point = replace(tuning, only_read=True).tune(name)
                 text = file_of(overrides(METHODS[name], point, about), experiment)
                 write_text(tuned / f"{name}{about.suffix}.yaml", text)
-        runs = [json.loads(path.read_text()) for path in sorted(tuning.folder.glob("*/*.json"))]
         rows += [
-            {
-                "experiment": experiment,
-                **{key: run["who"][key] for key in ("estimator", "trial", "seed")},
-                "chosen": str(run["who"]["trial"] == chosen.get(run["who"]["estimator"])).lower(),
-                **{key: run[key] for key in ("accuracy", "third", "steps", "work")},
-                "diverged": str(run["diverged"]).lower(),
-                "settings": " ".join(said(run["settings"])),
-            }
-            for run in runs
+            {**row, "chosen": str(row["trial"] == chosen.get(row["estimator"])).lower()}
+            for row in sorted(tuning.rows(), key=lambda row: (row["estimator"], row["trial"], row["seed"]))
         ]
-        made_with += [run["provenance"] for run in runs]
+        made_with += [run["provenance"] for run in tuning.files()]
     if not rows:
         sys.exit(f"error: {os.path.relpath(results)}: there is no trial yet")
     write_csv(results / "tuning.csv", rows)
-    write_json(results / "tuning.json", {"command": "python scripts/tune.py", "provenance": distinct(made_with)})
+    write_json(about_table, {"command": "python scripts/tune.py", "provenance": distinct(made_with)})
 
 
 if __name__ == "__main__":

@@ -131,6 +131,42 @@ def test_methods_of_one_estimator_are_told_apart_in_tables(tmp_path):
         assert [row["estimator"] for row in read_csv(tmp_path / f"{table}.csv")] == ["maml", "maml_plus", "reptile"]
 
 
+def _made(folder, run, estimator, **measured):
+    """A job as its folder shows it."""
+    seed, tuned = run.split(",")
+    (folder / run).mkdir(parents=True)
+    (folder / run / "metrics.jsonl").write_text('{"step": 1, "val/accuracy": 0.5}\n')
+    config = {"seed": int(seed[5:]), "steps": 1 if tuned == "tuned=maml" else 2}
+    summary = {"choices": {"estimator": estimator}, "config": config, "provenance": {"commit": tuned}, **measured}
+    (folder / run / "summary.json").write_text(
+        json.dumps({"status": "completed", "step": 1, "seconds": 1.0, **summary})
+    )
+
+
+def test_jobs_of_other_machines_stay_in_the_tables_that_are_added_to(tmp_path):
+    """Which are the same as if all had been collected together."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    jobs = {"seed=1,tuned=maml": ("maml", "3 1"), "seed=2,tuned=maml": ("maml", "1 3")}
+    jobs |= {"seed=1,tuned=reptile": ("reptile", "2 2"), "seed=2,tuned=reptile": ("reptile", "4 0")}
+    for run, (estimator, right) in jobs.items():
+        for folder in ("all", run.split(",")[1]):
+            _made(tmp_path / folder, run, estimator, **{"test/accuracy": 0.5, "test/right": right})
+    collect("made", tmp_path / "all", whole)
+    assert collect("made", tmp_path / "tuned=maml", parts, add=True) == {}
+    kept = collect("made", tmp_path / "tuned=reptile", parts, add=True)
+    assert kept == {"seed=1,tuned=maml": "completed", "seed=2,tuned=maml": "completed"}
+    for table in ("made.csv", "made_curves.csv", "made_examples.csv"):
+        assert read_csv(parts / table) == read_csv(whole / table), table
+    assert json.loads((parts / "made.json").read_text()) == json.loads((whole / "made.json").read_text())
+    wanted = [frozenset(["experiment=made", *run.split(",")]) for run in jobs]
+    assert faults("made", wanted, tmp_path / "none", kept=kept) == ["made: 2 of 4 jobs are there"]
+    assert faults("made", wanted[:2], tmp_path / "none", kept=kept) == []
+    with pytest.raises(ValueError, match=r"made_examples.csv has seed=1,tuned=reptile, seed=2,tuned=reptile already"):
+        collect("made", tmp_path / "tuned=reptile", parts, add=True)
+
+
 def test_a_missing_table_is_named_with_what_makes_it(tmp_path):
     done = _script("figure_time.py", tmp_path)
     assert done.returncode == 1

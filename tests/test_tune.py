@@ -117,3 +117,18 @@ def test_the_table_is_of_all_trials_and_the_files_of_methods_that_are_tuned(runs
         ("accuracy_budget", "reptile"),
     }
     assert len(rows) == len(runs)
+
+
+def test_trials_in_the_table_are_not_run_again_and_have_to_be_of_the_same_settings(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "provenance", lambda device: {"commit": "0"})
+    there = tune.Tuning(tmp_path / "there", "accuracy", trials=2)
+    chosen = there.tune("reptile")
+    tune.collect({"accuracy": there}, tmp_path / "tuned", tmp_path)
+    text, about, count = (tmp_path / "tuning.csv").read_text(), (tmp_path / "tuning.json").read_text(), len(runs)
+    here = tune.Tuning(tmp_path / "here", "accuracy", 2, recorded=tune.rows_of(tmp_path / "tuning.csv"))
+    assert here.tune("reptile") == chosen
+    tune.collect({"accuracy": here}, tmp_path / "tuned", tmp_path)
+    assert ((tmp_path / "tuning.csv").read_text(), (tmp_path / "tuning.json").read_text()) == (text, about)
+    assert len(runs) == count
+    with pytest.raises(ValueError, match=r"tuning.csv: accuracy, reptile, 0, 100: estimator=reptile .* takes "):
+        here.run("reptile", "0", tune.KNOWN, tune.SEEDS[0])
