@@ -59,6 +59,7 @@ bench: setup .venv/bench .venv/rate ## time and memory of one meta-gradient, oth
 	@$(BIN)/python benchmarks/meta_gradient.py $(if $(QUICK),--quick) $(ARGS)
 	@$(if $(QUICK),,$(BIN)/python benchmarks/breakdown.py)
 	@$(if $(QUICK),,$(BIN)/python benchmarks/processes.py)
+	@$(if $(QUICK),,$(BIN)/python benchmarks/training_loop.py)
 	@$(BIN)/python scripts/figure_time.py $(if $(QUICK),outputs/bench-quick)
 
 race: setup .venv/sweeps ## which method takes the least work and time to an accuracy, tuned alike, into results/; hours, and goes on

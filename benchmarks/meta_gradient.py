@@ -1,9 +1,8 @@
 """Time and memory of one meta-gradient: every estimator here and others' MAML and symmetric (make bench).
 
-5-way 5-shot 15-query MNIST-1D, 16 tasks, by width and inner steps K. Three tables, into results/: bench.csv (by
-estimator), bench_chunks.csv (by how many tasks are solved at once) and bench_loop.csv (what a training run spends
-beside the meta-gradients). Gradients and Hessian products are the compiled kernel's, where it was compiled;
-``symmetric_operators`` is by torch's operators. Others are higher, TorchOpt, JAX, and loops with torch's autograd
+5-way 5-shot 15-query MNIST-1D, 16 tasks, by width and inner steps K. Two tables, into results/: bench.csv (by estimator)
+and bench_chunks.csv (by how many tasks are solved at once). Gradients and Hessian products are the compiled kernel's,
+where it was compiled; ``symmetric_operators`` is by torch's operators. Others are higher, TorchOpt, JAX, and loops with torch's autograd
 (candidates.py). Counted are the multiply-adds of passes that keep their activations: not what the kernel takes again to
 keep less.
 
@@ -29,14 +28,13 @@ from comparisons import SHORT, Bench, by_chunk, by_estimator
 from rate import Limit
 from timing import Row
 from tqdm import tqdm
-from training_loop import by_part
 
 from fobmaml.files import write_csv, write_json
 from fobmaml.run.allocator import keep_freed_memory
 from fobmaml.run.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
-QUICK = {"widths": [25, 64], "inner_steps": [10], "repeats": 1, "repeats_long": 1, "loop_steps": 30}
+QUICK = {"widths": [25, 64], "inner_steps": [10], "repeats": 1, "repeats_long": 1}
 LIBRARIES = ("higher", "torchopt", "jax", "jaxlib")
 
 
@@ -46,7 +44,6 @@ def main() -> None:
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[10, 50, 200])
     parser.add_argument("--repeats", type=int, default=7, help=f"of up to {SHORT} inner steps")
     parser.add_argument("--repeats-long", type=int, default=3, help="of more, and of bench_chunks.csv")
-    parser.add_argument("--loop-steps", type=int, default=200, help="meta-steps of bench_loop.csv")
     parser.add_argument("--quick", action="store_true", help="a small run of its own, into outputs/bench-quick/")
     arguments = vars(parser.parse_args())
     arguments |= QUICK if arguments["quick"] else {}
@@ -88,7 +85,6 @@ def groups(arguments: Row, bench: Bench) -> list[tuple[str, str, Callable[[], li
             ("bench_chunks", f"chunks-{width}-{name}", partial(by_chunk, width, name, long, bench))
             for width, name in product(widths[:1] if arguments["quick"] else widths, ("symmetric", "maml"))
         ),
-        ("bench_loop", "loop", partial(by_part, arguments["loop_steps"])),
     ]
 
 

@@ -1,5 +1,6 @@
 """What a training run spends in meta-gradients and beside them: bench_loop.csv."""
 
+import argparse
 import contextlib
 import io
 import sys
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from timing import Row
 
 import fobmaml.run
 import fobmaml.training
 from fobmaml.estimators import estimate
+from fobmaml.files import write_csv, write_json
 from fobmaml.measure import Validation
+from fobmaml.run.provenance import provenance
+from fobmaml.tasks.ahead import Ahead
 from fobmaml.training import MetaTraining
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 def by_part(steps: int) -> list[Row]:
     """The rows of bench_loop.csv: python train.py, with clocks in it and as little evaluation as it can do."""
-    spent = {"gradient": 0.0, "validation": 0.0}
+    spent = {"gradient": 0.0, "sampling": 0.0, "validation": 0.0}
     loop: dict[str, float] = {}
     train = MetaTraining.train
 
@@ -55,12 +60,14 @@ def by_part(steps: int) -> list[Row]:
             contextlib.redirect_stdout(io.StringIO()),
             patch.object(sys, "argv", ["train.py", *settings]),
             patch.object(fobmaml.training, "estimate", clocked("gradient", estimate)),
+            patch.object(Ahead, "take", clocked("sampling", Ahead.take)),
             patch.object(Validation, "__call__", clocked("validation", Validation.__call__)),
             patch.object(MetaTraining, "train", clocked_loop),
         ):
             fobmaml.run.main(ROOT / "configs")
     counted = loop["all"] - loop["validation"]
-    parts = {"gradient": loop["gradient"], "rest": counted - loop["gradient"], "validation": loop["validation"]}
+    parts = {part: loop[part] for part in ("gradient", "sampling")}
+    parts |= {"rest": counted - sum(parts.values()), "validation": loop["validation"]}
     return [
         {
             "part": part,
@@ -70,3 +77,21 @@ def by_part(steps: int) -> list[Row]:
         }
         for part, value in parts.items()
     ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=400, help="meta-steps of a run")
+    parser.add_argument("--folder", type=Path, default=ROOT / "results")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    for threads in range(1, torch.get_num_threads() + 1):
+        torch.set_num_threads(threads)
+        rows += [{"threads": threads, **row} for row in by_part(arguments.steps)]
+    write_csv(arguments.folder / "bench_loop.csv", rows)
+    command = "python benchmarks/training_loop.py"
+    write_json(arguments.folder / "bench_loop.json", {"command": command, "provenance": provenance()})
+
+
+if __name__ == "__main__":
+    main()

@@ -110,7 +110,7 @@ def test_draws_are_uniform_with_classes_of_different_sizes(generator):
 def test_distinct_numbers_are_uniform_as_ordered_pairs(sizes, generator):
     """Both ways that there are, each with sizes that differ; some of so many rows have to be drawn again."""
     rows = 30_000
-    found = distinct(np.tile(sizes, rows), 2, generator).reshape(rows, len(sizes), 2)
+    found = distinct(np.tile(sizes, rows), 2, [generator]).reshape(rows, len(sizes), 2)
     for i, size in enumerate(sizes):
         pairs = np.bincount(found[:, i, 0] * size + found[:, i, 1], minlength=size**2)
         assert len(pairs) == size**2
@@ -122,7 +122,7 @@ def test_distinct_numbers_are_uniform_as_ordered_pairs(sizes, generator):
 
 @pytest.mark.parametrize(("size", "take"), [(20, 20), (80, 20), (10**9, 20), (400, 100), (1, 1), (4, 1)])
 def test_distinct_numbers_are_distinct(size, take, generator):
-    found = distinct(np.full(2000, size), take, generator)
+    found = distinct(np.full(2000, size), take, [generator])
     assert found.shape == (2000, take)
     assert found.min() >= 0
     assert found.max() < size

@@ -451,7 +451,7 @@ def test_bad_requests_are_one_line(monkeypatch):
 def test_every_table_has_its_provenance():
     derived = {"bias_slopes", "quadratic"}  # of tables, and of a formula
     for path in RESULTS.glob("*.csv"):
-        name = re.sub("_(curves|chunks|loop|examples)$|(?<=race)_tuning$", "", path.stem)
+        name = re.sub("_(curves|chunks|examples)$|(?<=race)_tuning$", "", path.stem)
         if name in derived:
             continue
         about = json.loads((RESULTS / f"{name}.json").read_text())

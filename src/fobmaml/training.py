@@ -29,7 +29,7 @@ from fobmaml.settings import Settings
 from fobmaml.stages import Stage, Stages
 from fobmaml.tasks import Split, Stream, TaskBatch, TaskSource
 from fobmaml.tasks.ahead import Ahead
-from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample
+from fobmaml.tasks.checks import check_members, check_repeats, failures_named, sample, samples_each
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,9 @@ class MetaTraining:
         if settings.prefetch and isinstance(source, Stream):
             raise refuse("prefetch", True, "false for a stream, whose place is that of the step")
         self._ahead = Ahead(
-            lambda step: distributed.share(self.tasks("train", settings.meta_batch, settings.seed, step))
+            lambda steps: [*map(distributed.share, self.each("train", settings.meta_batch, settings.seed, steps))],
+            settings.steps,
+            together=samples_each(source) and not settings.prefetch,
         )
         self._check_source()
         _ = self._at_most  # a limit that is too low is refused here
@@ -137,15 +139,23 @@ class MetaTraining:
         return factors[self.settings.schedule]
 
     def tasks(self, split: Split, count: int, seed: int, step: int = 0) -> TaskBatch:
-        """Tasks as a function of (split, seed, step), in float64 on the CPU; with ``fixed_tasks`` of count alone."""
+        """Tasks as a function of (split, seed, step), as the source makes them; with ``fixed_tasks`` of count alone."""
+        return self.each(split, count, seed, [step])[0]
+
+    def each(self, split: Split, count: int, seed: int, steps: Sequence[int]) -> list[TaskBatch]:
+        """``tasks`` of some steps; of several, only where the source ``samples_each``."""
         if self.settings.fixed_tasks:
-            split, seed, step = "train", self.settings.seed, 0
-        entropy = np.random.SeedSequence([seed, ("train", "validation", "test").index(split), step])
-        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
+            split, seed, steps = "train", self.settings.seed, [0] * len(steps)
+        generators = []
+        for step in steps:
+            entropy = np.random.SeedSequence([seed, ("train", "validation", "test").index(split), step])
+            generators.append(torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1))
         if split == "train" and isinstance(self.source, Stream):
-            self.source.seek(step * count)
-        tasks = sample(self.source, split, count, generator)
-        return tasks if tasks.keys is not None else tasks.keyed(generator)
+            self.source.seek(steps[0] * count)
+        tasks = sample(self.source, split, count, generators)
+        if tasks.keys is None:
+            tasks = tasks.keyed(*generators)
+        return [tasks] if len(steps) == 1 else [*tasks.split(count)]
 
     def fixed(self, split: Split, count: int, stream: int = 0) -> TaskBatch:
         return self.tasks(split, count, EVALUATION_SEED, stream)

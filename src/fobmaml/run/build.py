@@ -52,7 +52,7 @@ def build(cfg: DictConfig) -> MetaTraining:
         number("optimizer.lr", cfg.optimizer.lr, above=0.0)  # torch's own optimizers say less
     dataset = build_part(cfg, "dataset")
     if isinstance(dataset, FewShot):
-        dataset = dataset.to(device)  # where its tasks are then gathered
+        dataset = dataset.to(device, dtype)  # where its tasks are then gathered
     with bad_values_named():
         check_members(dataset)
     torch.manual_seed(settings.seed)

@@ -109,7 +109,7 @@ class TaskBatch:
 
     def __getitem__(self, rows: slice | Tensor) -> "TaskBatch":
         changed: dict[str, Any] = {name: tensor[rows] for name, tensor in self.tensors().items()}
-        return replace(self, **changed)
+        return self._like(changed) if isinstance(rows, slice) else replace(self, **changed)
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by name."""
@@ -142,10 +142,11 @@ class TaskBatch:
         parts = (self.support_mask, self.support_x), (self.query_mask, self.query_x)
         return torch.cat([x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m for m, x in parts], dim=1)
 
-    def keyed(self, generator: torch.Generator | None = None) -> "TaskBatch":
-        """The same tasks, with new ``keys`` from ``generator``, torch's own by default."""
-        keys = torch.randint(2**62, (len(self),), generator=generator).to(self.support_x.device)
-        return self._like({"keys": keys})
+    def keyed(self, *generators: torch.Generator) -> "TaskBatch":
+        """The same tasks, with new ``keys``, each generator's for its share of them; by default torch's own."""
+        share = len(self) // len(generators or (None,))
+        keys = [torch.randint(2**62, (share,), generator=each) for each in generators or (None,)]
+        return self._like({"keys": torch.cat(keys).to(self.support_x.device)})
 
     def pooled(self) -> "TaskBatch":
         """The same tasks, with all of their examples in the support set."""

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from fobmaml.arguments import refuse, whole_number
 from fobmaml.measure.accuracy import ignored_label
 from fobmaml.tasks.batch import Split, TaskBatch, TaskSource
+from fobmaml.tasks.few_shot import FewShot
 
 
 def check_members(source: Any) -> None:
@@ -82,11 +83,21 @@ def _named(value: Any) -> str:
     return getattr(value, "__name__", type(value).__name__)
 
 
-def sample(source: TaskSource, split: Split, count: int, generator: torch.Generator) -> TaskBatch:
-    """What ``source.sample`` returns. Raises ValueError where it raises, or returns something else than it has to."""
+def samples_each(source: Any) -> bool:
+    """Whether ``sample_each`` is for its ``sample``, which a class of somebody's may have replaced."""
+    return getattr(source.sample, "__func__", None) is FewShot.sample
+
+
+def sample(source: TaskSource, split: Split, count: int, generators: Sequence[torch.Generator]) -> TaskBatch:
+    """What ``source.sample`` returns with each of the generators, several only where it ``samples_each``. Raises
+    ValueError where it raises, or returns something else than it has to."""
     what = f"dataset: sample('{split}', {count})"
     with failures_named(what, ValueError):
-        tasks = source.sample(split, count, generator)
+        if len(generators) == 1:
+            tasks = source.sample(split, count, generators[0])
+        else:
+            tasks = cast(FewShot, source).sample_each(split, count, generators)
+    count *= len(generators)
     if not isinstance(tasks, TaskBatch):
         raise ValueError(f"{what} returned a {type(tasks).__name__}: takes a fobmaml.TaskBatch")
     if len(tasks) != count:
