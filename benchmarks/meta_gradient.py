@@ -1,10 +1,10 @@
 """Time and memory of one meta-gradient: every estimator here and others' MAML and symmetric (make bench).
 
-5-way 5-shot 15-query MNIST-1D, 16 tasks, by width and inner steps K. Two tables, into results/: bench.csv (by estimator)
-and bench_chunks.csv (by how many tasks are solved at once). Gradients and Hessian products are the compiled kernel's,
-where it was compiled; ``symmetric_operators`` is by torch's operators. Others are higher, TorchOpt, JAX, and loops with torch's autograd
-(candidates.py). Counted are the multiply-adds of passes that keep their activations: not what the kernel takes again to
-keep less.
+5-way 5-shot 15-query MNIST-1D, 16 tasks, by width and inner steps K. Two tables, into results/: bench.csv (by
+estimator) and bench_chunks.csv (by how many tasks are solved at once). Gradients and Hessian products are the compiled
+kernel's, where it was compiled; ``symmetric_operators`` is by torch's operators. Others are higher, TorchOpt, JAX, and
+loops with torch's autograd (candidates.py). Counted are the multiply-adds of passes that keep their activations: not
+what the kernel takes again to keep less.
 
 Everybody is tried with one thread and with all of torch's, JAX in several ways; the quickest is quoted
 (comparisons.py). Whatever is compared takes turns, and what the machine disturbed is measured again (timing.py). A time

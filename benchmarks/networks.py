@@ -152,7 +152,7 @@ def measured(name: str, repeats: int) -> Row:
     for engine in ("auto", "autograd", "loop"):
         learner = Learner(model, F.cross_entropy, engine)
         with suppress(ValueError):  # torch.func.vmap does not take all of them
-            chunks[engine] = chunk_size(learner, tasks, estimator)
+            chunks[engine] = chunk_size(learner, tasks, estimator, measure=True)
             learners[engine] = learner
     calls: dict[str, Callable[[], object]] = {"by hand": partial(loop_symmetric, model, tasks, STEPS, LR, LAM, NU)}
     for engine, learner in learners.items():
@@ -176,6 +176,9 @@ def measured(name: str, repeats: int) -> Row:
     }
     for way in ("by hand", "auto", "autograd", "loop"):
         row[f"{way.replace(' ', '_')}_seconds"] = round(statistics.median(spent[way]), 5) if way in spent else None
+    fixed = [spent[way] for way in ("autograd", "loop") if way in spent]
+    ratios = [ours / min(others) for ours, *others in zip(spent["auto"], *fixed, strict=True)]
+    row["auto_over_best"] = round(statistics.median(ratios), 3)
     for way in ("auto", "autograd", "loop"):
         ratios = [a / b for a, b in zip(spent.get(way, []), spent["by hand"], strict=False)]
         row[f"{way}_over_by_hand"] = round(statistics.median(ratios), 3) if ratios else None

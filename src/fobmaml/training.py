@@ -166,9 +166,11 @@ class MetaTraining:
 
     def chunk(self, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
         """Tasks solved at once, for meta-gradients by ``estimator`` or to adapt only."""
+        alone = distributed.size() == 1  # several processes would not choose the same engine
+        fast = chunk_size(self.learner, tasks, estimator, measure=alone and estimator is not None)
         if isinstance(self.settings.task_chunk, int):
             return min(self.settings.task_chunk, len(tasks))
-        return min(chunk_size(self.learner, tasks, estimator), self._at_most)
+        return min(fast, self._at_most)
 
     @cached_property
     def _at_most(self) -> int:
@@ -334,6 +336,7 @@ class MetaTraining:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if isinstance(self.source, Stream):
             self.source.load_state_dict(state["stream"])
+        self.learner.go_on_with(state.get("engine", ""))
         self.outer.load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.latest = state["step"], {**self.latest, **state["latest"]}

@@ -20,7 +20,7 @@ from fobmaml.engine.modules import private_copy
 from fobmaml.engine.network import Network
 from fobmaml.engine.selection import Adapt, adapted_names
 from fobmaml.engine.stacked import Stacked
-from fobmaml.engine.trial import Trial
+from fobmaml.engine.trial import FLOPS_AT_ONCE, Trial
 from fobmaml.engine.work import Counted, Counter
 from fobmaml.tasks.batch import TaskBatch
 from fobmaml.tasks.layout import Layout
@@ -28,8 +28,6 @@ from fobmaml.tasks.layout import Layout
 WORK_AT_ONCE = 2**25
 """Rows × parameters × examples of a gradient by hand that hides the cost of calling torch's operators: with less, calls
 cost time; with more, memory grows and time does not fall (results/bench_chunks.csv)."""
-FLOPS_AT_ONCE = 10**8
-"""Of a forward pass of all rows by vmap: with more, the activations leave the cache, and time grows."""
 ENGINES = ("auto", "autograd", "loop", "stacked", "fused")
 """What may compute gradients; ``auto`` takes the fastest that fits."""
 
@@ -49,7 +47,8 @@ class Learner(Network):
       of words, by a compiled kernel, in float32 on a CPU; by ``auto`` alone;
     - ``autograd``: any module that ``torch.func.vmap`` batches, all rows at once;
     - ``loop``: any module, row by row;
-    - ``auto``: the fastest that gives what the module itself gives. Between the last two the work decides.
+    - ``auto``: the fastest that gives what the module itself gives. Between the last two the work of a row decides, or
+      ``measure``.
 
     ``adapt``, what the inner problem moves: all parameters, ``head``, ``norm-and-head`` or names by pattern
     (``adapted_names``). ``adapted``: their names. ``moves`` [P]: 1 for them and 0 for the others, or None: all. Where
@@ -187,6 +186,19 @@ class Learner(Network):
     def untraced(self) -> str:
         """The layer because of which no engine by hand takes the network, as far as one was asked for; or ''."""
         return self._trial.untraced
+
+    def measure(self, x: Tensor, examples: int, second_order: bool) -> None:
+        """Lets a stopwatch choose between ``autograd`` and ``loop``, once, for gradients of so many ``examples`` like
+        those of ``x`` [R, N, ...], or Hessian products. Nothing where an engine by hand takes the network, or one was
+        asked for. Cost: eight gradients each of up to 16 rows."""
+        x = x.to(self.dtype if x.is_floating_point() else x.dtype)
+        if not ((not second_order and self._of_images(x)) or self._chain(x)):
+            self._trial.measure(x, examples, second_order)
+
+    def go_on_with(self, used: str) -> None:
+        """What was ``used`` before is not measured anew, so that a run that continues has the same roundings."""
+        if len(names := {"autograd", "loop"} & {*used.split("+")}) == 1:
+            self._trial.before = "autograd" in names
 
     def rows_at_once(self, x: Tensor, examples: int, second_order: bool) -> int:
         """As many rows as keep a CPU busy, for gradients of so many ``examples`` like those of ``x`` [R, N, ...].

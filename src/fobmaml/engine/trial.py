@@ -1,6 +1,8 @@
 """What a module does, found by trying it once: whether it is a sequence of known operations, whether rows can be
 batched, whether its examples see each other."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,8 +24,13 @@ from fobmaml.engine.trace import trace
 from fobmaml.precision import full_precision
 
 LOOP_FROM = 10_000_000
-"""Floating-point operations of a row's forward pass from which a loop over rows is faster than ``torch.func.vmap``:
-measured on multilayer, convolutional and attention networks. A rule and no stopwatch, so that roundings repeat."""
+"""Floating-point operations of a row's forward pass from which a loop over rows is taken for faster than
+``torch.func.vmap``, where it is not measured."""
+FLOPS_AT_ONCE = 10**8
+"""Of a forward pass of all rows by vmap: with more, the activations leave the cache, and time grows."""
+MOST_ROWS, REPEATS, CLEARLY = 16, 3, 1.1
+"""Of a measurement: rows at most, how often each way is tried, and how many times faster the one has to be that the
+rule would not take, so that roundings repeat where it does not matter."""
 
 
 Kind = tuple[torch.Size, torch.dtype]
@@ -40,6 +47,8 @@ class Trial:
         self._images: dict[Kind, Described | None] = {}
         self.untraced = ""  # the layer because of which the network is no sequence that an engine by hand takes
         self._batches: dict[bool, bool] = {}  # by whether Hessian products follow
+        self._settled = set[bool]()  # of these what was measured
+        self.before: bool | None = None  # what was measured in the run that this one continues
         self._joint: bool | None = None
         self.flops_an_example = 0.0  # of the forward pass, once ``batched`` was asked
 
@@ -74,11 +83,43 @@ class Trial:
         return self._images[kind]
 
     def batched(self, x: Tensor, second_order: bool) -> bool:
-        """Whether rows are evaluated by vmap: it is the faster, and agrees with the module itself."""
+        """Whether rows are evaluated by vmap: it agrees with the module itself, and is taken for faster."""
         if second_order not in self._batches:
             with full_precision(self.network.device):
                 self._batches[second_order] = self._try_batching(self._elsewhere(), x[[0, -1]], second_order)
         return self._batches[second_order]
+
+    def measure(self, x: Tensor, examples: int, second_order: bool) -> None:
+        """Settles ``batched`` with a stopwatch, for derivatives of so many ``examples`` like those of ``x``
+        [R, N, ...], if the engine is ``auto``."""
+        if self.engine != "auto" or second_order in self._settled:
+            return
+        with full_precision(self.network.device):
+            phi, faster = self._elsewhere(), self.before
+            possible = self._try_batching(phi, x[[0, -1]], second_order, by_rule=False)
+            if possible and faster is None:
+                faster = self._is_faster(phi, x, examples, second_order)
+        for order in {False, second_order} - self._settled:  # what goes for Hessian products goes for gradients
+            self._batches[order] = possible and bool(faster)
+            self._settled.add(order)
+
+    def _is_faster(self, phi: Tensor, x: Tensor, examples: int, second_order: bool) -> bool:
+        """Than row by row: of as many rows as are evaluated at once."""
+        flops = self.flops_an_example * examples
+        rows = torch.arange(max(2, min(MOST_ROWS, math.ceil(FLOPS_AT_ONCE / max(flops, 1)))))
+        phi, x = phi[rows % 2], x[rows % len(x)][:, torch.arange(examples) % x.shape[1]]
+        ways = [partial(way, self.network) for way in (rows_batched, rows_one_by_one)]
+        spent: list[list[float]] = [[], []]
+        with differentiable(second_order):
+            for _ in range(1 + REPEATS):
+                for way, times in zip(ways, spent, strict=True):
+                    started = time.perf_counter()
+                    self._derivatives(way, phi, x, second_order)
+                    if phi.is_cuda:
+                        torch.cuda.synchronize(phi.device)
+                    times.append(time.perf_counter() - started)
+        batched, one_by_one = (min(times[1:]) for times in spent)
+        return batched <= one_by_one * (CLEARLY if flops < LOOP_FROM else 1 / CLEARLY)
 
     def joint(self, x: Tensor, parts: Sequence[slice]) -> bool:
         """Whether examples do not see each other, so that the parts may be evaluated at once."""
@@ -124,7 +165,8 @@ class Trial:
             self.untraced = (str(error).splitlines() or [type(error).__name__])[0]
         return None
 
-    def _try_batching(self, phi: Tensor, x: Tensor, second_order: bool) -> bool:
+    def _try_batching(self, phi: Tensor, x: Tensor, second_order: bool, by_rule: bool = True) -> bool:
+        """``by_rule``: False, too, where it is taken for slower."""
         network = self.network
         one_by_one, at_once = partial(rows_one_by_one, network), partial(rows_batched, network)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -152,9 +194,8 @@ class Trial:
                     "model: its Hessian by autograd is not symmetric, so a layer's backward has a wrong "
                     "derivative: takes Forward, Symmetric, Central, FOMAML or Reptile, which need none"
                 )
-            better_not = counter.get_total_flops() >= LOOP_FROM or any(
-                map(_batches_wrongly, network.module.copy.modules())
-            )
+            slower = by_rule and counter.get_total_flops() >= LOOP_FROM
+            better_not = slower or any(map(_batches_wrongly, network.module.copy.modules()))
             if self.engine == "loop" or (better_not and self.engine != "autograd"):
                 return False
             try:

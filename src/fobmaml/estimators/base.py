@@ -193,16 +193,18 @@ class MeanEstimate:
     nu: float | None = None
 
 
-def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None) -> int:
+def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None, measure: bool = False) -> int:
     """How many of ``tasks`` to solve at once (``task_chunk=auto``): all on a GPU, what keeps a CPU busy elsewhere.
 
-    For a meta-gradient by ``estimator``, or None: to adapt to the support set only. A rule and no stopwatch, so that
-    roundings repeat.
+    For a meta-gradient by ``estimator``, or None: to adapt to the support set only. ``measure``: the engine for it is
+    chosen first (``Learner.measure``).
     """
-    if learner.device.type != "cpu":
-        return len(tasks)
     support, query = tasks.support_x.shape[1], tasks.query_x.shape[1]
     cost = estimator.cost(*_at_a_step(estimator.solver, support, query)) if estimator else Cost(1, support, False)
+    if measure:
+        learner.measure(tasks.support_x, cost.examples, cost.second_order)
+    if learner.device.type != "cpu":
+        return len(tasks)
     rows = learner.rows_at_once(tasks.support_x, cost.examples, cost.second_order)
     at_once = math.ceil(rows / cost.rows)
     return math.ceil(len(tasks) / math.ceil(len(tasks) / at_once))  # chunks of equal size
