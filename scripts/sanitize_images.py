@@ -33,6 +33,7 @@ from fobmaml.engine.nodes import (
     Node,
     Pool,
     Reshape,
+    RMSNorm,
     Shift,
     Sum,
     Take,
@@ -82,6 +83,8 @@ class Images(Description):
                     x = x.unflatten(1, shape)
                 case LayerNorm(weight, bias, eps):
                     x = F.layer_norm(x, x.shape[-1:], of(weight), of(bias), eps)
+                case RMSNorm(weight, eps):
+                    x = F.rms_norm(x, x.shape[-1:], of(weight), eps)
                 case Shift(parameter):
                     x = x + parameters[parameter]
                 case Attention(heads):
@@ -135,6 +138,9 @@ class RandomImages(Random):
                 self.nodes.append(LayerNorm(self.choice([None, weight]), bias, 0.1))
                 if self.nodes[-1] == LayerNorm(None, bias, 0.1):
                     del self.shapes[weight]
+            elif self.random() < 0.5:
+                weight, _ = self._parameters((self.channels,), False)
+                self.nodes.append(RMSNorm(weight, 0.1))
             if self.random() < 0.5:
                 weight, _ = self._parameters((places, self.channels), False)
                 self.nodes.append(Shift(weight))

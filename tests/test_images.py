@@ -30,6 +30,7 @@ from fobmaml.engine.nodes import (
     Node,
     Pool,
     Reshape,
+    RMSNorm,
     Shift,
     Sum,
     Take,
@@ -351,6 +352,18 @@ SEQUENCES = {
             nn.Linear(7, 33), nn.LayerNorm(33), nn.SiLU(), nn.Linear(33, 16), nn.LayerNorm(16, bias=False)
         ).append(nn.Linear(16, 3)),
         (7,),
+    ),
+    "vectors by their mean square": (
+        nn.Sequential(nn.Linear(7, 33), nn.RMSNorm(33), nn.SiLU(), nn.Linear(33, 16), nn.RMSNorm(16, eps=0.5)).append(
+            nn.Linear(16, 3)
+        ),
+        (7,),
+    ),
+    "a sequence by its mean square": (
+        nn.Sequential(nn.Linear(3, 18), nn.RMSNorm(18, elementwise_affine=False), Heads(18, 2, 5), Mean()).append(
+            nn.Linear(18, 4)
+        ),
+        (5, 3),
     ),
     "no mean at the end": (
         nn.Sequential(nn.Linear(3, 18), nn.LayerNorm(18, elementwise_affine=False), nn.GELU(), nn.Flatten()).append(
@@ -694,6 +707,8 @@ WRONG_VECTORS = {
     "a norm of another size": [VECTORS[0], LayerNorm("p", None, 1e-5), *VECTORS[2:]],
     "a norm of inputs": [LayerNorm(None, None, 1e-5), *VECTORS],
     "an eps below zero": [*VECTORS[:2], LayerNorm(None, None, -1.0), *VECTORS[2:]],
+    "an eps below zero, of the mean square": [*VECTORS[:2], RMSNorm(None, -1.0), *VECTORS[2:]],
+    "a gain of another size": [VECTORS[0], RMSNorm("p", 1e-5), *VECTORS[2:]],
     "a norm of channels": [*VECTORS[:2], GroupNorm(2, None, None, 1e-5), *VECTORS[2:]],
     "a pool": [*VECTORS[:2], Pool("max", (1, 1), (1, 1), (0, 0)), *VECTORS[2:]],
     "a convolution": [Linear("a", None), Conv("p", None, (1, 1), (0, 0), (1, 1), 1), *VECTORS[2:]],

@@ -21,6 +21,7 @@ from fobmaml.engine.nodes import (
     MeanOfPlaces,
     Pool,
     Reshape,
+    RMSNorm,
     Shift,
     Sum,
     Take,
@@ -156,6 +157,22 @@ def _attended(qkv, order=(0, 1, 2), **options):
     return F.scaled_dot_product_attention(*(parts[i].transpose(1, 2) for i in order), **options).flatten(1)
 
 
+def _by_root(x):
+    return x / torch.sqrt((x * x).mean(1, keepdim=True) + 0.125)
+
+
+def _ones(count):
+    return nn.Parameter(torch.ones(count))
+
+
+def _eights():
+    return nn.Linear(8, 8)
+
+
+def _bare():
+    return nn.RMSNorm(8, elementwise_affine=False)
+
+
 GRAPHS = {
     "a sum with the inputs": (
         Of(lambda m, x: m.b(x + m.a(x)), a=nn.Linear(8, 8), b=nn.Linear(8, 5)),
@@ -230,6 +247,25 @@ GRAPHS = {
             Linear("a.out_proj.weight", "a.out_proj.bias"),
             Flatten(),
             Linear("b.weight", "b.bias"),
+        ],
+    ),
+    "norms by the root of the mean square": (
+        Of(
+            lambda m, x: m.d(m.w * _by_root(m.c(m.b(m.a(x.view(-1, 4, 2))).mT.mT).flatten(1))),
+            a=nn.Linear(2, 3),
+            b=nn.RMSNorm(3, eps=0.25),
+            c=nn.RMSNorm(3, eps=0.5, elementwise_affine=False),
+            d=nn.Linear(12, 5),
+            w=nn.Parameter(torch.arange(12.0)),
+        ),
+        [
+            Reshape((4, 2)),
+            Linear("a.weight", "a.bias"),
+            RMSNorm("b.weight", 0.25),
+            RMSNorm(None, 0.5),
+            Flatten(),
+            RMSNorm("w", 0.125),
+            Linear("d.weight", "d.bias"),
         ],
     ),
     "attention": (
@@ -311,6 +347,50 @@ UNKNOWN = {
         "Linear 'a' (aten.addmm.default)",
     ),
     "twice itself": (Of(lambda m, x: m.a(x + x), a=nn.Linear(8, 8)), "Of '' (aten.add.Tensor)"),
+    "a gain without a norm": (Of(lambda m, x: m.a(x * m.w), a=nn.Linear(8, 8), w=_ones(8)), "Of '' (aten.mul.Tensor)"),
+    "a gain of one number": (
+        Of(lambda m, x: m.a(m.b(x) * m.w), a=nn.Linear(8, 8), b=_bare(), w=_ones(1)),
+        "Of '' (aten.mul.Tensor)",
+    ),
+    "two gains": (
+        Of(lambda m, x: m.a(m.b(x) * m.w), a=nn.Linear(8, 8), b=nn.RMSNorm(8), w=_ones(8)),
+        "Of '' (aten.mul.Tensor)",
+    ),
+    "a gain of what is used twice": (
+        Of(lambda m, x: m.a((y := m.b(x)) * m.w + y), a=nn.Linear(8, 8), b=_bare(), w=_ones(8)),
+        "Of '' (aten.mul.Tensor)",
+    ),
+    "another's mean square": (
+        Of(lambda m, x: m.a(m.b(x) * (x.square().mean(-1, keepdim=True) + 0.1).rsqrt()), a=_eights(), b=_eights()),
+        "Of '' (aten.mul.Tensor)",
+    ),
+    "a mean square alone": (
+        Of(lambda m, x: m.a(x.square().mean(-1, keepdim=True) + 0.1), a=nn.Linear(1, 8)),
+        "Linear 'a' (aten.addmm.default)",
+    ),
+    "a mean square used besides": (
+        Of(
+            lambda m, x: m.a(x * (r := (x.square().mean(-1, keepdim=True) + 0.1).rsqrt()) + r),
+            a=nn.Linear(8, 8),
+        ),
+        "Of '' (aten.add.Tensor)",
+    ),
+    "mean cubes": (
+        Of(lambda m, x: m.a(x * (x.pow(3).mean(-1, keepdim=True) + 0.1).rsqrt()), a=_eights()),
+        "Of '' (aten.pow.Tensor_Scalar)",
+    ),
+    "mean squares of examples": (
+        Of(lambda m, x: m.a(x * (x.square().mean(0, keepdim=True) + 0.1).rsqrt()), a=_eights()),
+        "Of '' (aten.mean.dim)",
+    ),
+    "an eps of each type": (
+        Of(lambda m, x: F.layer_norm(m.a(x), (8,), eps=0.5 if x.dtype == torch.float32 else 0.25), a=_eights()),
+        "other operations in torch.float32 than in float64",
+    ),
+    "an activation of each type": (
+        Of(lambda m, x: m.a(F.silu(x) if x.dtype == torch.float32 else x.tanh()), a=_eights()),
+        "other operations in torch.float32 than in float64",
+    ),
     "a number added": (Of(lambda m, x: m.a(x + 1.0), a=nn.Linear(8, 8)), "Of '' (aten.add.Tensor)"),
     "numbers of other examples": (
         Of(lambda m, x: m.a(x.t().reshape(x.shape)), a=nn.Linear(8, 8)),

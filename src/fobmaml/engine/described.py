@@ -23,6 +23,7 @@ from fobmaml.engine.nodes import (
     Node,
     Pool,
     Reshape,
+    RMSNorm,
     Shift,
     Sum,
     Take,
@@ -176,7 +177,10 @@ class Described:
                 self._linear(node)
             case LayerNorm() if seen := signal.vectors:
                 weight, bias = (self._place(name, (seen.channels,)) for name in (node.weight, node.bias))
-                self._same(LAYER, seen, weight, bias, eps=number("eps", node.eps, at_least=0.0))
+                self._same(LAYER, seen, weight, bias, groups=1, eps=number("eps", node.eps, at_least=0.0))
+            case RMSNorm() if seen := signal.vectors:
+                weight, eps = self._place(node.weight, (seen.channels,)), number("eps", node.eps, at_least=0.0)
+                self._same(LAYER, seen, weight, eps=eps)
             case Shift() if seen := signal.vectors:
                 shape = (seen.channels,) if seen.flat else (seen.width, seen.channels)
                 self._same(SHIFT, seen, self._place(node.parameter, shape))

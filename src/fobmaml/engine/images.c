@@ -33,7 +33,8 @@ kernel_height x kernel_width places and moves by strides; the padding is on both
 CONVOLUTION: weights of ``out`` outputs and biases [out] at the places ``weight`` and ``bias`` of a row; a negative place
 says that there are none. From a channel's weight to the next's it is ``channel_step`` numbers, from a window's place to
 the next ``place_step``. NORM: of ``groups`` groups of channels, 0 for none, with a gain and a
-shift there, then the activation. LAYER: a norm of each place's channels. SHIFT: adds the parameters [places][channels]
+shift there, then the activation. LAYER: a norm of each place's channels, by their
+mean square where ``groups`` is 0. SHIFT: adds the parameters [places][channels]
 at ``weight``. EMBEDDING: of each whole number that enters the channels of that number, of a table [groups][channels]
 there. MAXIMUM and AVERAGE of each window. SUM of two signals, then the activation. ATTENTION of ``groups`` heads
 among the places of a line, of which the channels are queries, keys and values.
@@ -689,7 +690,7 @@ static void layer(const Node *node, int64_t windows, const Buffers *at) {
         const float *z = at->h + at->from[m];
         vec sum = spread(0.0f), square = spread(0.0f);
         for (int64_t c = 0; c < node->in; c += LANES) sum += load(z + c);
-        vec mean = share * total(sum);
+        vec mean = node->groups ? share * total(sum) : spread(0.0f);
         for (int64_t c = 0; c < node->in; c += LANES) {
             vec apart = only_first(load(z + c) - mean, node->in - c);
             square += apart * apart;
@@ -716,7 +717,7 @@ static void layer_back(const Node *node, int64_t windows, const Buffers *at) {
             sum += slope;
             product += slope * y;
         }
-        sum = share * total(sum);
+        sum = node->groups ? share * total(sum) : spread(0.0f);
         product = share * total(product);
         for (int64_t c = 0; c < node->in; c += LANES) {
             vec y = (load(z + c) - mean) * inverse;

@@ -102,6 +102,15 @@ class LayerNorm:
 
 
 @dataclass(frozen=True)
+class RMSNorm:
+    """The vector at each place, [places, values] or [values], by the root of its mean square and ``eps``; times
+    ``weight`` [values], if any."""
+
+    weight: str | None
+    eps: float
+
+
+@dataclass(frozen=True)
 class Shift:
     """Adds a ``parameter`` of an example's shape."""
 
@@ -140,6 +149,7 @@ Node = (
     | Take
     | Sum
     | LayerNorm
+    | RMSNorm
     | Shift
     | Embedding
     | Attention
@@ -189,6 +199,8 @@ def _applied(node: Node, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         case LayerNorm(weight, bias, eps):
             scale, shift = (None if name is None else parameters[name] for name in (weight, bias))
             return F.layer_norm(x, x.shape[-1:], scale, shift, eps)
+        case RMSNorm(weight, eps):
+            return F.rms_norm(x, x.shape[-1:], None if weight is None else parameters[weight], eps)
         case Shift(parameter):
             return x + parameters[parameter]
         case Embedding(weight):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,49 +21,16 @@ from fobmaml.engine.nodes import (
     Node,
     Pool,
     Reshape,
+    RMSNorm,
     Shift,
     Sum,
     Take,
 )
+from fobmaml.engine.operators import ELEMENTWISE, POOLS, PRODUCTS, SAME_NUMBERS, SOFTPLUS
 from fobmaml.engine.recording import Operation, Value
+from fobmaml.engine.root_mean_square import RootMeanSquares
 
 aten = torch.ops.aten
-SAME_NUMBERS = {
-    aten.view.default: aten.reshape.default,
-    aten._unsafe_view.default: aten.reshape.default,
-    **{
-        each: each
-        for each in (
-            aten.reshape.default,
-            aten.unsqueeze.default,
-            aten.squeeze.default,
-            aten.squeeze.dim,
-            aten.squeeze.dims,
-            aten.flatten.using_ints,
-            aten.slice.Tensor,
-            aten.alias.default,
-            aten.clone.default,
-            aten.t.default,
-            aten.transpose.int,
-            aten.permute.default,
-            aten.expand.default,
-            aten.select.int,
-            aten.unbind.int,
-        )
-    },
-}
-"""Operations that compute nothing, and what does the same to numbers that lie otherwise in memory."""
-ELEMENTWISE = {
-    aten.silu.default: "silu",
-    aten.relu.default: "relu",
-    aten.tanh.default: "tanh",
-    aten.gelu.default: "gelu",
-    aten.softplus.default: "softplus",
-}
-"""With their defaults, of which torch names softplus's: slope and threshold."""
-SOFTPLUS = 1, 20
-POOLS = {aten.max_pool2d_with_indices.default: "max", aten.avg_pool2d.default: "average"}
-PRODUCTS = (aten.addmm.default, aten.mm.default, aten.bmm.default)
 
 
 @dataclass(frozen=True)
@@ -88,6 +55,7 @@ class Reading:
         self.shapes |= {name: value.shape for value, name in parameters.items()}
         self.known = {start: Numbers(-1)} | {value: Numbers(name) for value, name in parameters.items()}
         self.unused = dict.fromkeys(parameters.values())
+        self.squares = RootMeanSquares()
 
     def _expect(self, known: bool, operation: Operation) -> None:
         if not known:
@@ -96,11 +64,20 @@ class Reading:
     def read(self, operation: Operation) -> None:
         """The next operation, of what was given or came of operations before."""
         what: Any = operation.target
+        if self.squares.take(operation):
+            return
         given: list[Any] = [*operation.args, *[None] * 10]
         values = [each for each in given if isinstance(each, Value)]
+        if (eps := self.squares.eps_of(operation)) is not None:
+            values = [each for each in values if each.shape == operation.made[0].shape][:1]
         self._expect(bool(values) and all(each in self.known for each in values), operation)
         below, after = values[0], operation.made[0].shape[1:]
-        if what in SAME_NUMBERS:
+        if eps is not None:
+            numbers, shape, _ = self._rows(below, operation)
+            self._enter(operation, RMSNorm(None, eps), shape, numbers.at)
+        elif what is aten.mul.Tensor:
+            self._gain(operation, values)
+        elif what in SAME_NUMBERS:
             self._move(operation)
         elif what in PRODUCTS:
             bias, factor, weight = given[:3] if what is aten.addmm.default else (None, *given[:2])
@@ -270,6 +247,18 @@ class Reading:
         self._expect(self._ordered(value) and parameter.shape == value.shape[1:], operation)
         self._bring(value, value.shape[1:])
         self._enter(operation, Shift(self._name(parameter, operation)), value.shape[1:])
+
+    def _gain(self, operation: Operation, values: list[Value]) -> None:
+        """Of the norm by the root of the mean square that gave the last result."""
+        self._expect(len(values) == 2, operation)
+        value, gain = sorted(values, key=lambda each: isinstance(self.known[each].of, str))
+        norm = self.nodes[-1] if self.nodes else None
+        if not isinstance(norm, RMSNorm) or norm.weight is not None or self.known[value].of != len(self.nodes) - 1:
+            operation.refuse()
+        once = all(each.uses < 2 for each, found in self.known.items() if found.of == self.known[value].of)
+        self._expect(once and gain.shape == value.shape[-1:], operation)
+        self.known[operation.made[0]] = self._rows(value, operation)[0]
+        self.nodes[-1] = replace(norm, weight=self._name(gain, operation))
 
     def _attend(self, operation: Operation, values: list[Value]) -> None:
         """Of queries, keys and values [N, heads, places, size] that lie beside each other."""

@@ -10,6 +10,9 @@ from torch.func import functionalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WRITE_BACK = torch.ops.aten.copy_.default
+OF_ITS_OWN = torch.ops.aten.add_.Scalar
+"""Torch's norm by the root of the mean square adds ε to the mean, below what makes new tensors of writes: where it is
+known (``engine.root_mean_square``), the mean is nobody else's."""
 
 
 class UnknownLayerError(Exception):
@@ -102,7 +105,7 @@ class Recording(_Operations, TorchDispatchMode):
         while self.operations and self.operations[-1].target is WRITE_BACK and self.operations[-1].args[0] in values:
             self.operations.pop()  # what the function has written into what it was given
         for operation in self.operations:
-            if operation.target._schema.is_mutable:
+            if operation.target._schema.is_mutable and operation.target is not OF_ITS_OWN:
                 operation.refuse()
         end = self._values.get(id(result))
         needed, kept = {end}, []

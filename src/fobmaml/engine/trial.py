@@ -4,6 +4,7 @@ batched, whether its examples see each other."""
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from fobmaml.engine.loop import rows_one_by_one
 from fobmaml.engine.losses import close, hvp
 from fobmaml.engine.modules import differentiable, private_copy
 from fobmaml.engine.network import Network
-from fobmaml.engine.nodes import Node, as_module
+from fobmaml.engine.nodes import GroupNorm, LayerNorm, Node, RMSNorm, as_module
 from fobmaml.engine.trace import trace
 from fobmaml.precision import full_precision
 
@@ -158,9 +159,13 @@ class Trial:
             traced = as_module(nodes)
             wanted = _gradient(lambda leaf: double.one_row(leaf, inputs), phi)
             found = _gradient(lambda leaf: traced(double.unflatten(leaf), inputs), phi)
-            if all(map(close, found, wanted)):
-                return nodes
-            self.untraced = "a forward or backward that its operations do not show"
+            if not all(map(close, found, wanted)):
+                self.untraced = "a forward or backward that its operations do not show"
+                return None
+            own = trace(network.module, network.unflatten(phi.to(network.dtype)), x)
+            if len(own) == len(nodes) and all(map(partial(_alike, dtype=network.dtype), nodes, own)):
+                return own
+            self.untraced = f"other operations in {network.dtype} than in float64"
         except Exception as error:  # whatever a module raises whose inputs are not numbers
             self.untraced = (str(error).splitlines() or [type(error).__name__])[0]
         return None
@@ -238,6 +243,16 @@ class Trial:
             if isinstance(error, ValueError) and reason.startswith(("model:", "model=", "estimator:", "inputs=")):
                 raise
             raise ValueError(f"model: {layer} fails on inputs {tuple(x.shape[1:])} of {x.dtype}: {reason}") from error
+
+
+def _alike(double: Node, own: Node, dtype: torch.dtype) -> bool:
+    """Whether a node traced in float64 and one in ``dtype`` are the same but for an ε that is rounded, or the one of
+    their types (nn.RMSNorm)."""
+    norms, (precise, rounding) = (GroupNorm, LayerNorm, RMSNorm), (torch.finfo(t).eps for t in (torch.float64, dtype))
+    if not isinstance(double, norms) or not isinstance(own, norms):
+        return double == own
+    same = (double.eps, own.eps) == (precise, rounding) or abs(double.eps - own.eps) <= rounding * double.eps
+    return same and replace(double, eps=own.eps) == own
 
 
 def _gradient(outputs_at: Callable[[Tensor], Tensor], phi: Tensor) -> list[Tensor]:
