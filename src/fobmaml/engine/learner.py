@@ -43,8 +43,8 @@ class Learner(Network):
     - ``fused``: those padded by one, with biases and SiLU, for a cross-entropy by a compiled kernel, in float32 on a
       CPU;
     - ``images``: first derivatives of a cross-entropy of networks of convolutions, norms, activations, pools and
-      residual sums, and of linear layers, norms (``LayerNorm``, ``RMSNorm``) and attention on sequences of vectors or of
-      words, by a compiled kernel, in float32 on a CPU; by ``auto`` alone;
+      residual sums, and of linear layers, norms (``LayerNorm``, ``RMSNorm``) and attention on sequences of vectors or
+      of words, by a compiled kernel, in float32 on a CPU; by ``auto`` alone;
     - ``autograd``: any module that ``torch.func.vmap`` batches, all rows at once;
     - ``loop``: any module, row by row;
     - ``auto``: the fastest that gives what the module itself gives. Between the last two the work of a row decides, or
