@@ -29,7 +29,7 @@ LOOP_FROM = 10_000_000
 ``torch.func.vmap``, where it is not measured."""
 FLOPS_AT_ONCE = 10**8
 """Of a forward pass of all rows by vmap: with more, the activations leave the cache, and time grows."""
-MOST_ROWS, REPEATS, CLEARLY = 16, 3, 1.1
+MOST_ROWS, REPEATS, CLEARLY = 16, 3, 1.05
 """Of a measurement: rows at most, how often each way is tried, and how many times faster the one has to be that the
 rule would not take, so that roundings repeat where it does not matter."""
 
