@@ -524,9 +524,7 @@ def test_automatic_chunks_of_plain_modules():
     """As many rows as fill the cache by vmap, one where rows are looped over; the numbers are the same."""
     chunks = {}
     for name, width in (("small", 4), ("large", 900)):
-        model = nn.Sequential(
-            nn.Linear(6, width), nn.RMSNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 3)
-        )
+        model = nn.Sequential(nn.Linear(6, width), nn.CELU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 3))
         learner, batch = Learner(model, F.cross_entropy), tasks(vectors, _labels, 6, 10, 10).to(dtype=torch.float32)
         chunks[name] = chunk_size(learner, batch, SYMMETRIC)
         few, auto = (fobmaml.meta_gradient(SYMMETRIC, model, F.cross_entropy, batch, chunk) for chunk in (1, "auto"))
