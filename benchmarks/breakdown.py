@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from candidates import Ours, Setting
 from rate import Limit
-from timing import first_round, take_turns
+from timing import existing_folder, first_round, take_turns
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="where the time of a symmetric meta-gradient goes")
     parser.add_argument("--widths", type=int, nargs="+", default=[25, 64, 128, 250])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "results")
+    parser.add_argument("--folder", type=existing_folder, default=Path(__file__).parents[1] / "results")
     arguments = parser.parse_args()
     made_with = provenance()  # before this writes results
     limit = Limit(torch.get_num_threads())

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from peers import higher_maml, loop_maml, loop_symmetric
 from processors import others_share, spent
 from rate import Limit, seconds
-from timing import Row, spread
+from timing import Row, existing_folder, spread
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,7 +143,7 @@ def version_of(library: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=ROOT / "results")
+    parser.add_argument("--folder", type=existing_folder, default=ROOT / "results")
     arguments = parser.parse_args()
     counts = dict.fromkeys((1, torch.get_num_threads()))
     rows = [row for threads in counts for row in measured(threads, arguments.repeats)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import existing_folder
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[25, 64, 128, 250])
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[10, 50, 200])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "results")
+    parser.add_argument("--folder", type=existing_folder, default=Path(__file__).parents[1] / "results")
     arguments = vars(parser.parse_args())
     folder = arguments.pop("folder")
     settings = [(width, steps) for width in arguments["widths"] for steps in arguments["inner_steps"]]

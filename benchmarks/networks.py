@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peers import loop_symmetric
-from timing import Row
+from timing import Row, existing_folder
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--folder", type=Path, default=ROOT / "results")
+    parser.add_argument("--folder", type=existing_folder, default=ROOT / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()

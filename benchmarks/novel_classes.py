@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from timing import existing_folder
 from tqdm import tqdm
 
 from fobmaml.estimators.base import Adaptation
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--tasks", type=int, default=TASKS)
     parser.add_argument("--methods", nargs="+", default=None)
-    parser.add_argument("--folder", type=Path, default=ROOT / "results")
+    parser.add_argument("--folder", type=existing_folder, default=ROOT / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Row
+from timing import Row, existing_folder
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -95,7 +95,7 @@ def measured(case: str, place: str, tasks: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=ROOT / "results")
+    parser.add_argument("--folder", type=existing_folder, default=ROOT / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     plan = [(case, place) for case in CASES for place in ("initial", "trained")]

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from timing import existing_folder
 from tqdm import tqdm
 
 from fobmaml.files import write_csv, write_json
@@ -43,7 +44,7 @@ def seconds(processes: int, width: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=ROOT / "results")
+    parser.add_argument("--folder", type=existing_folder, default=ROOT / "results")
     arguments = parser.parse_args()
     counts, rows = range(1, (os.cpu_count() or 1) + 1), []
     plan = [(width, repeat, count) for width in (32, 64) for repeat in range(arguments.repeats) for count in counts]

@@ -1,9 +1,11 @@
 """Timing by turns: everybody once a round, so that a slow spell of the machine hits all alike, and what was disturbed
 again."""
 
+import argparse
 import gc
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +21,13 @@ AGAIN = 3
 Row = dict[str, Any]
 Calls = Sequence[Callable[[], object]]
 Key = TypeVar("Key", bound=Hashable)
+
+
+def existing_folder(path: str) -> Path:
+    """What a command line takes for the folder of its tables: it is there before anything is measured."""
+    if not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: takes a folder that exists")
+    return Path(path)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from timing import Row
+from timing import Row, existing_folder
 
 import fobmaml.run
 import fobmaml.training
@@ -82,7 +82,7 @@ def by_part(steps: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400, help="meta-steps of a run")
-    parser.add_argument("--folder", type=Path, default=ROOT / "results")
+    parser.add_argument("--folder", type=existing_folder, default=ROOT / "results")
     arguments = parser.parse_args()
     rows: list[Row] = []
     for threads in range(1, torch.get_num_threads() + 1):
