@@ -89,30 +89,33 @@ def measured(setting: tuple[str, int, int, int], repeats: int) -> Row:
     model, x, y = Scaled(make(width)), torch.randn(rows, examples, *shape), torch.randint(CLASSES, (rows, examples))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x[0])
-    calls: dict[str, Callable[[], object]] = {}
-    for engine in ("auto", "autograd", "loop"):
-        learner = Learner(model, F.cross_entropy, engine)
-        learner.measure(x, examples, second_order=False)
-        evaluation = learner.engine_for(x, learner.row_loss(y))
-        calls.setdefault(learner.used, partial(evaluation.gradient, learner.theta().expand(rows, -1)))
-    chosen = next(iter(calls))
-    times: dict[str, list[float]] = {engine: [] for engine in calls}
+    learners = {engine: Learner(model, F.cross_entropy, engine) for engine in ("auto", "autograd", "loop")}
+    learners["auto"].measure(x, examples, second_order=False)
+    ways = {engine: learner.rows_at_once(x, examples, second_order=False) for engine, learner in learners.items()}
+    calls = {engine: partial(gradients, learners[engine], x, y, at_once) for engine, at_once in ways.items()}
+    calls["autograd, all rows"] = partial(gradients, learners["autograd"], x, y, rows)
+    times: dict[str, list[float]] = {way: [] for way in calls}
     for _ in range(repeats + 1):
-        for engine, call in calls.items():
-            times[engine].append(seconds(call))
-    medians = {engine: statistics.median(spent[1:]) for engine, spent in times.items()}  # the first warms up
+        for way, call in calls.items():
+            times[way].append(seconds(call))
+    medians = {way: statistics.median(spent[1:]) for way, spent in times.items()}  # the first warms up
     return {
         "network": name,
         "width": width,
         "rows": rows,
         "examples": examples,
         "flops_a_row": counter.get_total_flops(),
-        "autograd_seconds": round(medians["autograd"], 6),
-        "loop_seconds": round(medians["loop"], 6),
-        "loop_over_autograd": round(medians["loop"] / medians["autograd"], 3),
-        "auto": chosen,
-        "auto_over_best": round(medians[chosen] / min(medians.values()), 3),
+        **{f"{way.replace(', ', '_').replace(' ', '_')}_seconds": round(spent, 6) for way, spent in medians.items()},
+        "autograd_rows_at_once": ways["autograd"],
+        "auto": learners["auto"].used,
+        "auto_rows_at_once": ways["auto"],
+        "auto_over_best": round(medians["auto"] / min(medians.values()), 3),
     }
+
+
+def gradients(learner: Learner, x: Tensor, y: Tensor, at_once: int) -> None:
+    for inputs, labels in zip(x.split(at_once), y.split(at_once), strict=True):
+        learner.engine_for(inputs, learner.row_loss(labels)).gradient(learner.theta().expand(len(inputs), -1))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from fobmaml.tasks import FewShot
 from fobmaml.training import MetaTraining
 
 SMALL, LARGE = 8, 4000
+WAYS = ("batched", "one_by_one")
 
 
 class Scaled(nn.Module):
@@ -42,12 +43,12 @@ def takes(monkeypatch):
 
         def call(network, phi, x):
             found.calls.append((name, tuple(x.shape)))
-            found.now += getattr(found, name)
+            found.now += getattr(found, name) * len(phi)
             return way(network, phi, x)
 
         monkeypatch.setattr(trial, f"rows_{name}", call)
 
-    for name in ("batched", "one_by_one"):
+    for name in WAYS:
         watch(name)
     monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: found.now))
     return found
@@ -80,9 +81,12 @@ def test_the_faster_one_is_taken_and_by_rule_where_they_are_alike(
     learner.measure(x, 200, second_order)
     assert (learner._trial.flops_an_example * 200 > trial.LOOP_FROM) == (width == LARGE)
     assert _engine(learner, x, second_order) == engine
-    shapes = {shape for name, shape in takes.calls if shape[1] == 200}
-    assert len(shapes) == 1
-    assert 2 <= shapes.pop()[0] <= trial.MOST_ROWS
+    rows = {name: {shape[0] for way, shape in takes.calls if way == name and shape[1] == 200} for name in WAYS}
+    assert rows["one_by_one"] == {2}
+    assert len(rows["batched"]) == (1 if width == SMALL else 2)  # of the small one the rule takes as many as are tried
+    assert 2 <= min(rows["batched"]) <= max(rows["batched"]) <= trial.MOST_ROWS
+    taken = learner.rows_at_once(x, 200, second_order)
+    assert taken in (rows["batched"] if engine == "autograd" else {1})
     count = len(takes.calls)
     learner.measure(x, 200, second_order)
     assert len(takes.calls) == count
@@ -92,7 +96,7 @@ def test_nothing_is_measured_where_there_is_nothing_to_choose(monkeypatch):
     def stopwatch(*_):
         raise RuntimeError
 
-    monkeypatch.setattr(trial.Trial, "_is_faster", stopwatch)
+    monkeypatch.setattr(trial.Trial, "_fastest", stopwatch)
     x = torch.randn(4, 5, 6)
     for engine in ("autograd", "loop"):
         learner = Learner(Scaled(), F.cross_entropy, engine)
@@ -127,15 +131,15 @@ def _training(estimator, model=None) -> MetaTraining:
 
 @pytest.mark.parametrize("estimator", [Symmetric, MAML])
 def test_a_run_measures_and_one_that_goes_on_does_not(monkeypatch, estimator):
-    answers, asked = [False], []
-    monkeypatch.setattr(trial.Trial, "_is_faster", lambda *given: asked.append(given[-1]) or answers[0])
+    answers, asked = [0], []
+    monkeypatch.setattr(trial.Trial, "_fastest", lambda *given: asked.append(given[-1]) or answers[0])
     whole = _training(estimator(GradientDescent(2, 0.1)))
     list(whole.train())
     assert (whole.learner.used, asked) == ("loop", [estimator is MAML])
     first = _training(estimator(GradientDescent(2, 0.1)))
     next(first.train())
     state, count = first.state_dict(), len(asked)
-    answers[0] = True
+    answers[0] = 2
     continued = _training(estimator(GradientDescent(2, 0.1)))
     continued.load_state_dict(state)
     list(continued.train())
@@ -147,8 +151,25 @@ def test_a_run_measures_and_one_that_goes_on_does_not(monkeypatch, estimator):
     torch.testing.assert_close(anew.learner.theta(), whole.learner.theta())
 
 
-def test_a_network_by_hand_has_nothing_to_go_on_with():
+def test_more_rows_at_once_are_taken_where_they_are_faster(takes, monkeypatch):
+    learner, x = Learner(Scaled(100), F.cross_entropy), torch.randn(4, 5, 6)
+    few = -(-trial.FLOPS_AT_ONCE // (2 * 900 * 10_000))
+    batched = trial.rows_batched
+
+    def call(network, phi, x):
+        found = batched(network, phi, x)
+        takes.now -= 0.5 * (len(phi) > few)  # the more, the less each
+        return found
+
+    monkeypatch.setattr(trial, "rows_batched", call)
+    takes.one_by_one, takes.batched = 2.0, 1.0
+    learner.measure(x, 10_000, False)
+    assert learner.measured == {False: trial.MORE * few}
+    assert learner.rows_at_once(x, 10_000, False) == trial.MORE * few
+
+
+def test_a_network_by_hand_goes_on_by_hand():
     training = _training(Symmetric(GradientDescent(2, 0.1)), MLP((6,), 3, width=4, depth=1))
-    training.learner.go_on_with("fused-avx2+stacked")
+    training.learner.measured = {False: 0, True: 0}
     list(training.train())
     assert not {"autograd", "loop"} & {*training.learner.used.split("+")}

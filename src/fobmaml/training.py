@@ -326,6 +326,7 @@ class MetaTraining:
             "optimizer": self.optimizer.state_dict(),
             "latest": dict(self.latest),
             "engine": self.learner.used,
+            "measured": dict(self.learner.measured),
             "train_seconds": self.train_seconds,
             "work": astuple(self.work),
             "negative_curvature_tasks": self.negative_curvature_tasks,
@@ -336,7 +337,7 @@ class MetaTraining:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if isinstance(self.source, Stream):
             self.source.load_state_dict(state["stream"])
-        self.learner.go_on_with(state.get("engine", ""))
+        self.learner.measured = dict(state.get("measured", {}))
         self.outer.load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.latest = state["step"], {**self.latest, **state["latest"]}

@@ -74,6 +74,7 @@ class Learner(Network):
         self.support_loss = None if support_loss is None else Loss(support_loss)
         self._trial = Trial(self, engine)
         self._used: dict[str, None] = {}
+        self.measured: dict[bool, int] = {}
         self.work = Counter()
         self.layout: Layout | None = None
         self.adapt, self.adapted = adapt, adapted_names(model, self.shapes, adapt)
@@ -188,17 +189,15 @@ class Learner(Network):
         return self._trial.untraced
 
     def measure(self, x: Tensor, examples: int, second_order: bool) -> None:
-        """Lets a stopwatch choose between ``autograd`` and ``loop``, once, for gradients of so many ``examples`` like
-        those of ``x`` [R, N, ...], or Hessian products. Nothing where an engine by hand takes the network, or one was
-        asked for. Cost: eight gradients each of up to 16 rows."""
+        """Lets a stopwatch choose between ``autograd`` and ``loop``, and how many rows at once, for gradients of so
+        many ``examples`` like those of ``x`` [R, N, ...], or Hessian products: once. Nothing where an engine by hand
+        takes the network, or one was asked for. Cost: four gradients each of up to 32 rows, twice, and of two.
+
+        ``measured``, by whether for Hessian products: rows at once, 0 for the loop; what is there is not measured."""
         x = x.to(self.dtype if x.is_floating_point() else x.dtype)
         if not ((not second_order and self._of_images(x)) or self._chain(x)):
-            self._trial.measure(x, examples, second_order)
-
-    def go_on_with(self, used: str) -> None:
-        """What was ``used`` before is not measured anew, so that a run that continues has the same roundings."""
-        if len(names := {"autograd", "loop"} & {*used.split("+")}) == 1:
-            self._trial.before = "autograd" in names
+            self._trial.measure(x, examples, second_order, self.measured.get(second_order))
+            self.measured |= self._trial.measured
 
     def rows_at_once(self, x: Tensor, examples: int, second_order: bool) -> int:
         """As many rows as keep a CPU busy, for gradients of so many ``examples`` like those of ``x`` [R, N, ...].
@@ -214,6 +213,8 @@ class Learner(Network):
             return max(rows, a_thread * torch.get_num_threads()) if self.fuses(chain) else rows
         if not self._trial.batched(x, second_order):
             return 1
+        if fastest := self.measured.get(second_order):
+            return fastest
         return math.ceil(FLOPS_AT_ONCE / max(self._trial.flops_an_example * examples, 1))
 
     def query_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:

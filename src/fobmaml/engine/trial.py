@@ -29,9 +29,9 @@ LOOP_FROM = 10_000_000
 ``torch.func.vmap``, where it is not measured."""
 FLOPS_AT_ONCE = 10**8
 """Of a forward pass of all rows by vmap: with more, the activations leave the cache, and time grows."""
-MOST_ROWS, REPEATS, CLEARLY = 16, 3, 1.05
-"""Of a measurement: rows at most, how often each way is tried, and how many times faster the one has to be that the
-rule would not take, so that roundings repeat where it does not matter."""
+MOST_ROWS, MORE, REPEATS, CLEARLY = 32, 4, 3, 1.05
+"""Of a measurement: rows at most, how many times more of them than by rule are tried, how often each way is, and how
+many times faster one has to be than the rule's, so that roundings repeat where it does not matter."""
 
 
 Kind = tuple[torch.Size, torch.dtype]
@@ -48,8 +48,7 @@ class Trial:
         self._images: dict[Kind, Described | None] = {}
         self.untraced = ""  # the layer because of which the network is no sequence that an engine by hand takes
         self._batches: dict[bool, bool] = {}  # by whether Hessian products follow
-        self._settled = set[bool]()  # of these what was measured
-        self.before: bool | None = None  # what was measured in the run that this one continues
+        self.measured: dict[bool, int] = {}  # of these, rows that vmap takes at once, 0: it is the slower
         self._joint: bool | None = None
         self.flops_an_example = 0.0  # of the forward pass, once ``batched`` was asked
 
@@ -90,37 +89,40 @@ class Trial:
                 self._batches[second_order] = self._try_batching(self._elsewhere(), x[[0, -1]], second_order)
         return self._batches[second_order]
 
-    def measure(self, x: Tensor, examples: int, second_order: bool) -> None:
+    def measure(self, x: Tensor, examples: int, second_order: bool, before: int | None) -> None:
         """Settles ``batched`` with a stopwatch, for derivatives of so many ``examples`` like those of ``x``
-        [R, N, ...], if the engine is ``auto``."""
-        if self.engine != "auto" or second_order in self._settled:
+        [R, N, ...], if the engine is ``auto``. ``before``: what was ``measured`` of them, if it was."""
+        if self.engine != "auto" or second_order in self.measured:
             return
         with full_precision(self.network.device):
-            phi, faster = self._elsewhere(), self.before
-            possible = self._try_batching(phi, x[[0, -1]], second_order, by_rule=False)
-            if possible and faster is None:
-                faster = self._is_faster(phi, x, examples, second_order)
-        for order in {False, second_order} - self._settled:  # what goes for Hessian products goes for gradients
-            self._batches[order] = possible and bool(faster)
-            self._settled.add(order)
+            phi, rows = self._elsewhere(), before
+            if not self._try_batching(phi, x[[0, -1]], second_order, by_rule=False):
+                rows = 0
+            if rows is None:
+                rows = self._fastest(phi, x, examples, second_order)
+        for order in {False, second_order} - self.measured.keys():  # what goes for Hessian products goes for gradients
+            self.measured[order], self._batches[order] = rows, rows > 0
 
-    def _is_faster(self, phi: Tensor, x: Tensor, examples: int, second_order: bool) -> bool:
-        """Than row by row: of as many rows as are evaluated at once."""
+    def _fastest(self, phi: Tensor, x: Tensor, examples: int, second_order: bool) -> int:
+        """How many rows at once, 0 for one by one."""
         flops = self.flops_an_example * examples
-        rows = torch.arange(max(2, min(MOST_ROWS, math.ceil(FLOPS_AT_ONCE / max(flops, 1)))))
-        phi, x = phi[rows % 2], x[rows % len(x)][:, torch.arange(examples) % x.shape[1]]
-        ways = [partial(way, self.network) for way in (rows_batched, rows_one_by_one)]
-        spent: list[list[float]] = [[], []]
+        few = max(2, min(MOST_ROWS, math.ceil(FLOPS_AT_ONCE / max(flops, 1))))
+        ways = {0: 2, few: few, min(MORE * few, MOST_ROWS): min(MORE * few, MOST_ROWS)}
+        spent: dict[int, list[float]] = {way: [] for way in ways}
         with differentiable(second_order):
             for _ in range(1 + REPEATS):
-                for way, times in zip(ways, spent, strict=True):
+                for way, count in ways.items():
+                    rows = torch.arange(count)
+                    inputs = phi[rows % 2], x[rows % len(x)][:, torch.arange(examples) % x.shape[1]]
+                    call = partial(rows_batched if way else rows_one_by_one, self.network)
                     started = time.perf_counter()
-                    self._derivatives(way, phi, x, second_order)
+                    self._derivatives(call, *inputs, second_order)
                     if phi.is_cuda:
                         torch.cuda.synchronize(phi.device)
-                    times.append(time.perf_counter() - started)
-        batched, one_by_one = (min(times[1:]) for times in spent)
-        return batched <= one_by_one * (CLEARLY if flops < LOOP_FROM else 1 / CLEARLY)
+                    spent[way].append((time.perf_counter() - started) / count)
+        of_a_row = {way: min(times[1:]) for way, times in spent.items()}  # the first warms up
+        by_rule, best = 0 if flops >= LOOP_FROM else few, min(of_a_row, key=lambda way: of_a_row[way])
+        return best if of_a_row[best] * CLEARLY < of_a_row[by_rule] else by_rule
 
     def joint(self, x: Tensor, parts: Sequence[slice]) -> bool:
         """Whether examples do not see each other, so that the parts may be evaluated at once."""
