@@ -20,7 +20,7 @@ from fobmaml.engine.modules import private_copy
 from fobmaml.engine.network import Network
 from fobmaml.engine.selection import Adapt, adapted_names
 from fobmaml.engine.stacked import Stacked
-from fobmaml.engine.trial import FLOPS_AT_ONCE, Trial
+from fobmaml.engine.trial import Trial
 from fobmaml.engine.work import Counted, Counter
 from fobmaml.tasks.batch import TaskBatch
 from fobmaml.tasks.layout import Layout
@@ -193,7 +193,8 @@ class Learner(Network):
         many ``examples`` like those of ``x`` [R, N, ...], or Hessian products: once. Nothing where an engine by hand
         takes the network, or one was asked for. Cost: four gradients each of up to 32 rows, twice, and of two.
 
-        ``measured``, by whether for Hessian products: rows at once, 0 for the loop; what is there is not measured."""
+        ``measured``, by whether for Hessian products: 0 for the loop, else how many times the usual rows at once; what
+        is there is not measured again."""
         x = x.to(self.dtype if x.is_floating_point() else x.dtype)
         if not ((not second_order and self._of_images(x)) or self._chain(x)):
             self._trial.measure(x, examples, second_order, self.measured.get(second_order))
@@ -213,9 +214,7 @@ class Learner(Network):
             return max(rows, a_thread * torch.get_num_threads()) if self.fuses(chain) else rows
         if not self._trial.batched(x, second_order):
             return 1
-        if fastest := self.measured.get(second_order):
-            return fastest
-        return math.ceil(FLOPS_AT_ONCE / max(self._trial.flops_an_example * examples, 1))
+        return self._trial.rows_at_once(examples, second_order)
 
     def query_loss(self, phi: Tensor, tasks: TaskBatch) -> Tensor:
         """fᵢ(φᵢ), row i on task i: [T, P] -> [T]."""

@@ -48,7 +48,7 @@ class Trial:
         self._images: dict[Kind, Described | None] = {}
         self.untraced = ""  # the layer because of which the network is no sequence that an engine by hand takes
         self._batches: dict[bool, bool] = {}  # by whether Hessian products follow
-        self.measured: dict[bool, int] = {}  # of these, rows that vmap takes at once, 0: it is the slower
+        self.measured: dict[bool, int] = {}  # of these, how many times the rule's rows at once; 0: one by one
         self._joint: bool | None = None
         self.flops_an_example = 0.0  # of the forward pass, once ``batched`` was asked
 
@@ -95,19 +95,23 @@ class Trial:
         if self.engine != "auto" or second_order in self.measured:
             return
         with full_precision(self.network.device):
-            phi, rows = self._elsewhere(), before
+            phi, times = self._elsewhere(), before
             if not self._try_batching(phi, x[[0, -1]], second_order, by_rule=False):
-                rows = 0
-            if rows is None:
-                rows = self._fastest(phi, x, examples, second_order)
+                times = 0
+            if times is None:
+                times = self._fastest(phi, x, examples, second_order)
         for order in {False, second_order} - self.measured.keys():  # what goes for Hessian products goes for gradients
-            self.measured[order], self._batches[order] = rows, rows > 0
+            self.measured[order], self._batches[order] = times, times > 0
+
+    def rows_at_once(self, examples: int, second_order: bool) -> int:
+        """For vmap, of derivatives of so many examples."""
+        flops = max(self.flops_an_example * examples, 1)
+        return self.measured.get(second_order, 1) * math.ceil(FLOPS_AT_ONCE / flops)
 
     def _fastest(self, phi: Tensor, x: Tensor, examples: int, second_order: bool) -> int:
-        """How many rows at once, 0 for one by one."""
-        flops = self.flops_an_example * examples
-        few = max(2, min(MOST_ROWS, math.ceil(FLOPS_AT_ONCE / max(flops, 1))))
-        ways = {0: 2, few: few, min(MORE * few, MOST_ROWS): min(MORE * few, MOST_ROWS)}
+        """How many times the rule's rows at once; 0: one by one."""
+        few = max(2, min(MOST_ROWS, self.rows_at_once(examples, second_order)))
+        ways = {0: 2, 1: few} | ({MORE: min(MORE * few, MOST_ROWS)} if few < MOST_ROWS else {})
         spent: dict[int, list[float]] = {way: [] for way in ways}
         with differentiable(second_order):
             for _ in range(1 + REPEATS):
@@ -121,7 +125,8 @@ class Trial:
                         torch.cuda.synchronize(phi.device)
                     spent[way].append((time.perf_counter() - started) / count)
         of_a_row = {way: min(times[1:]) for way, times in spent.items()}  # the first warms up
-        by_rule, best = 0 if flops >= LOOP_FROM else few, min(of_a_row, key=lambda way: of_a_row[way])
+        by_rule = int(self.flops_an_example * examples < LOOP_FROM)
+        best = min(of_a_row, key=lambda way: of_a_row[way])
         return best if of_a_row[best] * CLEARLY < of_a_row[by_rule] else by_rule
 
     def joint(self, x: Tensor, parts: Sequence[slice]) -> bool:
