@@ -210,3 +210,33 @@ def test_what_masks_do_not_go_with_is_refused():
 
     with pytest.raises(ValueError, match=r"^tasks=masks: takes tasks .*, for a model whose examples interact"):
         meta_gradient(ESTIMATORS["symmetric"], Joint().double(), F.cross_entropy, batch)
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong", "message"),
+    [
+        (
+            1,
+            torch.zeros(3, dtype=torch.long),
+            r"support_y=\[2, 3\] examples a task: takes as many as support_x: \[2, 4\]",
+        ),
+        (3, torch.zeros(2, dtype=torch.long), r"query_y=\[5, 2\] examples a task: takes as many as query_x: \[5, 1\]"),
+        (0, torch.zeros(4, 7), r"support_x=.*\[2, \*\[3\]\], .*\[4, \*\[7\]\]: takes the same type and shape"),
+        (2, torch.zeros(1, 3).double(), r"query_x=.*float32.*float64.*: takes the same type and shape"),
+        (3, torch.zeros(1), r"query_y=.*: takes the same type and shape of an example in every task"),
+    ],
+)
+def test_tasks_that_do_not_belong_together_are_refused(part, wrong, message):
+    """Lengths, too, where the longest labels are as many as the longest inputs."""
+
+    def task(support, query):
+        labels = [torch.zeros(count, dtype=torch.long) for count in (support, query)]
+        return [torch.zeros(support, 3), labels[0], torch.zeros(query, 3), labels[1]]
+
+    tasks = [task(2, 5), task(4, 1)]
+    assert TaskBatch.padded(tasks).support_mask.tolist() == [[True, True, False, False], [True] * 4]
+    tasks[1][part] = wrong
+    with pytest.raises(ValueError, match=message):
+        TaskBatch.padded(tasks)
+    with pytest.raises(ValueError, match=r"^support_x=a task without examples: takes at least one"):
+        TaskBatch.padded([task(0, 5), task(4, 1)])

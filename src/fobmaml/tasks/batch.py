@@ -98,14 +98,26 @@ class TaskBatch:
             if any(part[1] != layout for row in rows for part in (row[0], row[2])):
                 raise refuse("tasks", "inputs of different layouts", "the same tensors in every task")
             tasks = [(s_x[0], s_y, q_x[0], q_y) for s_x, s_y, q_x, q_y in rows]
-        tensors, masks = [], []
-        for part in zip(*tasks, strict=True):
-            sizes = torch.tensor([len(each) for each in part], device=part[0].device)
-            places = torch.arange(int(sizes.max()), device=sizes.device)
-            tensors.append(torch.stack([each[places.clamp(max=len(each) - 1)] for each in part]))
-            masks.append(None if (sizes == len(places)).all() else places < sizes.unsqueeze(1))
-        support_x, support_y, query_x, query_y = tensors
-        return cls(support_x, support_y, query_x, query_y, None, masks[0], masks[2], layout=layout)
+        found: dict[str, Tensor | None] = {}
+        columns = [*zip(*tasks, strict=True)]
+        for of, (xs, ys) in {"support": columns[:2], "query": columns[2:]}.items():
+            lengths = [len(x) for x in xs]
+            if (labels := [len(y) for y in ys]) != lengths:
+                raise refuse(f"{of}_y", f"{labels} examples a task", f"as many as {of}_x: {lengths}")
+            if min(lengths) < 1:
+                raise refuse(f"{of}_x", "a task without examples", "at least one example a task")
+            sizes = torch.tensor(lengths).unsqueeze(1)
+            places = torch.arange(max(lengths))
+            rows_of = (sizes.cumsum(0) - sizes + places.clamp(max=sizes - 1)).flatten().to(xs[0].device)
+            for kind, parts in (("x", xs), ("y", ys)):
+                if len({(part.dtype, part.device, part.shape[1:]) for part in parts}) > 1:
+                    got = ", ".join(sorted({f"{part.dtype} [{len(part)}, *{list(part.shape[1:])}]" for part in parts}))
+                    raise refuse(f"{of}_{kind}", got, "the same type and shape of an example in every task")
+                joined = torch.cat(parts).index_select(0, rows_of)
+                found[f"{of}_{kind}"] = joined.view(len(lengths), -1, *joined.shape[1:])
+            whole = min(lengths) == max(lengths)
+            found[f"{of}_mask"] = None if whole else (places < sizes).to(xs[0].device)
+        return cls(**found, layout=layout)  # type: ignore[arg-type]
 
     def __getitem__(self, rows: slice | Tensor) -> "TaskBatch":
         changed: dict[str, Any] = {name: tensor[rows] for name, tensor in self.tensors().items()}
