@@ -28,12 +28,15 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 MARKER = re.compile(r"^<!-- site: (\w+) ?(.*?) -->$", re.MULTILINE)
 FRONT = re.compile(r"\A---\n(.*?)^---\n", re.MULTILINE | re.DOTALL)
-LABEL = re.compile(r"^(Cost:|Memory:|References?:|Raises )", re.MULTILINE)
-"""What a docstring's line begins with that is a paragraph of its own."""
+LABEL = re.compile(r"^(?=[^\s>-])(.*?[.;)] )?(Cost:|Memory:|References?:|Raises )", re.MULTILINE)
+"""What begins a paragraph of its own, at the start of a docstring's line or after the end of a sentence in it."""
+UNIT = re.compile(r"(?<=\d) (?=(?:%|ms|s|M|MB|GB)(?![\w.]))|(?<=\d) (?=±)|(?<=±) (?=\d)")
+"""The blanks in numbers of tables, which no line is to end with."""
 PARTS: Mapping[str, Callable[..., str]] = {
     "include": parts.include,
     "table": parts.table,
     "csv": parts.csv,
+    "chunks": parts.chunks,
     "claims": parts.claims,
     "keys": parts.keys,
     "settings": parts.settings,
@@ -49,7 +52,8 @@ def is_executed(text: str) -> bool:
 
 def filled(text: str) -> str:
     """A page with what it asks for. Raises Missing."""
-    return MARKER.sub(lambda found: PARTS[found[1]](*found[2].split()), text)
+    whole = MARKER.sub(lambda found: PARTS[found[1]](*found[2].split()), text)
+    return re.sub(r"^\|.*$", lambda line: UNIT.sub("\N{NO-BREAK SPACE}", line[0]), whole, flags=re.MULTILINE)
 
 
 def connect(app: Any) -> None:
@@ -75,7 +79,10 @@ def _describe(_app: Any, what: str, name: str, value: object, _options: object, 
     elif what == "method" and not lines:
         module, _, owner = kind.rpartition(".")
         lines += method_docs(getattr(importlib.import_module(module), owner), method).splitlines()
-    lines[:] = LABEL.sub(lambda found: f"\n**{found[1].strip()}** ", "\n".join(lines)).split("\n")
+    text = "\n".join(lines)
+    while (labelled := LABEL.sub(lambda found: f"{found[1] or ''}\n\n**{found[2].strip()}** ", text)) != text:
+        text = labelled
+    lines[:] = text.split("\n")
 
 
 def _inline(translator: Any, node: Any) -> None:

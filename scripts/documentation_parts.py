@@ -5,7 +5,7 @@ import inspect
 import posixpath
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import fobmaml
 from fobmaml import measure
 from fobmaml.files import read_csv
 from fobmaml.logged import KEYS
+from fobmaml.run.plotting import method
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -58,13 +59,43 @@ def table(name: str) -> str:
 
 
 def csv(name: str, *columns: str) -> str:
-    """Columns of results/NAME.csv, all if none is named, numbers with four digits. Raises Missing."""
+    """Columns of results/NAME.csv, all if none is named, numbers with four digits; COLUMN=TITLE gives it another title.
+
+    Raises Missing.
+    """
+    rows = _read(name)
+    asked = [column.partition("=") for column in columns or rows[0]]
+    titles = [(title or column).replace("_", " ") for column, _, title in asked]
+    return _table(titles, [[_number(row[column]) for column, _, _ in asked] for row in rows])
+
+
+def chunks() -> str:
+    """Of results/bench_chunks.csv: what ``task_chunk=auto`` takes, and its time beside the best fixed choice's.
+
+    Raises Missing.
+    """
+    found: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    for row in _read("bench_chunks"):
+        found.setdefault((row["estimator"], row["width"]), []).append(row)
+    lines = []
+    for (name, width), rows in found.items():
+        (auto,) = [row for row in rows if row["auto"] == "true"]
+        best = min((row for row in rows if row["auto"] != "true"), key=lambda row: float(row["seconds_median"]))
+        taken, times = ([f"{row[key]}" for row in (auto, best)] for key in ("task_chunk", "seconds_median"))
+        lines.append(
+            [method(name).label, width, auto["tasks"], taken[0], taken[1]]
+            + [f"{1000 * float(seconds):.0f} ms" for seconds in times]
+            + [f"{float(auto['ratio_to_best_fixed']):.2f}"]
+        )
+    header = ("method", "channels", "tasks", "`auto` takes", "best fixed", "`auto`", "best fixed", "ratio")
+    return _table(header, lines)
+
+
+def _read(name: str) -> list[dict[str, str]]:
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         raise Missing(f"{path} is missing")
-    rows = read_csv(path)
-    shown = columns or tuple(rows[0])
-    return _table(shown, [[_number(row[column]) for column in shown] for row in rows])
+    return read_csv(path)
 
 
 def _number(text: str) -> str:

@@ -1,8 +1,9 @@
-"""The reference: every public name, and which of them say nothing of themselves."""
+"""The reference: every public name, and which of them, or of their parameters, it says nothing about."""
 
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import ModuleType
 import fobmaml
 from fobmaml import engine
 from fobmaml.tasks import TaskSource
+
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def modules() -> list[ModuleType]:
@@ -40,7 +43,8 @@ def _entry(module: ModuleType, name: str, elsewhere: ModuleType | None) -> str:
     if elsewhere is not None and getattr(elsewhere, name) is value:
         return f".. py:data:: {path}\n   :no-index:\n\n   Short for :py:obj:`{elsewhere.__name__}.{name}`."
     if inspect.isclass(value):
-        return f".. autoclass:: {path}\n   :members:\n   :show-inheritance:"
+        called = "\n   :special-members: __call__" if getattr(vars(value).get("__call__"), "__doc__", None) else ""
+        return f".. autoclass:: {path}\n   :members:{called}\n   :show-inheritance:"
     if inspect.isfunction(value):
         return f".. autofunction:: {path}"
     return f".. py:data:: {path}\n   :value: {str(value).replace('typing.', '')}\n\n   {data_docs(module, name)}"
@@ -63,7 +67,7 @@ def _below(file: Path, name: str) -> Iterator[str]:
 
 
 def undocumented() -> list[str]:
-    """Public names, and public methods of public classes, that say nothing of themselves."""
+    """Public names, public methods of public classes, and parameters, of which nothing is said."""
     missing = []
     for module in modules():
         for name in public(module):
@@ -74,7 +78,21 @@ def undocumented() -> list[str]:
                 missing += [f"{path}.{method}" for method in _methods(value) if not method_docs(value, method)]
             elif not (inspect.getdoc(value) if inspect.isfunction(value) else data_docs(module, name)):
                 missing.append(path)
+            missing += [f"{path}({each})" for each in _unexplained(value)]
     return missing
+
+
+def _unexplained(value: object) -> list[str]:
+    """Parameters whose names stand in no docstring: a function's own, or a class's, its methods' and its bases'."""
+    if not (inspect.isclass(value) or inspect.isfunction(value)) or (
+        inspect.isclass(value) and issubclass(value, Exception)
+    ):
+        return []
+    kinds = [kind for kind in value.__mro__ if kind.__module__.startswith("fobmaml")] if inspect.isclass(value) else []
+    said = [inspect.getdoc(value) or "", *(kind.__doc__ or "" for kind in kinds)]
+    said += [inspect.getdoc(each) or "" for kind in kinds for each in vars(kind).values() if inspect.isfunction(each)]
+    names = [each.name for each in inspect.signature(value).parameters.values() if each.kind not in VARIADIC]
+    return [name for name in names if not re.search(rf"\b{name}\b", "\n".join(said))]
 
 
 def _methods(kind: type) -> list[str]:

@@ -3,6 +3,7 @@
 What the page computes itself, by its own formulas, is checked against the estimators by the tests.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from explorer_sinusoid import packed
 from figure_bias import best_nu
 from figure_race import middle
 from statistics_of_runs import interval
+from tables import work
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -221,7 +223,9 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
             mean, half = interval(values)
             accuracy.append(
                 {"method": name, "x": step, "y": mean, "low": mean - half, "high": mean + half, "seeds": len(values)}
+                | {"work": statistics.median(work(row) / 1e6 for row in rows)}
             )
+    by_work = [row | {"x": row["work"]} for row in accuracy if row["work"]]
     raced = [row for row in load(folder, "race_curves", "make race") if row["times"] == 1]
     narrowest = min(row["width"] for row in raced)
     race = [
@@ -229,7 +233,7 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
         for (name, _, width), rows in groups(raced, "estimator", "number", "width").items()
         if width == narrowest
     ]
-    charts = {"accuracy": accuracy, "race": race}
+    charts = {"accuracy": accuracy, "work": by_work, "race": race}
     for chart, table, x in (
         ("width", "memory", "width"),
         ("steps", "memory_steps", "solver.steps"),

@@ -10,6 +10,7 @@ import documentation_parts as parts
 import documentation_reference as names
 import pytest
 import tables
+import torch
 from conftest import ROOT
 
 import fobmaml
@@ -71,6 +72,18 @@ class TestPages:
         shown = [float(line[1].removesuffix(" |")) for line in found[2:]]
         assert shown == pytest.approx([float(row["seconds"]) for row in rows], rel=1e-3)
 
+    def test_what_auto_takes_is_beside_the_best_fixed_choice(self):
+        lines = [line.strip("| ").split(" | ") for line in parts.chunks().splitlines()[2:]]
+        rows = read_csv(ROOT / "results" / "bench_chunks.csv")
+        assert len(lines) == sum(row["auto"] == "true" for row in rows)
+        for _, width, _, taken, _, auto, best, ratio in lines:
+            assert any(row["width"] == width and row["task_chunk"] == taken and row["auto"] == "true" for row in rows)
+            assert float(ratio) == pytest.approx(float(auto.split()[0]) / float(best.split()[0]), abs=0.02)
+
+    def test_a_number_of_a_table_keeps_its_unit(self):
+        text = documentation.filled("| 63 ms, 41 % | 86.2 ± 1.7 % | 3.2 M, 10.4 s | 5 more |\n63 ms")
+        assert text == "| 63\xa0ms, 41\xa0% | 86.2\xa0±\xa01.7\xa0% | 3.2\xa0M, 10.4\xa0s | 5 more |\n63 ms"
+
     def test_each_claim_says_what_measures_it_again(self):
         import reproduce
 
@@ -91,14 +104,28 @@ class TestReference:
     def test_every_public_name_says_what_it_is(self):
         assert names.undocumented() == []
 
+    def test_labels_in_a_docstring_begin_paragraphs(self):
+        lines = ["What it is.", "Cost: one. Memory: flat. Raises ValueError if not.", ">>> f()  # Cost: none"]
+        documentation._describe(None, "class", "fobmaml.optim.SNGDM", fobmaml.optim.SNGDM, None, lines)
+        assert [line for line in lines if line] == [
+            "What it is.",
+            "**Cost:**  one. ",
+            "**Memory:**  flat. ",
+            "**Raises** ValueError if not.",
+            ">>> f()  # Cost: none",
+        ]
+
     def test_names_without_a_word_are_found(self, monkeypatch):
         class Silent:
             def speak(self): ...
 
-        monkeypatch.setattr(fobmaml.optim, "__all__", ["Silent", "mute", "CONSTANT"], raising=False)
-        for name, value in {"Silent": Silent, "mute": lambda: None, "CONSTANT": 1}.items():
+        def half(said, unsaid):
+            """Of ``said``."""
+
+        monkeypatch.setattr(fobmaml.optim, "__all__", ["Silent", "mute", "CONSTANT", "half"], raising=False)
+        for name, value in {"Silent": Silent, "mute": lambda: None, "CONSTANT": 1, "half": half}.items():
             monkeypatch.setattr(fobmaml.optim, name, value, raising=False)
-        paths = [f"fobmaml.optim.{name}" for name in ("Silent", "Silent.speak", "mute", "CONSTANT")]
+        paths = [f"fobmaml.optim.{name}" for name in ("Silent", "Silent.speak", "mute", "CONSTANT", "half(unsaid)")]
         assert names.undocumented() == paths
 
     def test_every_public_module_has_a_page(self):
@@ -156,3 +183,27 @@ def test_tutorials_are_short(path):
     code = "".join(LIMITS.findall(path.read_text()))
     assert len([line for line in code.splitlines() if line.strip()]) < 60
     assert path.stem == "index" or documentation.is_executed(path.read_text())
+
+
+def test_factors_by_which_methods_take_a_query_gradient():
+    """The table of the page on the method: a support loss of constant curvature κ, a linear query loss."""
+    lam, lr, steps, x = 0.5, 0.1, 7, 1.7
+    kappa = 2 * x * x
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    ones = torch.ones(1, 1, 1, dtype=torch.float64)
+    tasks = fobmaml.TaskBatch(x * ones, 3 * ones, ones, ones)
+
+    def factor(estimator: fobmaml.estimators.Estimator) -> float:
+        result = fobmaml.meta_gradient(
+            estimator, model, lambda outputs, _: outputs.mean(), tasks, support_loss=torch.nn.functional.mse_loss
+        )
+        return result.gradient["weight"].item()
+
+    gd, exact = fobmaml.solvers.GradientDescent(steps, lr), lam / (lam + kappa)
+    assert factor(fobmaml.estimators.Exact(fobmaml.solvers.NewtonCG(), lam)) == pytest.approx(exact)
+    assert factor(fobmaml.estimators.IMAML(gd, lam)) == pytest.approx(exact)
+    solved = 1 - (1 - lr * (lam + kappa)) ** steps
+    assert factor(fobmaml.estimators.Tangent(gd, lam)) == pytest.approx(exact * solved)
+    assert factor(fobmaml.estimators.Symmetric(gd, lam, nu=1e-4)) == pytest.approx(exact * solved)
+    assert factor(fobmaml.estimators.MAML(gd)) == pytest.approx((1 - lr * kappa) ** steps)
+    assert factor(fobmaml.estimators.FOMAML(gd)) == pytest.approx(1)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ class Tab:
         return self.shown(panel, name)
 
     def shown(self, panel: str, name: str) -> float:
-        return float(self.tab.locator(f"output[for={panel}-{name}]").inner_text().replace("−", "-"))
+        said = self.tab.locator(f"output[for={panel}-{name}]").inner_text()
+        return float(said.split()[0].replace("−", "-"))
 
     def drag(self, panel: str, x: float, y: float) -> None:
         """From the middle to a place in the plot, as fractions of its width and height from the lower left."""
@@ -192,6 +194,20 @@ def test_networks_for_the_sinusoid_are_meta_trained():
         assert trained.query_loss(trained.train(estimator, 60), 5, 50) < trained.query_loss(
             trained.learner().theta(), 5, 50
         )
+
+
+def test_the_work_of_every_method_is_in_the_measured_curves():
+    rows = read_csv(ROOT / "results" / "accuracy_curves.csv")
+    found = built.measured(ROOT / "results")["work"]
+    assert {row["method"] for row in found} == {row["estimator"] for row in rows}
+    last = max(float(row["step"]) for row in rows)
+    for name in ("maml", "reptile"):
+        spent = [
+            float(row["work/example_gradients"]) + 8 / 3 * float(row["work/hessian_products"])
+            for row in rows
+            if row["estimator"] == name and float(row["step"]) == last
+        ]
+        assert max(row["x"] for row in found if row["method"] == name) == pytest.approx(statistics.median(spent) / 1e6)
 
 
 @pytest.mark.site
@@ -420,6 +436,11 @@ class TestPage:
         tab.drag("sinusoid", 0.8, 0.9)
         assert sum(old != new for old, new in zip(on_the_curve, points(), strict=True)) == 1
         assert min(math.dist((3.0, 4.8), point) for point in points()) < 0.05
+        dragged = points()
+        assert (tab.slide("sinusoid", "which", 4), tab.slide("sinusoid", "y", 90)) == (5.0, 3.0)
+        assert [point for point, old in zip(points(), dragged, strict=True) if point != old] == [[dragged[4][0], 3.0]]
+        tab.slide("sinusoid", "x", 20)
+        assert points()[4] == [-3.0, 3.0]
         tab.slide("sinusoid", "steps", 12)
         agrees()
         tab.tab.locator("#sinusoid-again").click()
@@ -443,7 +464,7 @@ class TestPage:
             cells = [row.inner_text().split("\t") for row in tab.tab.locator("#vg-tooltip-element tr").all()]
             return {key.strip(" :"): value.strip() for key, value in cells}
 
-        counts = [len({row["method"] for row in measured[chart]}) for chart in ("accuracy", "race", "steps", "bias")]
+        counts = [len({row["method"] for row in measured[chart]}) for chart in ("work", "race", "steps", "bias")]
         assert [lines(plot) for plot in range(4)] == counts
         row = next(
             row
@@ -453,9 +474,22 @@ class TestPage:
         said = hover(2, "[aria-label^='inner steps K: 200;'][aria-label$='method: MAML']")
         assert float(said["memory, one task (MB)"]) == pytest.approx(float(row["memory/peak_bytes"]) / 1e6, rel=1e-3)
         assert said["method"] == METHODS["maml"].label
+        first = min((row for row in measured["work"] if row["method"] == "maml_plus"), key=lambda row: row["x"])
+        said = hover(0, f"[aria-label$='method: {METHODS['maml_plus'].label}'] >> nth=0")
+        assert float(said["million example-gradients"]) == pytest.approx(first["x"], rel=1e-3)
+        assert float(said["validation accuracy (%)"]) == pytest.approx(first["y"], rel=1e-3)
+        labels = tab.tab.locator("#measured .plot").nth(0).locator("[aria-label*='validation accuracy (%)']")
+        assert f"validation accuracy (%): {first['y']:.1f};" in " ".join(
+            mark.get_attribute("aria-label") for mark in labels.all()
+        )
         tab.tab.locator("#measured-show-maml").uncheck()
         tab.drawn("measured")
         assert [lines(plot) for plot in range(4)] == [counts[0] - 1, counts[1] - 1, counts[2] - 1, counts[3]]
+        for choice, title in (("accuracy", "meta-step"), ("work", "million example-gradients")):
+            tab.tab.locator("#measured-accuracy").select_option(choice)
+            tab.drawn("measured")
+            assert tab.tab.locator("#measured .plot").nth(0).get_by_text(title, exact=True).count() == 1
+            assert lines(0) == counts[0] - 1
         for choice, title in (("width", "channels"), ("depth", "convolutions"), ("steps", "inner steps K")):
             tab.tab.locator("#measured-memory").select_option(choice)
             tab.drawn("measured")

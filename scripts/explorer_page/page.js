@@ -40,7 +40,7 @@ async function embed(place, spec, size) {
 
 const FIT = {type: "fit", contains: "padding"};
 const POWERS = {grid: false, values: range(-9, 1, 11).map(power => 10 ** power),
-  labelExpr: '["10⁻⁹","10⁻⁸","10⁻⁷","10⁻⁶","10⁻⁵","10⁻⁴","0.001","0.01","0.1","1","10"][round(log(datum.value) / LN10) + 9]'};
+  labelExpr: '["10⁻⁹","10⁻⁸","10⁻⁷","10⁻⁶","10⁻⁵","10⁻⁴","10⁻³","0.01","0.1","1","10"][round(log(datum.value) / LN10) + 9]'};
 
 const square = width => Array(2).fill(Math.max(200, Math.min(420, width - 60)));
 const wide = width => [Math.max(240, Math.min(480, width)), 260];  // with the axes
@@ -112,8 +112,8 @@ function tabulate(section, rows) {
 }
 
 const fixed = (x, digits) => Number.isFinite(x) ? x.toFixed(digits).replace("-", "−") : "–";
-const two = x => fixed(x, 2);
-const precise = x => Number.isFinite(x) ? (x !== 0 && Math.abs(x) < 0.01 ? x.toExponential(1) : x.toPrecision(3)).replaceAll("-", "−") : "–";
+const one = x => fixed(x, 1), two = x => fixed(x, 2);
+const precise = x => Number.isFinite(x) ? (x !== 0 && Math.abs(x) < 0.001 ? x.toExponential(1) : x.toPrecision(3)).replaceAll("-", "−") : "–";
 const angle = ([a, b], [c, d]) => norm([a, b]) && norm([c, d])
   ? Math.atan2(Math.abs(a * d - b * c), a * c + b * d) * 180 / Math.PI : NaN;
 const error = (found, [a, b]) => norm([found[0] - a, found[1] - b]) / norm([a, b]);
@@ -302,12 +302,12 @@ async function compare() {
   const t1 = slider(here, "theta1", "θ₁ (w₁)", along1, 2, two);
   const t2 = slider(here, "theta2", "θ₂ (w₂)", along2, 1.5, two);
   const true_length = checkbox(here.form, here.redraw, "compare-lengths", ["lengths as they are (to three times the exact one)"], false);
+  const downhill = checkbox(here.form, here.redraw, "compare-paths", ["paths downhill, each to its end"], true);
   const of = element("select", {id: "compare-of"}, ...others.map(name =>
     element("option", {value: name}, looks[name].label)));
   of.value = "symmetric";
   of.addEventListener("change", here.redraw);
   here.form.append(element("label", {for: of.id}, "Map of the bias: ", of));
-  const downhill = checkbox(here.form, here.redraw, "compare-paths", ["paths downhill, each to its end"], true);
   const shown = switches(here, ["exact", ...others]);
   view = await draggable(here, plane(axes.map(axis => [axis[0], axis.at(-1)]), nodes, ["θ₁", "θ₂"]), t1, t2);
   await here.redraw();
@@ -384,7 +384,7 @@ function regression(low, high) {
           marks: [{type: "line", from: {data: "curve"}, aria: false, interactive: false, encode: {update: {...at,
             stroke: {field: "colour"}, strokeWidth: {field: "wide"}, strokeDash: {field: "dash"}}}}]},
         {type: "symbol", from: {data: "points"}, aria: false, interactive: false, encode: {update: {...at,
-          fill: {value: "var(--paper)"}, stroke: {value: "currentColor"}, strokeWidth: {value: 2}, size: {value: 80}}}}]}]};
+          fill: {field: "fill"}, stroke: {value: "currentColor"}, strokeWidth: {value: 2}, size: {value: 80}}}}]}]};
 }
 
 async function sinusoid() {
@@ -394,7 +394,7 @@ async function sinusoid() {
   const along = range(-5, 0.1, 101), places = range(0, 1, 20).map(i => -5 + 10 * ((0.31 + i * 0.618034) % 1));
   const sine = x => amplitude.value * Math.sin(x - phase.value), curve = f => along.map(x => [x, f(x)]);
   const looked = [...range(0, 1, 6), 7, 10, 13, 16, ...range(20, 5, 7)];  // steps at which the distance is drawn
-  let points, paths, distances, wanted, held, fits, falls;
+  let points, paths, distances, wanted, slid, fits, falls;
   /** The points of the curve chosen, which starts all adaptations anew. */
   function scatter() {
     points = places.slice(0, count.value).map(x => [x, sine(x)]);
@@ -411,16 +411,30 @@ async function sinusoid() {
     return path[k];
   }
   const away = (name, k, goal) => distances[name][k] ??= mean_squared(adapted(name, k), sizes, goal);
+  /** The point that the sliders move: where they have come to, or, where it has moved otherwise, they to it. */
+  function hold() {
+    which.set(Math.min(which.value, points.length));
+    const held = which.value - 1, moved = [across, up].map(control => control.value);
+    if (held === slid?.held && moved.join() !== slid.at.join()) {
+      points[held] = points[held].map((z, k) => moved[k] === slid.at[k] ? z : moved[k]);
+      begin();
+    } else points[held].forEach((z, k) => [across, up][k].set(z));
+    slid = {held, at: [across, up].map(control => control.value)};
+  }
   const here = panel("sinusoid", async () => {
     const setting = [amplitude, phase, count, lr].map(control => control.value).join();
-    if (setting !== wanted) scatter();
+    if (setting !== wanted) {
+      scatter();
+      slid = null;
+    }
     wanted = setting;
+    hold();
     const goal = curve(sine), xy = ([x, y], more) => ({x, y, ...more});
     fits.data("curves", [
       ...goal.map(point => xy(point, {name: "sine", colour: "currentColor", wide: 1.5, dash: [6, 4]})),
       ...shown.names.flatMap(name => curve(x => network(adapted(name, inner.value), sizes, x).value).map(point => (
         xy(point, {...looks[name], wide: 2}))))]);
-    fits.data("points", points.map(point => xy(point)));
+    fits.data("points", points.map((point, i) => xy(point, {fill: i === slid.held ? "currentColor" : "var(--paper)"})));
     falls.data("curves", shown.names.flatMap(name => looked.map(k => (
       {x: k, y: away(name, k, goal), method: name}))).filter(({y}) => Number.isFinite(y)));
     falls.data("now", [{x: inner.value}]);
@@ -435,8 +449,10 @@ async function sinusoid() {
   const amplitude = slider(here, "amplitude", "a, amplitude", range(0.1, 0.1, 50), 3);
   const phase = slider(here, "phase", "b, phase", range(0, 0.05, 64), 1, two);
   const count = slider(here, "count", "points", range(1, 1, 20), 10);
+  const which = slider(here, "which", "the filled point", count.values, 1, k => `${k} of ${count.value}`);
+  const across = slider(here, "x", "its x", range(-5, 0.1, 101), 0, one), up = slider(here, "y", "its y", range(-6, 0.1, 121), 0, one);
   const again = element("button", {type: "button", id: "sinusoid-again"}, "Points back to the curve");
-  again.addEventListener("click", () => { scatter(); here.redraw(); });
+  again.addEventListener("click", () => { scatter(); slid = null; here.redraw(); });
   here.form.append(again);
   const shown = switches(here, names);
   const tested = (name, k) => `${looks[name].label} ${two(test_loss[name][k])}`;
@@ -448,9 +464,10 @@ async function sinusoid() {
   here.plots[0].classList.add("draggable");
   fits.addSignalListener("picked", (_, {at, down}) => {
     const [x, y] = at.map((z, k) => Math.max([-5, -6][k], Math.min([5, 6][k], z)));
-    if (down) held = points.reduce((best, [u, v], i) => (u - x) ** 2 + (v - y) ** 2 < (points[best][0] - x) ** 2 +
-      (points[best][1] - y) ** 2 ? i : best, 0);
-    points[held] = [x, y];
+    if (down) which.set(1 + points.reduce((best, [u, v], i) => (u - x) ** 2 + (v - y) ** 2 < (points[best][0] - x) ** 2 +
+      (points[best][1] - y) ** 2 ? i : best, 0));
+    points[which.value - 1] = [x, y];
+    slid = null;
     begin();
     here.redraw();
   });
@@ -470,51 +487,67 @@ async function sinusoid() {
 async function measured() {
   const charts = data.measured, views = [];
   const here = panel("measured", async () => {
-    if (drawn !== across.value) {
-      drawn = across.value;
-      views[2]?.finalize();
-      here.plots[2].replaceChildren();
-      views[2] = await embed(here.plots[2], chart(drawn, ...AXES[drawn]), wide);
+    for (const [place, choice] of [[0, progress], [2, across]]) {
+      if (drawn[place] === choice.value) continue;
+      drawn[place] = choice.value;
+      views[place]?.finalize();
+      here.plots[place].replaceChildren();
+      views[place] = await embed(here.plots[place], chart(choice.value), wide);
     }
     await Promise.all(views.map(view => view.signal("shown", shown.names).runAsync()));
   });
-  const AXES = {accuracy: ["meta-step", "validation accuracy (%)", "linear", "linear"],
-    race: ["million example-gradients", "validation accuracy (%)", "log", "linear"],
-    width: ["channels", "memory, one task (MB)", "log", "log"], steps: ["inner steps K", "memory, one task (MB)", "log", "log"],
-    depth: ["convolutions", "memory, one task (MB)", "linear", "log"],
-    bias: ["inner precision δ", "bias, ‖g − ∇F‖ / ‖∇F‖", "log", "log"]};
+  const ACCURACY = ["validation accuracy (%)", "error"], WORK = "million example-gradients";
+  const AXES = {accuracy: ["meta-step", "linear", ...ACCURACY], work: [WORK, "log", ...ACCURACY], race: [WORK, "log", ...ACCURACY],
+    width: ["channels", "log", "memory, one task (MB)", "log"], steps: ["inner steps K", "log", "memory, one task (MB)", "log"],
+    depth: ["convolutions", "linear", "memory, one task (MB)", "log"],
+    bias: ["inner precision δ", "log", "bias, ‖g − ∇F‖ / ‖∇F‖", "log"]};
   const present = methods.map(m => m.name).filter(name => Object.values(charts).some(rows => rows.some(r => r.method === name)));
-  let drawn = null;
-  const across = element("select", {id: "measured-memory"}, ...["steps", "width", "depth"].map(key =>
-    element("option", {value: key}, `by ${AXES[key][0]}`)));
-  across.addEventListener("change", here.redraw);
-  here.form.append(element("label", {for: across.id}, "Memory: ", across));
+  const drawn = [];
+  const [progress, across] = [["accuracy", "Accuracy", ["work", "accuracy"]], ["memory", "Memory", ["steps", "width", "depth"]]].map(
+    ([name, label, keys]) => {
+      const made = element("select", {id: `measured-${name}`}, ...keys.map(key =>
+        element("option", {value: key}, `by ${key === "work" ? key : AXES[key][0]}`)));
+      made.addEventListener("change", here.redraw);
+      here.form.append(element("label", {for: made.id}, `${label}: `, made));
+      return made;
+    });
   const shown = switches(here, present);
+  const HEADS = {accuracy: "Accuracy, tuned for the highest", work: "Accuracy, tuned for the highest",
+    race: "Accuracy, tuned for the least work", bias: "Bias at the best ν", memory: "Memory of one task's meta-gradient"};
 
-  function chart(key, xTitle, yTitle, xScale, yScale) {
+  /** An accuracy stands where the logarithm of its error is: 90 % is as far from 80 as 95 is from 90. */
+  function chart(key) {
+    const [xTitle, xScale, yTitle, yScale] = AXES[key], errors = yScale === "error", title = HEADS[key] ?? HEADS.memory;
     const shownAs = present.map(name => looks[name]), coloured = scale => ({field: "label", title: "method", legend: null,
       scale: {domain: shownAs.map(look => look.label), range: shownAs.map(look => look[scale])}});
-    const plain = scale => scale === "linear" ? {tickCount: 6, format: "d"} : key === "bias" ? POWERS : {tickCount: 5, format: "~g"};
+    const plain = scale => scale === "linear" ? {tickCount: 6, format: "d"} : key === "bias" ? POWERS
+      : {values: [-2, -1, 0, 1, 2, 3].flatMap(power => [1, 2, 5].map(x => x * 10 ** power)), format: "~g", labelSeparation: 4};
     const x = {field: "x", type: "quantitative", title: xTitle, scale: {type: xScale, nice: false}, axis: {...plain(xScale), grid: false}};
-    const y = {field: "y", type: "quantitative", title: yTitle, scale: {type: yScale, ...(yScale === "linear" && {zero: false})}, axis: plain(yScale)};
-    const tooltip = [{field: "label", title: "method"}, {field: "x", title: xTitle}, {field: "y", title: yTitle, format: ".4~g"}];
-    if (key === "accuracy") tooltip.push({field: "low", format: ".3~g", title: "interval from"},
-      {field: "high", format: ".3~g", title: "to"}, {field: "seeds", title: "seeds"});
+    const y = errors ? {field: "error", type: "quantitative", title: yTitle,
+      scale: {type: "log", reverse: true, domain: [3, 85], nice: false, clamp: true},
+      axis: {values: [3, 5, 10, 20, 40, 80], labelExpr: "format(100 - datum.value, 'd')"}}
+      : {field: "y", type: "quantitative", title: yTitle, scale: {type: yScale}, axis: plain(yScale)};
+    const tooltip = [{field: "label", title: "method"}, {field: "x", title: xTitle, format: ".4~g"}, {field: "y", title: yTitle, format: ".4~g"}];
+    const band = key === "accuracy" || key === "work";
+    if (band) tooltip.push({field: "low", format: ".3~g", title: "interval from"},
+      {field: "high", format: ".3~g", title: "to"});
+    if (errors) tooltip.push({field: "seeds", title: "seeds"});
     if (key === "bias") tooltip.push({field: "nu", format: "~g", title: "best ν"});
-    const rows = charts[key].map(row => ({...row, label: looks[row.method].label}));
-    return {$schema: "https://vega.github.io/schema/vega-lite/v6.json", width: 300, height: 260, autosize: FIT, data: {values: rows},
+    const rows = charts[key].map(row => ({...row, label: looks[row.method].label,
+      ...(errors && {error: 100 - row.y, said: `${xTitle}: ${precise(row.x)}; ${yTitle}: ${one(row.y)}; method: ${looks[row.method].label}`}), ...(band && {most: 100 - row.low, least: 100 - row.high})}));
+    return {$schema: "https://vega.github.io/schema/vega-lite/v6.json", width: 300, height: 260, autosize: FIT, title, data: {values: rows},
       params: [{name: "shown", value: present}], transform: [{filter: "indexof(shown, datum.method) >= 0"}],
       encoding: {x}, layer: [
-        ...(key === "accuracy" ? [{mark: {type: "area", opacity: 0.15, clip: true},
-          encoding: {y: {...y, field: "low"}, y2: {field: "high"}, fill: coloured("fill")}}] : []),
-        {mark: {type: "line", strokeWidth: 1.5}, encoding: {y, stroke: coloured("colour"),
+        ...(band ? [{mark: {type: "area", aria: false, opacity: 0.15, clip: true},
+          encoding: {y: {...y, field: "most"}, y2: {field: "least"}, fill: coloured("fill")}}] : []),
+        {mark: {type: "line", aria: false, strokeWidth: 1.5, clip: true}, encoding: {y, stroke: coloured("colour"),
           strokeDash: coloured("dash")}},
-        {mark: {type: "point", size: key === "accuracy" ? 30 : 60, opacity: 1},
-          encoding: {y, fill: coloured("fill"), stroke: coloured("colour"), shape: coloured("symbol"), tooltip}}]};
+        {mark: {type: "point", size: errors ? 30 : 60, opacity: 1},
+          encoding: {y, fill: coloured("fill"), stroke: coloured("colour"), shape: coloured("symbol"), tooltip,
+            ...(errors && {description: {field: "said"}})}}]};
   }
-  views[0] = await embed(here.plots[0], chart("accuracy", ...AXES.accuracy), wide);
-  views[1] = await embed(here.plots[1], chart("race", ...AXES.race), wide);
-  views[3] = await embed(here.plots[3], chart("bias", ...AXES.bias), wide);
+  views[1] = await embed(here.plots[1], chart("race"), wide);
+  views[3] = await embed(here.plots[3], chart("bias"), wide);
   await here.redraw();
 }
 

@@ -19,7 +19,7 @@ from fobmaml.tasks import TaskBatch
 
 
 class AdaptedTasks:
-    """One network with its own parameters φᵢ for each of T tasks, ``phi`` [T, P].
+    """One network, that of ``learner``, with its own parameters φᵢ for each of T tasks, ``phi`` [T, P].
 
     ``tasks(x)``: the outputs of all, [T, N, ...] -> [T, N, ...], ``chunk`` tasks at once and without a graph.
     ``tasks[i]``: task i's network as a module of its own, see ``adapt``. ``len(tasks)`` is T.
@@ -60,10 +60,10 @@ def adapt(
 ) -> nn.Module:
     """``model``, adapted to one task: a module of the same class with the parameters φ ≈ argmin f̂(φ) + (λ/2)‖φ − θ‖².
 
-    ``x``, ``y``: its support set, [S, ...] each, tensors or NumPy arrays; there need be no query set. ``loss_fn``, and
-    ``adapt``, what moves: as in ``meta_gradient``. ``lam``: λ, 0 for no proximal term. The module shares nothing with
-    ``model``, which comes back as it was, and is the caller's own: to call, train, save or export. Cost: the solver's K
-    gradients of S examples.
+    ``x``, ``y``: its support set, [S, ...] each, tensors or NumPy arrays; there need be no query set. ``loss_fn``,
+    ``engine`` and ``adapt``, what moves: as in ``meta_gradient``. ``lam``: λ, 0 for no proximal term. The module shares
+    nothing with ``model``, which comes back as it was, and is the caller's own: to call, train, save or export. Cost:
+    the solver's K gradients of S examples.
     Raises ValueError for a bad argument.
 
     >>> x, y = torch.tensor([[1.0]]), torch.tensor([[1.0]])
@@ -87,7 +87,9 @@ def adapt_tasks(
 ) -> AdaptedTasks:
     """``adapt`` to many tasks at once: ``x``, ``y`` [T, S, ...].
 
-    ``task_chunk``: as in ``meta_gradient``. Memory: T rows of P parameters, and the work of one chunk.
+    ``task_chunk``, ``engine``: as in ``meta_gradient``; ``lam`` and the others as in ``adapt``.
+    Cost: the solver's K gradients of S examples a task. Memory: T rows of P parameters, and the work of one chunk.
+    Raises ValueError for a bad argument.
 
     >>> x, y = torch.ones(3, 1, 1), torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
     >>> networks = fobmaml.adapt_tasks(model, solver, loss_fn, x, y)

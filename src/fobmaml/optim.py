@@ -40,8 +40,9 @@ class _WholeVectorOptimizer(Optimizer):
 class SNGDM(_WholeVectorOptimizer):
     """Stochastic normalized gradient descent with momentum: m ← βm + (1 − β)g, θ ← θ − lr · m/‖m‖.
 
-    ‖m‖ is the norm over all parameters of all groups, so that with one learning rate every step has length lr. A zero
-    m makes no step. Reference: Chayti & Jaggi, arXiv:2409.03682; Cutkosky & Mehta 2020, arXiv:2002.03305.
+    ``params``: as of any torch optimizer. ‖m‖ is the norm over all parameters of all groups, so that with one learning
+    rate every step has length lr. A zero m makes no step. Reference: Chayti & Jaggi, arXiv:2409.03682; Cutkosky & Mehta
+    2020, arXiv:2002.03305.
     Raises ValueError unless lr > 0 (a schedule may set it to 0 later) and 0 ≤ beta < 1.
 
     >>> model.weight.grad = torch.tensor([[-3.0]])
@@ -71,7 +72,8 @@ class SNGDM(_WholeVectorOptimizer):
 class ClippedSGD(_WholeVectorOptimizer):
     """Clipped gradient descent with momentum: g ← g · min(1, max_norm/‖g‖), v ← μv + g, θ ← θ − lr·v.
 
-    ‖g‖ is the norm over all parameters of all groups. Reference: Zhang, He, Sra & Jadbabaie 2020, arXiv:1905.11881.
+    ``params``: as of any torch optimizer. ‖g‖ is the norm over all parameters of all groups. Reference: Zhang, He, Sra
+    & Jadbabaie 2020, arXiv:1905.11881.
     Raises ValueError unless lr > 0, max_norm > 0 and 0 ≤ momentum < 1.
 
     >>> model.weight.grad = torch.tensor([[-3.0]])

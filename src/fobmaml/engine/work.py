@@ -19,7 +19,8 @@ FIRST = 256
 
 @dataclass(frozen=True)
 class Work:
-    """Forward passes, gradients (a forward and a backward pass) and Hessian products, each of one example."""
+    """What was computed, each counted in single examples: ``forward`` passes alone, ``gradients`` (a forward and a
+    backward pass) and ``hessian_products``."""
 
     forward: int = 0
     gradients: int = 0

@@ -41,8 +41,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one task: the ``rows`` of parameters that are solved at once, the ``examples`` of each row's gradient, and
-    whether Hessian products are taken."""
+    """Of one task: the ``rows`` of parameters that are solved at once, the ``examples`` of each row's gradient, and,
+    ``second_order``, whether Hessian products are taken."""
 
     rows: int
     examples: int
@@ -196,8 +196,8 @@ class MeanEstimate:
 def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None = None, measure: bool = False) -> int:
     """How many of ``tasks`` to solve at once (``task_chunk=auto``): all on a GPU, what keeps a CPU busy elsewhere.
 
-    For a meta-gradient by ``estimator``, or None: to adapt to the support set only. ``measure``: the engine for it is
-    chosen first (``Learner.measure``).
+    For a meta-gradient of the network of ``learner`` by ``estimator``, or None: to adapt to the support set only.
+    ``measure``: the engine for it is chosen first (``Learner.measure``). Cost: nothing is computed but by ``measure``.
     """
     support, query = tasks.support_x.shape[1], tasks.query_x.shape[1]
     cost = estimator.cost(*_at_a_step(estimator.solver, support, query)) if estimator else Cost(1, support, False)
@@ -225,11 +225,14 @@ def estimate(
 ) -> MeanEstimate:
     """The mean meta-gradient over ``tasks`` at ``theta`` [P], solving ``task_chunk`` tasks at once (None: all).
 
+    ``estimator``: which one; ``learner``: the network and the loss. ``meta_gradient`` is this at a model's own
+    parameters.
     ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
     unperturbed problem where the estimator does not, and of one more gradient, which are no part of ``work``.
     ``task_clip``: a task's meta-gradient, with its derivatives by ``variables``, is scaled to a norm of at most that,
     before the mean: one factor a task, so that it keeps its direction and none outweighs the others in any part. Bias
     and smoothness are measured without, for they are the estimator's.
+    Cost: the estimator's. Memory: that of one chunk. Raises ValueError for tasks that do not fit the network.
     """
     total, work, variables = torch.zeros_like(theta), Work(), dict[str, Tensor]()
     query_loss, residual, linear, clipped = [], [], [], []

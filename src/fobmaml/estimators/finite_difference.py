@@ -130,7 +130,10 @@ def _check_precision(learner: Learner) -> None:
 
 
 class Forward(FiniteDifference):
-    """−λ (φ_ν − φ_0) / ν. Bias O(ν) + O(δ/ν): O(δ^{1/2}) at ν ∝ δ^{1/2}.
+    """−λ (φ_ν − φ_0) / ν, [T, P]. Bias O(ν) + O(δ/ν): O(δ^{1/2}) at ν ∝ δ^{1/2}.
+
+    Cost: K (2S + Q) example-gradients a task, of K inner steps, S support and Q query examples. Memory: flat in K.
+    ``nu`` and what raises ValueError: as of ``FiniteDifference``.
     Reference: Chayti & Jaggi, arXiv:2409.03682, forward estimator.
 
     >>> estimator = fobmaml.estimators.Forward(solver, lam=2.0, nu=0.1)
@@ -146,7 +149,11 @@ class Central(FiniteDifference):
     """−λ Σⱼ αⱼ φ_{jν} / ν with the central weights of even order p, j = ±1 … ±p/2.
 
     α_j = −α_{−j} = (−1)^{j+1} (m!)² / (j (m − j)! (m + j)!), m = p/2. Bias O(ν^p) + O(δ/ν): O(δ^{p/(p+1)}) at
-    ν ∝ δ^{1/(p+1)}. Reference: Chen, Li, Chayti & Zhang, F²SA-p. Raises ValueError unless ``order`` is even.
+    ν ∝ δ^{1/(p+1)}.
+
+    Cost: p K (S + Q) example-gradients a task, of K inner steps, S support and Q query examples. Memory: flat in K.
+    Reference: Chen, Li, Chayti & Zhang, F²SA-p.
+    Raises ValueError unless ``order``, p, is even, and as ``FiniteDifference`` does, whose ``nu`` it has.
 
     >>> estimator = fobmaml.estimators.Central(solver, lam=2.0, nu=0.4, order=4)
     >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).gradient
@@ -165,7 +172,10 @@ class Central(FiniteDifference):
 
 
 class Symmetric(Central):
-    """−λ (φ_ν − φ_−ν) / (2ν). Bias O(ν²) + O(δ/ν): O(δ^{2/3}) at ν ∝ δ^{1/3}.
+    """−λ (φ_ν − φ_−ν) / (2ν), [T, P]. Bias O(ν²) + O(δ/ν): O(δ^{2/3}) at ν ∝ δ^{1/3}.
+
+    Cost: 2K (S + Q) example-gradients a task, of K inner steps, S support and Q query examples. Memory: flat in K.
+    ``nu`` and what raises ValueError: as of ``FiniteDifference``.
     Reference: Chayti & Jaggi, arXiv:2409.03682, symmetric estimator.
 
     >>> estimator = fobmaml.estimators.Symmetric(solver, lam=2.0, nu=0.1)

@@ -61,6 +61,7 @@ class Reptile(Estimator):
     Not a gradient in scale (it grows with the inner learning rate and steps); its direction is what is compared.
     Cost: K gradients a task, of a batch each. Memory: one gradient of the tasks solved at once.
     Reference: Nichol, Achiam & Schulman 2018, arXiv:1803.02999, algorithm 2 and sections 5.1, 6.3.
+    Raises ValueError for other ``data``.
 
     >>> estimator = fobmaml.estimators.Reptile(solver, lam=2.0, data="support")
     >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).gradient

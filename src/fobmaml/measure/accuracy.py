@@ -171,7 +171,8 @@ def _count(tasks: int) -> int:
 
 @dataclass
 class Validation(Periodic):
-    """The score on ``tasks`` fixed validation tasks, every so many meta-steps; tasks=0: never. Raises ValueError."""
+    """The score on ``tasks`` fixed validation tasks, every so many meta-steps; tasks=0: never. Raises ValueError for
+    one task, of which there is no interval."""
 
     every: int = 100
     tasks: int = 100
@@ -210,7 +211,7 @@ class Validation(Periodic):
 class MetaTest(Measurement):
     """The score on ``tasks`` fixed meta-test tasks, which every estimator and seed shares, once, at the very end;
     tasks=0: never. ``by_example``: also how often each example was right, for intervals of differences between runs.
-    Raises ValueError."""
+    Raises ValueError for one task, of which there is no interval."""
 
     tasks: int = 600
     by_example: bool = False

@@ -33,14 +33,16 @@ class Bias:
 
 
 def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 1e-8) -> Bias:
-    """The bias of ``estimator`` at the model's present parameters.
+    """The bias of ``estimator`` at the present parameters of the network of ``learner``.
 
     The reference is computed in float64, and is the estimator's own if it names one. Else, with λ > 0, it is the
     proximal objective's exact meta-gradient (``Exact`` at the same λ). With λ = 0 the inner problem has no unique
     minimiser, F is the objective after the solver's K steps, and the reference is its gradient, by back-propagation.
     ``tasks`` in float64, so that both see the same examples. Where inner steps take batches and those of the reference
-    do not, the bias is that of the mean over ``DRAWS`` draws. Cost: one estimate, or so many, and one exact
-    meta-gradient.
+    do not, the bias is that of the mean over ``DRAWS`` (128) draws. ``tol``: the residual to which the reference is
+    solved; where that is not reached, there is a ``reason`` in place of a number.
+    Cost: one estimate, or so many, and one exact meta-gradient.
+    Raises ValueError for tasks that the estimator or the network does not take.
     """
     precise = learner.in_double()
     theta = learner.theta()
@@ -85,7 +87,7 @@ def _mean(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskBatc
 @dataclass
 class BiasMeasurement(OnValidationTasks):
     """``bias``, its references solved to ``tol``, every so many meta-steps; before the first only if ``at_start``, or
-    where there are none. Raises ValueError."""
+    where there are none. Raises ValueError unless tol > 0, and as ``OnValidationTasks`` does."""
 
     every: int = 300
     at_start: bool = False

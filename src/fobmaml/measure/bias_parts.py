@@ -33,7 +33,8 @@ def bias_parts(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: fl
     """Relative error and cosine of the meta-gradient that ``estimator`` returns, to each of its ``references`` in
     float64, and to itself: of the two halves of the ``tasks``, the noise between batches of half as many.
 
-    None for ``exact`` where it was not found. Cost: two estimates and one of each reference.
+    At the present parameters of the network of ``learner``; ``tol``: the residual to which the exact reference is
+    solved. None for ``exact`` where it was not found. Cost: two estimates and one of each reference.
     """
     precise, theta = learner.in_double(), learner.theta()
     tasks = tasks.to(dtype=torch.float64)
@@ -66,7 +67,8 @@ _WHAT = {
 
 @dataclass
 class BiasPartsMeasurement(OnValidationTasks):
-    """``bias_parts``, every so many meta-steps, before the first too. Raises ValueError."""
+    """``bias_parts``, to ``tol``, every so many meta-steps, before the first too. Raises ValueError unless tol > 0 and
+    tasks ≥ 2, and for inner steps on batches."""
 
     every: int = 0
     tasks: int = 64

@@ -39,7 +39,8 @@ class Curvature:
 
 
 def curvature(learner: Learner, tasks: TaskBatch, solver: GradientDescent) -> Curvature:
-    """At the model's present parameters, by dense matrices: for networks of a few thousand parameters, in float64.
+    """At the present parameters of the network of ``learner``, by dense matrices [P, P]: for networks of a few thousand
+    parameters, in float64.
 
     ``solver``: gradient descent without momentum, whose K steps MAML's objective takes. Cost, a task: P
     Hessian-vector products and three eigenvalue decompositions [P, P], and 2K products.
@@ -124,7 +125,8 @@ class _Loss:
 
 @dataclass
 class CurvatureMeasurement(OnValidationTasks):
-    """``curvature`` along the run's own inner steps, every so many meta-steps. Raises ValueError."""
+    """``curvature`` along the run's own inner steps, every so many meta-steps. Raises ValueError for a
+    solver that is not gradient descent on all examples without momentum, and where tasks adapt some parameters only."""
 
     keys: ClassVar = {
         "curvature/hessian": "spectral norm of the support loss's Hessian at θ, mean over tasks as all of these",

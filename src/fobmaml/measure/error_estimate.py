@@ -31,7 +31,8 @@ class ErrorEstimate:
 
 
 def error_estimate(estimator: Estimator, learner: Learner, tasks: TaskBatch) -> ErrorEstimate:
-    """The bias of a finite difference of solutions or of ``Tangent``, from estimates of more precision.
+    """The bias on ``tasks`` of an ``estimator`` that is a finite difference of solutions, or ``Tangent``, from
+    estimates of more precision, at the present parameters of the network of ``learner``.
 
     In float64, with g_K(ν) the estimate at the solver's own precision K, against the g that was returned:
 

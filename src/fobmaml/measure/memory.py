@@ -11,7 +11,8 @@ from fobmaml.measure.base import Event, Measurement, Training, shown
 
 
 def peak_bytes(computation: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """The most bytes of tensor storage alive at once during ``computation``, above what was alive before it.
+    """The most bytes of tensor storage on ``device`` alive at once during ``computation``, above what was alive before
+    it.
 
     On CUDA from the caching allocator's counters; on the CPU from every allocation and release that the allocator
     reports to the profiler, temporaries inside an operator included. Not counted: workspaces that a kernel library

@@ -20,7 +20,8 @@ class Smoothness:
 
 
 def smoothness(estimator: Estimator, learner: Learner, tasks: TaskBatch, radius: float = 1e-3) -> Smoothness:
-    """At the model's present parameters, with ∇F by ``estimator`` and ‖d‖ = ``radius``.
+    """At the present parameters of the network of ``learner``, with ∇F by ``estimator`` on ``tasks`` and ‖d‖ =
+    ``radius``.
 
     It is the F of the estimator: use ``MAML``, whose gradient is that of its K-step objective, or ``Exact``, in
     float64. Cost: two meta-gradients. Reference: Zhang, He, Sra & Jadbabaie 2020, arXiv:1905.11881, section 5, who
@@ -36,7 +37,8 @@ def smoothness(estimator: Estimator, learner: Learner, tasks: TaskBatch, radius:
 
 @dataclass
 class SmoothnessMeasurement(OnValidationTasks):
-    """``smoothness`` of the run's estimator at ``radius``, every so many meta-steps. Raises ValueError."""
+    """``smoothness`` of the run's estimator at ``radius``, every so many meta-steps. Raises ValueError
+    unless radius > 0."""
 
     tasks: int = 16
     radius: float = 0.001

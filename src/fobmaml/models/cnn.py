@@ -18,6 +18,7 @@ class CNN1d(nn.Module):
     ``length`` is that of ``input_shape``, or another of ``lengths``: the strides leave as many places of it. The first
     convolution has a kernel of size 5, the others 3; the first three have stride 2, later ones keep the length. Depth 3
     and width 25 give MNIST-1D's reference CNN (Greydanus & Kobak 2024, arXiv:2011.14439).
+    ``activation``: ``silu``, ``gelu``, ``softplus``, ``tanh`` or ``relu``.
 
     Raises ValueError for inputs that are not sequences, or too short.
     """

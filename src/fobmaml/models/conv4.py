@@ -14,7 +14,8 @@ class Conv4(nn.Sequential):
 
     Four blocks of 64 or 32 channels are the backbone of Vinyals et al. 2016, arXiv:1606.04080, and Finn et al. 2017,
     arXiv:1703.03400, with GroupNorm in place of batch statistics: ``input_shape`` (1, 28, 28) for Omniglot, (3, 84, 84)
-    for mini-ImageNet. Raises ValueError for images of other shapes, or that ``depth`` halvings leave nothing of.
+    for mini-ImageNet. ``activation``: ``silu``, ``gelu``, ``softplus``, ``tanh`` or ``relu``.
+    Raises ValueError for images of other shapes, or that ``depth`` halvings leave nothing of.
     """
 
     def __init__(

@@ -12,7 +12,8 @@ from fobmaml.engine.layers import examples_of
 
 
 class MLP(nn.Module):
-    """``depth`` hidden layers of ``width`` units: [N, ...] -> [N, outputs]. Depth 0 is a linear model."""
+    """``depth`` hidden layers of ``width`` units with an ``activation``: [N, ...] -> [N, outputs]. Depth 0 is a linear
+    model. ``activation``: ``silu``, ``gelu``, ``softplus``, ``tanh`` or ``relu``."""
 
     def __init__(
         self, input_shape: tuple[int, ...], outputs: int, width: int = 32, depth: int = 3, activation: str = "silu"

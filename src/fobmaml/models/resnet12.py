@@ -33,8 +33,9 @@ class ResNet12(nn.Sequential):
 
     The blocks have 1, 5/2, 5, 10, 20, ... times ``width`` channels, rounded down. Depth 4 and width 64, with 64, 160,
     320 and 640, give the ResNet-12 of Lee, Maji, Ravichandran & Soatto 2019, arXiv:1904.03758, with GroupNorm in place
-    of batch statistics, and without DropBlock, which is random. Raises ValueError for images of other shapes, or that
-    ``depth`` halvings leave nothing of.
+    of batch statistics, and without DropBlock, which is random. ``input_shape``: (channels, height, width).
+    ``activation``: ``silu``, ``gelu``, ``softplus``, ``tanh`` or ``relu``.
+    Raises ValueError for images of other shapes, or that ``depth`` halvings leave nothing of.
     """
 
     def __init__(

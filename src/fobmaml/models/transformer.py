@@ -38,6 +38,7 @@ class Transformer(nn.Module):
     (length, d) for vectors [N, L, d]; shorter sequences are taken, too. Each vector is mapped to ``width`` numbers, and
     a learned one of its place is added. ``heads``: of attention, a divisor of ``width``. ``readout``: ``mean`` or
     ``token``. Memory grows with L²: the attention weights of ``heads`` heads. No dropout, which is random.
+    ``activation``: ``silu``, ``gelu``, ``softplus``, ``tanh`` or ``relu``.
 
     Reference: Vaswani et al. 2017, arXiv:1706.03762; pre-norm: Xiong et al. 2020, arXiv:2002.04745; class token:
     Dosovitskiy et al. 2021, arXiv:2010.11929. Raises ValueError for other inputs.

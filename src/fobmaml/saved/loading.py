@@ -30,7 +30,8 @@ class Run:
 
     ``model``: the network at its last checkpoint, after ``step`` meta-steps. ``estimator``, ``data``: as it was trained
     with. ``adapting``: the estimator whose ``adapt`` is that of its meta-test tasks (``eval.solver``, ``eval.lam``).
-    ``settings``: all of them by groups, as in configs/. ``folder``: where it comes from.
+    ``settings``: all of them by groups, as in configs/. ``folder``: where it comes from. ``learner``: the network with
+    the loss and the engine that adapt it.
     """
 
     def __init__(
@@ -123,7 +124,8 @@ def load_run(
     ``data``: a task source in place of the run's own, where its files are not at hand; the network takes its
     ``input_shape`` and ``outputs``, and its ``loss_fn`` adapts. ``device``: where the network is to be. Needs torch and
     numpy, and what the data set needs.
-    Raises CheckpointError for a folder without a whole checkpoint, ValueError for settings that cannot be taken.
+    Raises ``fobmaml.saved.CheckpointError`` for a folder without a whole checkpoint, ValueError for settings that
+    cannot be taken.
 
     >>> run = fobmaml.load_run("outputs/first")  # of MNIST-1D
     >>> network = run.adapt(torch.randn(25, 40), torch.arange(25) % 5)

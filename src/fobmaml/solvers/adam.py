@@ -12,6 +12,7 @@ from fobmaml.solvers.descent import Descent, Memory
 class Adam(Descent):
     """Adam: m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², φ ← φ − lr · m̂ / (√v̂ + ε), from m = v = 0 for every task.
 
+    ``beta1`` β₁, ``beta2`` β₂, ``eps`` ε; ``steps``, ``lr``, batches, cost and memory as of ``Descent``, and m and v.
     m̂, v̂ are m / (1 − β₁ᵏ), v / (1 − β₂ᵏ) at step k. β₁ = 0 is how Reptile's authors use it (Nichol, Achiam & Schulman
     2018, arXiv:1803.02999, section 6; their v goes on from task to task, which makes a solution depend on the tasks
     before). Where a gradient is tiny a step is not, so that differences of solutions are rough: for Reptile and MAML

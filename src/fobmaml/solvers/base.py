@@ -49,9 +49,11 @@ class Solver(ABC):
 
 @dataclass(frozen=True)
 class Iterate:
-    """Where an iteration stands: ``phi`` and ∇h there, both [R, P]; ``memory``: what the next step needs besides.
+    """Where an iteration stands: ``phi`` and, ``gradient``, ∇h there, both [R, P]; ``memory``: what the next step needs
+    besides.
 
-    Of the step that led there, [R]: the Hessian products that it took, and whether it met negative curvature.
+    Of the step that led there, [R]: ``hessian_products``, those that it took, and ``negative_curvature``, whether it
+    met any; None where a step takes none.
     """
 
     phi: Tensor
@@ -65,6 +67,7 @@ class Iterative(Solver):
     """Steps until every row's residual ‖∇h‖ is at most ``tol``, or ``steps`` times; a row that is there stays.
 
     A subclass says how it steps, and if need be how it begins. A step takes one gradient, at the point it returns.
+    Cost: a gradient at θ, and one a step and row that is not there yet. Memory: flat in ``steps``.
     """
 
     steps: int

@@ -20,7 +20,7 @@ class LinearStatistics:
 
 @dataclass(frozen=True)
 class LinearSolve(LinearStatistics):
-    """``x`` [R, P]."""
+    """What a solve has found: ``x`` [R, P], with its statistics."""
 
     x: Tensor
 
@@ -28,7 +28,9 @@ class LinearSolve(LinearStatistics):
 def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: int, tol: float | Tensor) -> LinearSolve:
     """Solves Aᵣxᵣ = bᵣ for all rows at once, each until ‖r‖ ≤ tol‖b‖; ``product`` applies all A: [R, P] -> [R, P].
 
-    ``tol`` may differ by row, [R]. Cost: at most ``steps`` products.
+    ``b`` [R, P]; ``tol`` may differ by row, [R]. A row stops as soon as a direction of no positive curvature shows.
+    Cost: at most ``steps`` products. Memory: four vectors a row.
+    Reference: Hestenes & Stiefel 1952, Methods of conjugate gradients for solving linear systems.
     """
     x = torch.zeros_like(b)
     r, rr = b.clone(), b.square().sum(1)
@@ -63,7 +65,8 @@ def minres(product: Callable[[Tensor], Tensor], b: Tensor, steps: int, tol: floa
     partly outside its range. ‖r‖ never grows, whatever the signs of A's eigenvalues; what belongs to eigenvalues near
     zero comes last. A row whose residual had rᵀAr ≤ 0 is marked as one of negative curvature.
 
-    ``tol`` may differ by row, [R]. Cost: at most ``steps`` products. Memory: six vectors a row. Reference: Paige &
+    ``product`` and ``b`` as of ``conjugate_gradients``; ``tol`` may differ by row, [R].
+    Cost: at most ``steps`` products. Memory: six vectors a row. Reference: Paige &
     Saunders 1975, Solution of sparse indefinite systems of linear equations; curvature: Liu & Roosta 2022,
     arXiv:2205.14492.
     """

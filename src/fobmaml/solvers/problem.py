@@ -21,8 +21,8 @@ class InnerProblem:
 
     φ moves in the parameters that the learner adapts (``Learner.adapt``), and is θ in the others.
 
-    ``theta`` [P] or [T, P], one a task. ``nu``: [J] offsets, each applied to every task (row r = i·J + j), or None for
-    the unperturbed problem, which never touches the query set.
+    ``theta`` [P] or [T, P], one a task. ``lam``: λ. ``nu``: [J] offsets, each applied to every task (row r = i·J + j),
+    or None for the unperturbed problem, which never touches the query set.
     """
 
     def __init__(self, learner: Learner, theta: Tensor, tasks: TaskBatch, lam: float, nu: Tensor | None = None):
@@ -156,7 +156,7 @@ RESULTS = ("converged", "out of steps", "negative curvature", "diverged")
 
 @dataclass(frozen=True)
 class Solution:
-    """Where a solver stopped: ``displacement`` φ − θ [R, P], and what it took there.
+    """Where a solver stopped in ``problem``: ``displacement`` φ − θ [R, P], and what it took there.
 
     ``gradients``, ``hessian_products`` [R]: taken by each row, None for a solver that does not say. ``tol``: the
     residual that the solver was to reach, 0 if it takes a number of steps. ``negative_curvature`` [R]: whether a row's

@@ -70,8 +70,8 @@ def existing_folder(root: str | Path | None, takes: str) -> Path:
 
 
 class ImageFolder(FewShot):
-    """``FewShot`` from images in folders: ROOT/CLASS/FILE, or ROOT/train/CLASS/FILE with ``val`` (or ``validation``)
-    and ``test`` beside ``train``, which then say the split. Images are scaled to ``size`` × ``size``.
+    """``FewShot`` from images in folders below ``root``: ROOT/CLASS/FILE, or ROOT/train/CLASS/FILE with ``val`` (or
+    ``validation``) and ``test`` beside ``train``, which then say the split. Images are scaled to ``size`` × ``size``.
 
     Raises ValueError as ``FewShot`` does, and for a folder without images.
     """

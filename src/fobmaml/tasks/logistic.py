@@ -10,7 +10,10 @@ from fobmaml.tasks.batch import Split, TaskBatch
 class Logistic:
     """Two classes, P(y = 1 | x) = σ(wᵢᵀx) with x ~ N(0, I), wᵢ = w̄ + spread · N(0, I) and w̄ = 1; cross-entropy.
 
-    The three splits are independent draws from this distribution: the caller's generators tell them apart.
+    A task has ``shots`` support and ``queries`` query examples, x [T, examples, ``dimension``] in float64 and y
+    [T, examples]. With the proximal term its inner problem is strongly convex. The three splits are independent draws
+    from this distribution: the caller's generators tell them apart.
+    Raises ValueError unless dimension, shots and queries are ≥ 1 and spread ≥ 0.
     """
 
     outputs = 2

@@ -15,7 +15,8 @@ class MiniImageNet(FewShot):
     """100 classes of ImageNet, 600 images each, as [3, size, size]; 64 to train, 16 to validate, 20 to test.
 
     ``root``: a folder with images/ and train.csv, val.csv, test.csv, tables of filename and label (Ravi & Larochelle
-    2017), as it is usually passed on. ImageNet's terms do not let this program fetch it. Memory: 1.3 GB at size 84.
+    2017), as it is usually passed on. ImageNet's terms do not let this program fetch it, so that
+    ``download`` has to be false. Memory: 1.3 GB at size 84.
     Raises ValueError as ``FewShot`` does, and for another folder.
     """
 

@@ -68,6 +68,7 @@ class MNIST1D(FewShot):
     ``ways=2``), with all of their examples; ``rotation``, 0, 1 or 2, says which.
 
     ``loss``: ``cross_entropy``, or ``mse``: the mean squared distance of the outputs to one-hot targets.
+    ``cache``: the folder that keeps the arrays once they are made, in seconds (``tasks.cache``).
     Raises ValueError if a split has too few classes or examples.
     """
 

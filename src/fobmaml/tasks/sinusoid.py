@@ -12,7 +12,9 @@ from fobmaml.tasks.batch import Split, TaskBatch
 class Sinusoid:
     """y = a sin(x − b): amplitude a ~ U[0.1, 5], phase b ~ U[0, π], x ~ U[−5, 5]; mean squared error.
 
-    The three splits are independent draws from this distribution: the caller's generators tell them apart.
+    A task has ``shots`` support and ``queries`` query examples, x and y [T, examples, 1] in float64. The three splits
+    are independent draws from this distribution: the caller's generators tell them apart.
+    Reference: Finn, Abbeel & Levine 2017, arXiv:1703.03400, section 5.1. Raises ValueError unless both are ≥ 1.
     """
 
     input_shape = (1,)
