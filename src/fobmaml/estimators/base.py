@@ -197,7 +197,7 @@ def chunk_size(learner: Learner, tasks: TaskBatch, estimator: Estimator | None =
     """How many of ``tasks`` to solve at once (``task_chunk=auto``): all on a GPU, what keeps a CPU busy elsewhere.
 
     For a meta-gradient of the network of ``learner`` by ``estimator``, or None: to adapt to the support set only.
-    ``measure``: the engine for it is chosen first (``Learner.measure``). Cost: nothing is computed but by ``measure``.
+    ``measure``: the engine for it is chosen first, at the cost of ``Learner.measure``.
     """
     support, query = tasks.support_x.shape[1], tasks.query_x.shape[1]
     cost = estimator.cost(*_at_a_step(estimator.solver, support, query)) if estimator else Cost(1, support, False)
@@ -223,11 +223,8 @@ def estimate(
     diagnose: bool = True,
     task_clip: float | None = None,
 ) -> MeanEstimate:
-    """The mean meta-gradient over ``tasks`` at ``theta`` [P], solving ``task_chunk`` tasks at once (None: all).
-
-    ``estimator``: which one; ``learner``: the network and the loss. ``meta_gradient`` is this at a model's own
-    parameters.
-    ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
+    """The mean meta-gradient by ``estimator`` over ``tasks`` at ``theta`` [P] of the network of ``learner``, solving
+    ``task_chunk`` tasks at once (None: all). ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
     unperturbed problem where the estimator does not, and of one more gradient, which are no part of ``work``.
     ``task_clip``: a task's meta-gradient, with its derivatives by ``variables``, is scaled to a norm of at most that,
     before the mean: one factor a task, so that it keeps its direction and none outweighs the others in any part. Bias
