@@ -224,12 +224,12 @@ def estimate(
     task_clip: float | None = None,
 ) -> MeanEstimate:
     """The mean meta-gradient by ``estimator`` over ``tasks`` at ``theta`` [P] of the network of ``learner``, solving
-    ``task_chunk`` tasks at once (None: all). ``diagnose``: also the query loss and the residual at the adapted parameters, at the cost of solving the
-    unperturbed problem where the estimator does not, and of one more gradient, which are no part of ``work``.
+    ``task_chunk`` tasks at once (None: all). ``diagnose``: also the query loss and the residual at the adapted
+    parameters, at the cost of solving the unperturbed problem where the estimator does not, and of one more gradient,
+    which are no part of ``work``.
     ``task_clip``: a task's meta-gradient, with its derivatives by ``variables``, is scaled to a norm of at most that,
-    before the mean: one factor a task, so that it keeps its direction and none outweighs the others in any part. Bias
-    and smoothness are measured without, for they are the estimator's.
-    Cost: the estimator's. Memory: that of one chunk. Raises ValueError for tasks that do not fit the network.
+    before the mean: one factor a task, so that it keeps its direction and none outweighs the others in any part; the
+    bias is measured without. Memory: that of one chunk. Raises ValueError for tasks that do not fit the network.
     """
     total, work, variables = torch.zeros_like(theta), Work(), dict[str, Tensor]()
     query_loss, residual, linear, clipped = [], [], [], []
