@@ -19,5 +19,9 @@ addEventListener("DOMContentLoaded", () => {
     document.querySelector("article").prepend(title);
   }
 });
-addEventListener("load", reachable);
+function sized() {  // figures are drawn for a page 7 inches wide, at 200 dots an inch: letters in all of the same size
+  for (const figure of document.querySelectorAll("article img:not([src*=explorer])"))
+    figure.style.maxWidth = `min(100%, ${0.6 * figure.naturalWidth}px)`;
+}
+addEventListener("load", () => { sized(); reachable(); });
 addEventListener("resize", reachable);
