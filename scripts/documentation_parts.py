@@ -87,7 +87,7 @@ def chunks() -> str:
             + [f"{1000 * float(seconds):.0f} ms" for seconds in times]
             + [f"{float(auto['ratio_to_best_fixed']):.2f}"]
         )
-    header = ("method", "channels", "tasks", "`auto` takes", "best fixed", "`auto`", "best fixed", "ratio")
+    header = ("method", "channels", "tasks", "`auto` takes", "best fixed", "time of `auto`", "of the best fixed", "ratio")
     return _table(header, lines)
 
 

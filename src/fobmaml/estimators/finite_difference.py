@@ -152,7 +152,7 @@ class Central(FiniteDifference):
     ν ∝ δ^{1/(p+1)}.
 
     Cost: p K (S + Q) example-gradients a task, of K inner steps, S support and Q query examples. Memory: flat in K.
-    Reference: Chen, Li, Chayti & Zhang, F²SA-p.
+    Reference: Chen, Li, Chayti & Zhang, F²SA-p (arXiv:2509.02937).
     Raises ValueError unless ``order``, p, is even, and as ``FiniteDifference`` does, whose ``nu`` it has.
 
     >>> estimator = fobmaml.estimators.Central(solver, lam=2.0, nu=0.4, order=4)
