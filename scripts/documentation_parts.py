@@ -87,7 +87,8 @@ def chunks() -> str:
             + [f"{1000 * float(seconds):.0f} ms" for seconds in times]
             + [f"{float(auto['ratio_to_best_fixed']):.2f}"]
         )
-    header = ("method", "channels", "tasks", "`auto` takes", "best fixed", "time of `auto`", "of the best fixed", "ratio")
+    sides = ("time of `auto`", "of the best fixed", "ratio")
+    header = ("method", "channels", "tasks", "`auto` takes", "best fixed", *sides)
     return _table(header, lines)
 
 
