@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,9 +107,9 @@ class TaskBatch:
                 raise refuse(f"{of}_y", f"{labels} examples a task", f"as many as {of}_x: {lengths}")
             if min(lengths) < 1:
                 raise refuse(f"{of}_x", "a task without examples", "at least one example a task")
-            sizes = torch.tensor(lengths).unsqueeze(1)
-            places = torch.arange(max(lengths))
-            rows_of = (sizes.cumsum(0) - sizes + places.clamp(max=sizes - 1)).flatten().to(xs[0].device)
+            sizes, places = np.array(lengths)[:, None], np.arange(max(lengths))
+            chosen = sizes.cumsum()[:, None] - sizes + np.minimum(places, sizes - 1)
+            rows_of = torch.from_numpy(chosen.ravel()).to(xs[0].device)
             for kind, parts in (("x", xs), ("y", ys)):
                 if len({(part.dtype, part.device, part.shape[1:]) for part in parts}) > 1:
                     got = ", ".join(sorted({f"{part.dtype} [{len(part)}, *{list(part.shape[1:])}]" for part in parts}))
@@ -116,7 +117,7 @@ class TaskBatch:
                 joined = torch.cat(parts).index_select(0, rows_of)
                 found[f"{of}_{kind}"] = joined.view(len(lengths), -1, *joined.shape[1:])
             whole = min(lengths) == max(lengths)
-            found[f"{of}_mask"] = None if whole else (places < sizes).to(xs[0].device)
+            found[f"{of}_mask"] = None if whole else torch.from_numpy(places < sizes).to(xs[0].device)
         return cls(**found, layout=layout)  # type: ignore[arg-type]
 
     def __getitem__(self, rows: slice | Tensor) -> "TaskBatch":
