@@ -281,16 +281,18 @@ class Tuning:
             write_json(path, {"who": named, **ended, "settings": given, "provenance": made_with})
         return float(json.loads(path.read_text())["accuracy"])
 
-    def files(self) -> list[dict[str, Any]]:
-        """What was written of the runs made here."""
-        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*/*.json"))]
+    def made(self) -> dict[Who, Path]:
+        """Where the runs made here were written."""
+        paths = ((path, path.stem.rpartition("-")) for path in sorted(self.folder.glob("*/*.json")))
+        return {(self.experiment, path.parent.name, number, seed): path for path, (number, _, seed) in paths}
+
+    def files(self) -> dict[Who, dict[str, Any]]:
+        """What was written of them."""
+        return {who: json.loads(path.read_text()) for who, path in self.made().items()}
 
     def rows(self) -> list[Row]:
         """The table's rows, all but which is chosen: those of runs made here, and the others that it had."""
-        made = {
-            (self.experiment, run["who"]["estimator"], run["who"]["trial"], str(run["who"]["seed"])): run
-            for run in self.files()
-        }
+        made = self.files()
         before = {who: row for who, row in self.recorded.items() if who[0] == self.experiment}
         return [
             *(row for who, row in before.items() if who not in made),
@@ -406,7 +408,8 @@ def tune(missing: Sequence[tuple[Tuning, str]], jobs: int) -> None:
     """Runs what is missing of the trials of methods, some at once, with a bar of runs."""
 
     def done() -> int:
-        return sum(row["estimator"] == name for tuning, name in missing for row in tuning.rows())
+        whole = {who for tuning, _ in missing for who in (*tuning.recorded, *tuning.made())}
+        return sum((tuning.experiment, name) == who[:2] for tuning, name in missing for who in whole)
 
     with (
         get_context("spawn").Pool(jobs, _alone) as pool,
@@ -447,7 +450,7 @@ def collect(tunings: Mapping[str, Tuning], tuned: Path, results: Path) -> None:
             {**row, "chosen": str(row["trial"] == chosen.get(row["estimator"])).lower()}
             for row in sorted(tuning.rows(), key=lambda row: (row["estimator"], row["trial"], row["seed"]))
         ]
-        made_with += [run["provenance"] for run in tuning.files()]
+        made_with += [run["provenance"] for run in tuning.files().values()]
     if not rows:
         sys.exit(f"error: {os.path.relpath(results)}: there is no trial yet")
     write_csv(results / "tuning.csv", rows)
