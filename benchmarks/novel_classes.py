@@ -56,23 +56,29 @@ def built(*settings: str) -> MetaTraining:
         return build(compose("train", [each for some in settings for each in some.split()]))
 
 
-def tested(training: MetaTraining, steps: tuple[int, ...], tasks: int) -> dict[str, Any]:
-    """On test tasks, with as many steps and the λ that are best on validation tasks."""
+def scored(training: MetaTraining, split: Split, count: int) -> Score:
+    return score(training, training.fixed(split, count))
 
-    def scored(split: Split, count: int) -> Score:
-        return score(training, training.fixed(split, count))
 
+def adaptation(training: MetaTraining, steps: tuple[int, ...], tasks: int) -> tuple[int, float, float]:
+    """The steps and the λ that are best on so many validation tasks, and the accuracy there."""
     found: dict[tuple[int, float], float] = {}
     for count, lam in product(steps, dict.fromkeys((training.estimator.lam, 0.0))):
         adapt(training, count, lam)
-        found[count, lam] = scored("validation", tasks // 2).accuracy or 0.0
+        found[count, lam] = scored(training, "validation", tasks).accuracy or 0.0
     best = max(found, key=lambda each: found[each])
-    adapt(training, *best)
-    result = scored("test", tasks)
+    return *best, found[best]
+
+
+def tested(training: MetaTraining, steps: tuple[int, ...], tasks: int, validation_tasks: int) -> dict[str, Any]:
+    """On test tasks, with as many steps and the λ that are best on validation tasks."""
+    count, lam, validation = adaptation(training, steps, validation_tasks)
+    adapt(training, count, lam)
+    result = scored(training, "test", tasks)
     return {
-        "test_steps": best[0],
-        "test_lam": best[1],
-        "validation_accuracy": round(found[best], 4),
+        "test_steps": count,
+        "test_lam": lam,
+        "validation_accuracy": round(validation, 4),
         "accuracy": round(result.accuracy or 0.0, 4),
         "accuracy_ci95": round(result.accuracy_ci95 or 0.0, 4),
     }
@@ -91,14 +97,14 @@ def rows_of(method: str, settings: str | None, common: str, seed: int, tasks: in
     scratch = settings is None
     training = built(common, settings or SCRATCH, f"seed={seed}")
     steps = SCRATCH_STEPS if scratch else STEPS
-    rows = [{"method": method if scratch else f"{method}, untrained", **tested(training, steps, tasks)}]
+    rows = [{"method": method if scratch else f"{method}, untrained", **tested(training, steps, tasks, tasks // 2)}]
     spent = [0.0]
     if not scratch:
         started = time.process_time()
         for _ in tqdm(training.train(), method, training.settings.steps, unit="step", disable=None, leave=False):
             pass
         spent.append(time.process_time() - started)
-        rows.append({"method": method, **tested(training, steps, tasks)})
+        rows.append({"method": method, **tested(training, steps, tasks, tasks // 2)})
     for row, cpu in zip(rows, spent, strict=True):
         row |= {
             "seed": seed,
