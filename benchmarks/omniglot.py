@@ -9,7 +9,8 @@ step lengths those are taken that are best on validation tasks after TUNING meta
 seeds 0 to SEEDS − 1. The steps at test time, and whether they are with the proximal term of training or without one
 (λ = 0), are the best of a few on validation tasks. Test tasks are looked at once.
 
-A run that is there, below outputs/omniglot, is not run again. Into results/: omniglot.csv, what was tuned too, and .json.
+A run that is there, below outputs/omniglot, is not run again. Into results/: omniglot.csv, with what was tuned, and
+omniglot.json.
 """
 
 import argparse
@@ -89,14 +90,18 @@ def run(job: Job, root: str, device: str) -> None:
         found |= {"validation_accuracy": 1 / job[0], "accuracy": 1 / job[0]}
         diverged = True
     names = ("ways", "shots", "method", "inner_lr", "outer_lr", "seed")
-    row = dict(zip(names, job, strict=True)) | found | {
-        "diverged": diverged,
-        "steps": training.step,
-        "seconds": round(training.train_seconds, 1),
-        "example_gradients": round(training.work.example_gradients),
-        "hessian_products": training.work.hessian_products,
-        "parameters": training.learner.parameter_count,
-    }
+    row = (
+        dict(zip(names, job, strict=True))
+        | found
+        | {
+            "diverged": diverged,
+            "steps": training.step,
+            "seconds": round(training.train_seconds, 1),
+            "example_gradients": round(training.work.example_gradients),
+            "hessian_products": training.work.hessian_products,
+            "parameters": training.learner.parameter_count,
+        }
+    )
     write_json(path_of(job), {"row": row, "settings": settings(job), "provenance": made})
 
 
@@ -113,7 +118,8 @@ def tuning(methods: list[str]) -> list[Job]:
 
 
 def chosen(ways: int, shots: int, method: str) -> tuple[float, float]:
-    """The inner and outer step length that are best on validation tasks. Raises FileNotFoundError before all are tried."""
+    """The inner and outer step length that are best on validation tasks. Raises FileNotFoundError before all were
+    tried."""
     tried = [(ways, shots, method, inner, outer, TUNING_SEED) for inner, outer in product(INNER, OUTER)]
     best = max(tried, key=lambda job: float(row(job)["validation_accuracy"]))
     return best[3], best[4]

@@ -15,6 +15,8 @@ from tables import Comparison, accuracy_interval, comparisons, points, stopped, 
 from fobmaml.run.plotting import method, new_figure
 
 CURVES = ("accuracy_curves", "accuracy_budget_curves")
+MEAN: Row = {"color": "#D62728", "capsize": 2.5, "elinewidth": 1.0, "marker": "|", "markersize": 9, "zorder": 3}
+"""Of the bars of means and their intervals."""
 
 
 def draw(folder: Path) -> None:
@@ -33,27 +35,31 @@ def draw(folder: Path) -> None:
 def each_run(ax: Axes, compared: Comparison, names: list[str]) -> None:
     """A point a run; a bar for the mean and its interval."""
     for name, found in compared.methods().items():
-        place, look = names.index(name), method(name)
-        accuracies, whole = points(found), {row["seed"]: not stopped(row) for row in found}
-        for number, (seed, accuracy) in enumerate(sorted(accuracies.items())):
-            ax.plot(
-                accuracy,
-                place + 0.3 * (2 * number / max(len(accuracies) - 1, 1) - 1),
-                marker=look.marker if whole[seed] else "x",
-                color=look.colour,
-                markersize=3.0 if whole[seed] else 5.0,
-                alpha=0.6 if whole[seed] else 1.0,
-                markeredgewidth=0.6 if whole[seed] else 1.2,
-                linestyle="none",
-            )
+        place = names.index(name)
+        every_run(ax, found, place)
         mean, half = accuracy_interval(found, compared.examples)
-        ax.errorbar(
-            mean, place, xerr=half, color="#D62728", capsize=2.5, elinewidth=1.0, marker="|", markersize=9, zorder=3
-        )
+        ax.errorbar(mean, place, xerr=half, **MEAN)
     ax.axvline(CHANCE, color="#777777", linewidth=0.8, linestyle=":")
     by_error(ax, "x")
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.set_xlabel("test accuracy (%)")
+
+
+def every_run(ax: Axes, rows: list[Row], place: float) -> None:
+    """A point a run of one method, at heights about ``place`` by its seed; a cross at chance for one that stopped."""
+    look = method(rows[0]["estimator"])
+    accuracies, whole = points(rows), {row["seed"]: not stopped(row) for row in rows}
+    for number, (seed, accuracy) in enumerate(sorted(accuracies.items())):
+        ax.plot(
+            accuracy,
+            place + 0.3 * (2 * number / max(len(accuracies) - 1, 1) - 1),
+            marker=look.marker if whole[seed] else "x",
+            color=look.colour,
+            markersize=3.0 if whole[seed] else 5.0,
+            alpha=0.6 if whole[seed] else 1.0,
+            markeredgewidth=0.6 if whole[seed] else 1.2,
+            linestyle="none",
+        )
 
 
 def by_error(ax: Axes, which: Literal["x", "y"]) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -300,7 +300,67 @@ def conv4(folder: Path) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy, "race": race, "speed": speed, "gpu": gpu, "novel": novel, "conv4": conv4}
+def parts(folder: Path) -> str:
+    """Accuracy by estimator, λ, clip of each task's meta-gradient, and outer optimizer."""
+    found = at_the_better_rate(parts_of(folder))
+    common = settings(folder, f"parts_{next(iter(OPTIMIZERS))}")
+    panels = [(optimizer, clip) for optimizer in OPTIMIZERS for clip in CLIPS]
+    lines = [
+        f"Mean test accuracy and 95 % interval over seeds, in per cent, after {common['steps']} meta-steps of "
+        f"{common['meta_batch']} tasks, {common['solver.steps']} inner steps on all examples; a run that stopped is at "
+        f"{CHANCE:g}, how many did is in brackets.",
+        "",
+        f"| | {' | '.join(OPTIMIZERS[optimizer] + CLIPS[clip] for optimizer, clip in panels)} |",
+        "|---" * (len(panels) + 1) + "|",
+    ]
+    for name, lam in kinds(found):
+        cells = []
+        for optimizer, clip in panels:
+            rows = found[optimizer, clip, name, lam]
+            mean, half = interval([*points(rows).values()])
+            ended = sum(map(stopped, rows))
+            cells.append(f"{mean:.1f} ± {half:.1f}" + f" ({ended} of {len(rows)})" * bool(ended))
+        lines.append(f"| {method(name).label}, λ = {lam:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+OPTIMIZERS = {"sngdm": "SNGDM", "adam": "Adam"}
+CLIPS = {None: "", 1.0: ", tasks clipped"}
+Setting = tuple[str, float | None, str, float]
+"""Outer optimizer, clip, estimator and λ."""
+
+
+def parts_of(folder: Path) -> list[Row]:
+    """The runs of estimators by optimizers, from their four tables. Raises Missing."""
+    return [row for name in OPTIMIZERS for part in ("", "_zero") for row in load(folder, f"parts_{name}{part}")]
+
+
+def at_the_better_rate(rows: list[Row]) -> dict[Setting, list[Row]]:
+    """Of each setting the runs with the outer rate whose mean validation accuracy is higher; one that stopped is at
+    chance."""
+    found: dict[Setting, list[Row]] = groups(rows, "optimizer", "task_clip", "estimator", "estimator.lam")
+
+    def validation(tried: list[Row]) -> float:
+        return statistics.fmean(CHANCE / 100 if stopped(row) else row["val/accuracy"] for row in tried)
+
+    return {setting: max(groups(tried, "optimizer.lr").values(), key=validation) for setting, tried in found.items()}
+
+
+def kinds(found: Iterable[Setting]) -> list[tuple[str, float]]:
+    """Estimators in the order of methods, each by its λ."""
+    order = list(METHODS)
+    return sorted({(name, lam) for *_, name, lam in found}, key=lambda kind: (order.index(kind[0]), kind[1]))
+
+
+TABLES = {
+    "accuracy": accuracy,
+    "race": race,
+    "speed": speed,
+    "gpu": gpu,
+    "novel": novel,
+    "conv4": conv4,
+    "parts": parts,
+}
 
 
 def pages(folder: Path) -> dict[Path, str]:
