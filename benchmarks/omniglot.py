@@ -73,9 +73,9 @@ def run(job: Job, root: str, device: str) -> None:
     """Trains and measures, and writes both down."""
     torch.set_num_threads(1)
     tuning = job[-1] == TUNING_SEED
-    training = built(settings(job), f"steps={TUNING if tuning else STEPS} dataset.root={root} device={device}")
-    if device != "cpu":
-        training.settings.task_chunk = 32  # of test tasks, which do not all fit
+    steps = TUNING if tuning else STEPS
+    chunk = "auto" if device == "cpu" else 32  # of test tasks, which do not all fit into a GPU
+    training = built(settings(job), f"steps={steps} task_chunk={chunk} dataset.root={root} device={device}")
     made = provenance(training.learner.device)
     found: dict[str, Any] = {"accuracy": None, "accuracy_ci95": None}
     try:
@@ -164,7 +164,7 @@ def collect(methods: list[str]) -> None:
             "command": "python benchmarks/omniglot.py run --root omniglot28.npz",
             "common": COMMON,
             "methods": METHODS,
-            "provenance": distinct(each["provenance"] for each in there),
+            "provenance": distinct([each["provenance"] for each in there]),
         },
     )
     if len(there) < len(jobs):

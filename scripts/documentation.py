@@ -104,21 +104,30 @@ def _write(translator: Any, node: Any, display: str) -> None:
     raise SkipNode
 
 
-def _explorer() -> list[Path]:
-    """What the interactive page is made of."""
-    return [*(ROOT / "scripts").glob("explorer*.py"), *(ROOT / "scripts" / "explorer_page").iterdir()]
+PAGE = ROOT / "outputs" / "explorer.html"
+
+
+def _interactive_page() -> subprocess.Popen[bytes] | None:
+    """What builds the interactive page, where it is not there or older than what it is made of."""
+    made_of = [*(ROOT / "scripts").glob("explorer*.py"), *(ROOT / "scripts" / "explorer_page").iterdir()]
+    if PAGE.exists() and PAGE.stat().st_mtime >= max(path.stat().st_mtime for path in made_of):
+        return None
+    return subprocess.Popen([sys.executable, str(ROOT / "scripts" / "explorer.py"), "--no-pictures", f"--page={PAGE}"])
 
 
 def main() -> None:
     site = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "outputs" / "site"
     options = ["-W", "--keep-going", "-E", "-q", "-b", "html", "-d", str(site.parent / f".{site.name}")]
-    if subprocess.run([sys.executable, "-m", "sphinx", *options, str(DOCS), str(site)], check=False).returncode:
-        sys.exit("error: the site was not built, for the reasons above")
-    page = ROOT / "outputs" / "explorer.html"
-    if not page.exists() or page.stat().st_mtime < max(path.stat().st_mtime for path in _explorer()):
-        explorer = [sys.executable, str(ROOT / "scripts" / "explorer.py"), "--no-pictures", f"--page={page}"]
-        subprocess.run(explorer, check=True)
-    shutil.copy(page, site / "interactive.html")
+    beside = _interactive_page()  # most of both is work of one thread
+    try:
+        if subprocess.run([sys.executable, "-m", "sphinx", *options, str(DOCS), str(site)], check=False).returncode:
+            sys.exit("error: the site was not built, for the reasons above")
+        if beside and beside.wait():
+            sys.exit("error: the interactive page was not built, for the reasons above")
+    finally:
+        if beside and beside.poll() is None:
+            beside.terminate()
+    shutil.copy(PAGE, site / "interactive.html")
     print(f"{os.path.relpath(site)}/index.html opens in a browser as it is")
 
 

@@ -358,6 +358,25 @@ def test_the_tables_of_pages_are_of_a_folder(tmp_path):
     assert [line.split(" |")[0] for line in fewer] == ["| Reptile"]
 
 
+def test_of_two_outer_rates_the_one_with_the_higher_validation_accuracy_is_shown():
+    """A run that stopped is at chance there, however good it was before."""
+
+    def runs(rate: float, accuracies: list[float | None]) -> list[dict[str, object]]:
+        setting = {"optimizer": "sngdm", "task_clip": None, "estimator": "maml", "estimator.lam": 0.0}
+        ended = {None: "failed"}
+        return [
+            setting
+            | {"optimizer.lr": rate, "seed": seed, "status": ended.get(value, "completed")}
+            | {"val/accuracy": value, "test/accuracy": value}
+            for seed, value in enumerate(accuracies)
+        ]
+
+    low, high = runs(0.1, [0.6, 0.62, 0.61]), runs(0.3, [0.9, None, 0.65])
+    assert tables.at_the_better_rate([*low, *high]) == {("sngdm", None, "maml", 0.0): low}
+    high = runs(0.3, [0.9, None, 0.9])
+    assert tables.at_the_better_rate([*low, *high]) == {("sngdm", None, "maml", 0.0): high}
+
+
 def test_verdicts_follow_the_tables(tmp_path):
     """Where symmetric's memory grows with the inner steps, the claim falls."""
 
