@@ -46,7 +46,7 @@ lint: setup ## check style and types
 figures: setup ## redraw every figure, and the tables of the READMEs, from results/
 	@$(BIN)/python scripts/figures.py
 
-reproduce: setup ## run the experiments behind results/ again (what is complete is not run twice), then draw; FAST=1: small ones
+reproduce: setup .venv/digits ## run the experiments behind results/ again (what is complete is not run twice), then draw; FAST=1: small ones
 	@$(if $(FAST)$(ARGS),,$(BIN)/python scripts/tune.py)
 	@$(BIN)/python scripts/reproduce.py $(if $(FAST),--fast) $(ARGS)
 	@$(if $(FAST),cp results/bench.csv results/nu_rule.csv results/race_curves.csv outputs/fast/)
@@ -79,7 +79,7 @@ explorer: setup .venv/explorer ## build the interactive page, outputs/explorer.h
 docs: setup .venv/docs .venv/sweeps .venv/explorer ## build the site, outputs/site, which opens from disk: open outputs/site/index.html
 	@$(BIN)/python scripts/documentation.py $(ARGS)
 
-.venv/sweeps .venv/bench .venv/explorer .venv/docs: .venv/%: .venv/complete
+.venv/sweeps .venv/bench .venv/explorer .venv/docs .venv/digits: .venv/%: .venv/complete
 	@echo "installing the packages for $* into .venv"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt 'fobmaml[$*]'  # which is there
 	@touch $@
