@@ -29,8 +29,8 @@ train: setup ## meta-train on MNIST-1D and measure it; settings: make train ARGS
 WORKERS = $(shell $(BIN)/python -c 'import os; print(min(os.cpu_count() + 1, 4))')
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-test: setup .venv/sweeps ## run the tests; with SLOW=1 those that take minutes too
-	@$(PYTEST) -m "not site and not nightly$(if $(SLOW),, and not slow)" $(ARGS)
+test: setup .venv/sweeps ## run the tests; with SLOW=1 those that take minutes too, with SLOW=only these alone
+	@$(PYTEST) -m "$(if $(filter only,$(SLOW)),slow and )not site and not nightly$(if $(SLOW),, and not slow)" $(ARGS)
 
 test-site: setup .venv/sweeps .venv/docs .venv/explorer .venv/chromium ## build the site, run its tutorials and open every page in a browser
 	@$(PYTEST) -m "site and not nightly" $(ARGS)

@@ -22,7 +22,7 @@ from fobmaml.files import read_csv, write_text
 from fobmaml.run.plotting import METHODS, method
 
 ROOT = Path(__file__).parents[1]
-FILES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "data.md")
+FILES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("choose.md", "performance.md", "data.md")))
 MARK = re.compile(r"<!-- table:(\w+) -->\n.*?<!-- end -->", re.DOTALL)
 PRODUCT = "matrix product"
 """The limit that times are compared with, where no loop of multiply-adds was compiled."""
@@ -125,9 +125,9 @@ def points(rows: Sequence[Row]) -> dict[float, float]:
     return {row["seed"]: counted(row) for row in rows}
 
 
-def counted(row: Row) -> float:
+def counted(row: Row, chance: float = CHANCE) -> float:
     """A run's test accuracy in per cent; chance, where it stopped."""
-    return CHANCE if stopped(row) else 100 * row["test/accuracy"]
+    return chance if stopped(row) else 100 * row["test/accuracy"]
 
 
 def accuracy_interval(rows: Sequence[Row], examples: Sequence[Row]) -> tuple[float, float]:
@@ -283,6 +283,33 @@ def novel(folder: Path) -> str:
     return "\n".join(lines)
 
 
+UNSEEN = {
+    "novel_shapes1d": "shapes1d, 5-way",
+    "novel_mnist1d": "MNIST-1D, 2-way",
+    "novel_digits": "handwritten digits, 2-way",
+}
+
+
+def unseen(folder: Path) -> str:
+    """Accuracy on classes that training has not seen, at settings that were tuned for others."""
+    found = {name: groups(load(folder, name), "estimator") for name in UNSEEN}
+    lines = [f"| 5-shot, classes that training has not seen | {' | '.join(UNSEEN.values())} |", "|---" * 4 + "|"]
+    for name in next(iter(found.values())):
+        cells = [over_choices(settings(folder, table)["dataset.ways"], rows[name]) for table, rows in found.items()]
+        lines.append(f"| {method(name).label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def over_choices(ways: int, rows: list[Row]) -> str:
+    """Mean accuracy of one method and its interval over rotations of classes, where there are some, else over seeds; a
+    run that stopped counts at chance."""
+    by_choice = groups(rows, "dataset.rotation" if "dataset.rotation" in rows[0] else "seed")
+    means = [statistics.fmean(counted(row, 100 / ways) for row in each) for each in by_choice.values()]
+    mean, half = interval(means)
+    ended = sum(map(stopped, rows))
+    return f"{mean:.1f} ± {half:.1f} %" + f" ({ended} of {len(rows)} stopped)" * bool(ended)
+
+
 def conv4(folder: Path) -> str:
     """Time of Conv4's meta-gradients, by the kernel and by loops."""
     rows = load(folder, "bench_conv4", "python benchmarks/conv4.py")
@@ -358,6 +385,7 @@ TABLES = {
     "speed": speed,
     "gpu": gpu,
     "novel": novel,
+    "unseen": unseen,
     "conv4": conv4,
     "parts": parts,
 }

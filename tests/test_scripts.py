@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from decimal import Decimal
@@ -23,6 +24,7 @@ from conftest import ROOT
 from drawing import Missing, groups, load
 from matplotlib.text import Text
 from reproduce import EXPERIMENTS, collect, faults, jobs_of
+from scipy import stats
 from statistics_of_runs import interval, slope
 
 from fobmaml.files import read_csv, write_csv
@@ -346,7 +348,9 @@ def test_the_page_that_sums_up_is_checked(tmp_path, monkeypatch):
 
 
 def test_the_tables_of_pages_are_of_a_folder(tmp_path):
-    for table in ("accuracy", "race", "bench", "bench_gpu", "novel_classes", "novel_omniglot", "bench_conv4"):
+    parts = [f"parts_{name}{part}" for name in tables.OPTIMIZERS for part in ("", "_zero")]
+    measured = ("accuracy", "race", "bench", "bench_gpu", "novel_classes", "novel_omniglot", "bench_conv4")
+    for table in (*measured, *tables.UNSEEN, *parts):
         for suffix in ("csv", "json"):
             shutil.copy(RESULTS / f"{table}.{suffix}", tmp_path)
     shutil.copy(RESULTS / "accuracy_examples.csv", tmp_path)
@@ -375,6 +379,20 @@ def test_of_two_outer_rates_the_one_with_the_higher_validation_accuracy_is_shown
     assert tables.at_the_better_rate([*low, *high]) == {("sngdm", None, "maml", 0.0): low}
     high = runs(0.3, [0.9, None, 0.9])
     assert tables.at_the_better_rate([*low, *high]) == {("sngdm", None, "maml", 0.0): high}
+
+
+def test_of_unseen_classes_the_interval_is_over_what_was_chosen_anew():
+    """Rotations of classes, where there are some; a run that stopped is at chance of as many ways."""
+    rows = [
+        {"seed": seed, "dataset.rotation": turn, "status": status, "test/accuracy": accuracy}
+        for turn, status, accuracy in ((0, "completed", 0.7), (1, "completed", 0.8), (2, "failed", None))
+        for seed in (20, 21)
+    ]
+    half = stats.t.ppf(0.975, 2) * statistics.stdev([70.0, 80.0, 50.0]) / math.sqrt(3)
+    assert tables.over_choices(2, rows) == f"66.7 ± {half:.1f} % (2 of 6 stopped)"
+    for row in rows:
+        del row["dataset.rotation"]
+    assert tables.over_choices(2, rows) == "66.7 ± 0.0 % (2 of 6 stopped)"
 
 
 def test_verdicts_follow_the_tables(tmp_path):
