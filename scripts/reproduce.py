@@ -46,6 +46,8 @@ EXPERIMENTS = {
     "parts_adam": f"steps=30 seed=0 optimizer.lr=0.003 eval.tasks=50 {TRAINING}",
     "parts_sngdm_zero": f"steps=30 seed=0 optimizer.lr=0.3 eval.tasks=50 {TRAINING}",
     "parts_adam_zero": f"steps=30 seed=0 optimizer.lr=0.003 eval.tasks=50 {TRAINING}",
+    "parts_sngdm_damped": f"steps=30 seed=0 optimizer.lr=0.3 eval.tasks=50 {TRAINING}",
+    "parts_adam_damped": f"steps=30 seed=0 optimizer.lr=0.003 eval.tasks=50 {TRAINING}",
     "novel_shapes1d": f"tuned=symmetric,maml steps=60 seed=20,21 eval.tasks=100 {TRAINING}",
     "novel_mnist1d": f"tuned=symmetric,maml steps=60 seed=20 eval.tasks=100 {TRAINING}",
     "novel_digits": f"tuned=symmetric,maml steps=60 seed=20 eval.tasks=100 {TRAINING}",

@@ -353,13 +353,20 @@ def parts(folder: Path) -> str:
 
 OPTIMIZERS = {"sngdm": "SNGDM", "adam": "Adam"}
 CLIPS = {None: "", 1.0: ", tasks clipped"}
+PARTS = ("", "_zero", "_damped")
 Setting = tuple[str, float | None, str, float]
 """Outer optimizer, clip, estimator and λ."""
 
 
 def parts_of(folder: Path) -> list[Row]:
-    """The runs of estimators by optimizers, from their four tables. Raises Missing."""
-    return [row for name in OPTIMIZERS for part in ("", "_zero") for row in load(folder, f"parts_{name}{part}")]
+    """The runs of estimators by optimizers, from their tables; iMAML with its authors' damping by a name of its own.
+    Raises Missing."""
+    return [
+        row | {"estimator": row["estimator"] + "_damped" * (part == "_damped")}
+        for name in OPTIMIZERS
+        for part in PARTS
+        for row in load(folder, f"parts_{name}{part}")
+    ]
 
 
 def at_the_better_rate(rows: list[Row]) -> dict[Setting, list[Row]]:

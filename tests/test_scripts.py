@@ -348,7 +348,7 @@ def test_the_page_that_sums_up_is_checked(tmp_path, monkeypatch):
 
 
 def test_the_tables_of_pages_are_of_a_folder(tmp_path):
-    parts = [f"parts_{name}{part}" for name in tables.OPTIMIZERS for part in ("", "_zero")]
+    parts = [f"parts_{name}{part}" for name in tables.OPTIMIZERS for part in tables.PARTS]
     measured = ("accuracy", "race", "bench", "bench_gpu", "novel_classes", "novel_omniglot", "bench_conv4")
     for table in (*measured, *tables.UNSEEN, *parts):
         for suffix in ("csv", "json"):

@@ -26,6 +26,7 @@ METHODS = {
     "fomaml": Method("FO-MAML", "#E69F00", "^"),
     "reptile": Method("Reptile", "#CC79A7", "v"),
     "imaml": Method("iMAML", "#009E73", "D"),
+    "imaml_damped": Method("iMAML, damped", "#009E73", "D", "--"),
     "forward": Method("FO-B-MAML, forward", "#56B4E9", "<"),
     "symmetric": Method("FO-B-MAML, symmetric", "#0072B2", "o"),
     "fobmaml": Method("FO-B-MAML", "#56B4E9", "<"),
