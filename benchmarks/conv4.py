@@ -1,12 +1,13 @@
 """One meta-gradient of Conv4, the few-shot backbone, against loops over tasks by torch's autograd: bench_conv4.csv.
 
 Four blocks of a 3 × 3 convolution of 64 channels, GroupNorm, ReLU and pooling, and a linear layer, on 28 × 28 grey
-images; 5-way 1-shot, 5 queries a class, 8 tasks, K = 5 inner steps. ``symmetric`` is ours, by the compiled kernel for
-images where it was compiled; others are peers.py's: a loop over tasks and offsets, a loop of MAML, and higher's MAML.
-Everybody takes turns, with one thread and with all of torch's. Where other processes take a share of the processors
-(``others_share``), the time by the clock is longer by chance: the processors' own time, all threads together, is less
-disturbed, and ``gflops`` are by it. Counted are the multiply-adds of plain convolutions, two operations each: the
-kernel does fewer, by Winograd's algorithm, so that its share of the rate of fused multiply-adds (rate.py) may pass 1.
+images; 5-way 1-shot, 5 queries a class, 8 and 16 tasks, K = 5 inner steps. ``symmetric`` is ours, by the compiled
+kernel for images where it was compiled; others are peers.py's: a loop over tasks and offsets, a loop of MAML, and
+higher's MAML. Everybody takes turns, with one thread and with all of torch's. Where other processes take a share of the
+processors (``others_share``), the time by the clock is longer by chance: the processors' own time, all threads
+together, is less disturbed, and ``gflops`` are by it. Counted are the multiply-adds of plain convolutions, two
+operations each: the kernel does fewer, by Winograd's algorithm, so that its share of the rate of fused multiply-adds
+(rate.py) may pass 1.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from rate import Limit, seconds
 from timing import Row, existing_folder, spread
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from fobmaml.engine import Learner
 from fobmaml.estimators import Symmetric, chunk_size, estimate
@@ -39,7 +41,7 @@ from fobmaml.solvers import GradientDescent
 from fobmaml.tasks import TaskBatch
 
 ROOT = Path(__file__).parents[1]
-WAYS, SHOTS, QUERIES, TASKS, STEPS, WIDTH = 5, 1, 5, 8, 5, 64
+WAYS, SHOTS, QUERIES, TASKS, STEPS, WIDTH = 5, 1, 5, (8, 16), 5, 64
 LR, LAM, NU = 0.1, 0.5, 0.05
 LONG = 50  # inner steps, for memory
 RATES = 20  # measured before each call: the highest of all is the machine's, where others share it
@@ -53,9 +55,9 @@ def conv4(width: int) -> nn.Sequential:
     return nn.Sequential(*itertools.chain(*blocks), nn.Flatten(), nn.Linear(width, WAYS))
 
 
-def random_tasks() -> TaskBatch:
-    x = torch.randn(TASKS, WAYS * (SHOTS + QUERIES), 1, 28, 28)
-    y = torch.arange(WAYS).repeat(TASKS, SHOTS + QUERIES)
+def random_tasks(count: int) -> TaskBatch:
+    x = torch.randn(count, WAYS * (SHOTS + QUERIES), 1, 28, 28)
+    y = torch.arange(WAYS).repeat(count, SHOTS + QUERIES)
     first = WAYS * SHOTS
     return TaskBatch(x[:, :first], y[:, :first], x[:, first:], y[:, first:])
 
@@ -99,10 +101,10 @@ def distance(found: Tensor, model: nn.Module, tasks: TaskBatch) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def measured(threads: int, repeats: int) -> list[Row]:
+def measured(threads: int, count: int, repeats: int) -> list[Row]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model, tasks, limit = conv4(WIDTH), random_tasks(), Limit(threads)
+    model, tasks, limit = conv4(WIDTH), random_tasks(count), Limit(threads)
     everybody = calls(model, tasks)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in everybody}
     began = spent()
@@ -113,11 +115,11 @@ def measured(threads: int, repeats: int) -> list[Row]:
             before = time.process_time()
             times[name].append((seconds(call), time.process_time() - before))
     others = others_share(began, spent())
-    flops = 2 * STEPS * TASKS * WAYS * (SHOTS + QUERIES) * flops_of_an_example(model)
+    flops = 2 * STEPS * count * WAYS * (SHOTS + QUERIES) * flops_of_an_example(model)
     rows: list[Row] = []
     for name, theirs in times.items():
         clock, own = zip(*theirs[1:], strict=True)  # the first warms up
-        row: Row = {"method": name, "threads": threads} | spread(clock)
+        row: Row = {"method": name, "threads": threads, "tasks": count} | spread(clock)
         row["cpu_seconds_median"] = round(statistics.median(own), 5)
         for column in ("seconds_median", "cpu_seconds_median"):
             row[f"{column}_over_ours"] = round(row[column] / (rows[0] if rows else row)[column], 2)
@@ -145,8 +147,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=existing_folder, default=ROOT / "results")
     arguments = parser.parse_args()
-    counts = dict.fromkeys((1, torch.get_num_threads()))
-    rows = [row for threads in counts for row in measured(threads, arguments.repeats)]
+    settings = list(itertools.product(dict.fromkeys((1, torch.get_num_threads())), TASKS))
+    bar = tqdm(settings, unit="setting", disable=None)
+    rows = [row for threads, count in bar for row in measured(threads, count, arguments.repeats)]
     columns = dict.fromkeys(name for row in rows for name in row)
     write_csv(arguments.folder / "bench_conv4.csv", [{name: row.get(name, "") for name in columns} for row in rows])
     write_json(

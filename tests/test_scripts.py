@@ -350,7 +350,8 @@ def test_the_page_that_sums_up_is_checked(tmp_path, monkeypatch):
 def test_the_tables_of_pages_are_of_a_folder(tmp_path):
     parts = [f"parts_{name}{part}" for name in tables.OPTIMIZERS for part in tables.PARTS]
     measured = ("accuracy", "race", "bench", "bench_gpu", "novel_classes", "novel_omniglot", "bench_conv4")
-    for table in (*measured, *tables.UNSEEN, *parts):
+    unseen = [name for name in tables.UNSEEN if (RESULTS / f"{name}.csv").exists()]
+    for table in (*measured, *unseen, *parts):
         for suffix in ("csv", "json"):
             shutil.copy(RESULTS / f"{table}.{suffix}", tmp_path)
     shutil.copy(RESULTS / "accuracy_examples.csv", tmp_path)
