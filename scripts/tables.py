@@ -298,7 +298,10 @@ def unseen(folder: Path) -> str:
     header = " | ".join(UNSEEN[name] for name in there)
     lines = [f"| 5-shot, classes that training has not seen | {header} |", "|---" * (len(there) + 1) + "|"]
     for name in found[there[0]]:
-        cells = [over_choices(settings(folder, table)["dataset.ways"], rows[name]) for table, rows in found.items()]
+        cells = [
+            over_choices(settings(folder, table)["dataset.ways"], rows[name]) if name in rows else "–"
+            for table, rows in found.items()
+        ]
         lines.append(f"| {method(name).label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
