@@ -76,7 +76,7 @@ race: setup .venv/sweeps ## which method takes the least work and time to an acc
 explorer: setup .venv/explorer ## build the interactive page, outputs/explorer.html, and the pictures of it in results/
 	@$(BIN)/python scripts/explorer.py
 
-docs: setup .venv/docs .venv/sweeps .venv/explorer ## build the site, outputs/site, which opens from disk: open outputs/site/index.html
+docs: setup .venv/docs ## build the site, outputs/site, which opens from disk: open outputs/site/index.html
 	@$(BIN)/python scripts/documentation.py $(ARGS)
 
 .venv/sweeps .venv/bench .venv/explorer .venv/docs .venv/digits: .venv/%: .venv/complete

@@ -1,6 +1,7 @@
 """Puts the settings, which stand at the top of the repository, into the package that is built, and compiles the kernel
 for this machine."""
 
+import copy
 import platform
 import shutil
 import sys
@@ -35,16 +36,19 @@ class ForThisMachine(build_ext):
         super().finalize_options()
         known = INSTRUCTIONS.get(platform.machine(), ())
         self.extensions = [module for module in self.extensions or [] if module.name.rpartition("_")[2] in known]
+        self.parallel = True
 
     def build_extension(self, ext: Extension) -> None:
+        alone = copy.copy(self)
+        alone.build_temp = str(Path(self.build_temp, ext.name))  # they are of the same sources, and built side by side
         if sys.platform != "darwin":
             try:
-                return super().build_extension(ext)
+                return build_ext.build_extension(alone, ext)
             except (CompileError, LinkError):
                 self.warn(f"{ext.name} cannot be compiled with OpenMP")
         for flags in (ext.extra_compile_args, ext.extra_link_args):
             flags[:] = ["-pthread" if flag == "-fopenmp" else flag for flag in flags]
-        return super().build_extension(ext)
+        return build_ext.build_extension(alone, ext)
 
 
 setup(cmdclass={"build_py": WithConfigs, "build_ext": ForThisMachine})

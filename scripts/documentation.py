@@ -15,12 +15,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import documentation_parts as parts
-from documentation_blocks import BlockFailed, executed
+from documentation_blocks import BlockFailed, executed, one_thread
 from documentation_reference import method_docs, reference, undocumented
 from drawing import Missing
 
@@ -60,14 +63,24 @@ def connect(app: Any) -> None:
     """What docs/conf.py hands over: pages, docstrings and mathematics. Raises RuntimeError for an undocumented name."""
     if missing := undocumented():
         raise RuntimeError(f"public names without documentation: {', '.join(missing)}")
-    app.connect("source-read", _read)
+    running: dict[str, Future[str]] = {}
+    app.connect("env-before-read-docs", partial(_run, running))
+    app.connect("source-read", partial(_read, running))
     app.connect("autodoc-process-docstring", _describe)
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
 
 
-def _read(_app: Any, name: str, source: list[str]) -> None:
+def _run(running: dict[str, Future[str]], _app: Any, _environment: Any, names: Sequence[str]) -> None:
+    """Begins to run the blocks of pages, as many pages at once as there are processors, one thread each."""
+    texts = {name: (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in names}
+    pool = ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), one_thread)
+    running |= {name: pool.submit(executed, text) for name, text in texts.items() if is_executed(text)}
+    pool.shutdown(wait=False)  # when all are through
+
+
+def _read(running: Mapping[str, Future[str]], _app: Any, name: str, source: list[str]) -> None:
     try:
-        source[0] = filled(executed(source[0]) if is_executed(source[0]) else source[0])
+        source[0] = filled(running[name].result() if name in running else source[0])
     except (Missing, BlockFailed) as error:
         raise RuntimeError(f"docs/{name}.md: {error}") from error
 

@@ -25,6 +25,11 @@ class BlockFailed(RuntimeError):
     """A block of a page ended with an error; the text is the error and the block."""
 
 
+def one_thread() -> None:
+    """For torch in this process, which has not imported it yet, and in those that a page starts."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 def executed(text: str) -> str:
     """A page with the output of each block below it, without times and the folder's name. Raises BlockFailed."""
     with tempfile.TemporaryDirectory() as folder:
