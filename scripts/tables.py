@@ -318,7 +318,8 @@ def over_choices(ways: int, rows: list[Row]) -> str:
 
 def conv4(folder: Path) -> str:
     """Time of Conv4's meta-gradients, by the kernel and by loops."""
-    rows = load(folder, "bench_conv4", "python benchmarks/conv4.py")
+    about = json.loads((folder / "bench_conv4.json").read_text())
+    rows = [{"tasks": about["tasks"]} | row for row in load(folder, "bench_conv4", "python benchmarks/conv4.py")]
     labels = {
         "symmetric": "symmetric, this library",
         "loop_symmetric": "symmetric, a loop over tasks by torch's autograd",
