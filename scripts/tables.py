@@ -313,13 +313,15 @@ def over_choices(ways: int, rows: list[Row]) -> str:
     means = [statistics.fmean(counted(row, 100 / ways) for row in each) for each in by_choice.values()]
     mean, half = interval(means)
     ended = sum(map(stopped, rows))
-    return f"{mean:.1f} ± {half:.1f} %" + f" ({ended} of {len(rows)} stopped)" * bool(ended)
+    said = f"{mean:.1f} ± {half:.1f} %" if len(means) > 1 else f"{mean:.1f} %, one seed"
+    return said + f" ({ended} of {len(rows)} stopped)" * bool(ended)
 
 
 def conv4(folder: Path) -> str:
     """Time of Conv4's meta-gradients, by the kernel and by loops."""
+    rows = load(folder, "bench_conv4", "python benchmarks/conv4.py")
     about = json.loads((folder / "bench_conv4.json").read_text())
-    rows = [{"tasks": about["tasks"]} | row for row in load(folder, "bench_conv4", "python benchmarks/conv4.py")]
+    rows = [{"tasks": about["tasks"]} | row for row in rows]
     labels = {
         "symmetric": "symmetric, this library",
         "loop_symmetric": "symmetric, a loop over tasks by torch's autograd",
@@ -372,12 +374,13 @@ Setting = tuple[str, float | None, str, float]
 
 
 def parts_of(folder: Path) -> list[Row]:
-    """The runs of estimators by optimizers, from their tables; iMAML with its authors' damping by a name of its own.
-    Raises Missing."""
+    """The runs of estimators by optimizers, from their tables; iMAML with its authors' damping, where it was measured,
+    by a name of its own. Raises Missing."""
+    tables = [(name, part) for name in OPTIMIZERS for part in PARTS]
     return [
         row | {"estimator": row["estimator"] + "_damped" * (part == "_damped")}
-        for name in OPTIMIZERS
-        for part in PARTS
+        for name, part in tables
+        if part != "_damped" or (folder / f"parts_{name}{part}.csv").exists()
         for row in load(folder, f"parts_{name}{part}")
     ]
 
