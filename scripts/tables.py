@@ -376,11 +376,11 @@ Setting = tuple[str, float | None, str, float]
 def parts_of(folder: Path) -> list[Row]:
     """The runs of estimators by optimizers, from their tables; iMAML with its authors' damping, where it was measured,
     by a name of its own. Raises Missing."""
-    tables = [(name, part) for name in OPTIMIZERS for part in PARTS]
+    damped = all((folder / f"parts_{name}_damped.csv").exists() for name in OPTIMIZERS)
     return [
         row | {"estimator": row["estimator"] + "_damped" * (part == "_damped")}
-        for name, part in tables
-        if part != "_damped" or (folder / f"parts_{name}{part}.csv").exists()
+        for name in OPTIMIZERS
+        for part in PARTS[: 2 + damped]
         for row in load(folder, f"parts_{name}{part}")
     ]
 
