@@ -32,10 +32,10 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 test: setup .venv/sweeps ## run the tests; with SLOW=1 those that take minutes too, with SLOW=only these alone
 	@$(PYTEST) -m "$(if $(filter only,$(SLOW)),slow and )not site and not nightly$(if $(SLOW),, and not slow)" $(ARGS)
 
-test-site: setup .venv/sweeps .venv/docs .venv/explorer .venv/chromium ## build the site, run its tutorials and open every page in a browser
+test-site: setup .venv/docs .venv/chromium ## build the site, run its tutorials and open every page in a browser
 	@$(PYTEST) -m "site and not nightly" $(ARGS)
 
-test-all: setup .venv/sweeps .venv/docs .venv/explorer .venv/chromium ## run all tests, the long forms of every night too
+test-all: setup .venv/docs .venv/chromium ## run all tests, the long forms of every night too
 	@$(PYTEST) $(ARGS)
 
 lint: setup ## check style and types

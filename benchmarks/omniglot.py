@@ -20,7 +20,7 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from novel_classes import ROOT, adaptation, built, tested
@@ -50,8 +50,19 @@ INNER, OUTER = (0.1, 0.3), (0.1, 0.3)
 TEST_STEPS = (5, 10, 20)
 VALIDATION, TEST = 100, 400
 TUNING_SEED = 100
-Job = tuple[int, int, str, float, float, int]
-"""Ways, shots, method, inner and outer step length, seed."""
+RESULTS = ("test_steps", "test_lam", "validation_accuracy", "accuracy", "accuracy_ci95")
+"""Columns of every row, of what is tuned without those of test tasks."""
+
+
+class Job(NamedTuple):
+    """A run: its task, its method and what is tuned, the inner and the outer step length."""
+
+    ways: int
+    shots: int
+    method: str
+    inner_lr: float
+    outer_lr: float
+    seed: int
 
 
 def path_of(job: Job) -> Path:
@@ -59,39 +70,37 @@ def path_of(job: Job) -> Path:
 
 
 def settings(job: Job) -> str:
-    ways, shots, method, inner, outer, seed = job
-    batches = f"solver.batch={2 * ways}" if method == "reptile" else ""
-    if method in ("symmetric", "tangent"):
-        batches = f"solver.batch={2 * ways if shots > 1 else 'null'} solver.query_batch={ways}"
+    batches = f"solver.batch={2 * job.ways}" if job.method == "reptile" else ""
+    if job.method in ("symmetric", "tangent"):
+        batches = f"solver.batch={2 * job.ways if job.shots > 1 else 'null'} solver.query_batch={job.ways}"
     return (
-        f"{COMMON} {METHODS[method]} solver.lr={inner} {batches} optimizer.lr={outer} seed={seed} "
-        f"dataset.ways={ways} dataset.shots={shots} dataset.queries={DRAWINGS - shots}"
+        f"{COMMON} {METHODS[job.method]} solver.lr={job.inner_lr} {batches} optimizer.lr={job.outer_lr} "
+        f"seed={job.seed} dataset.ways={job.ways} dataset.shots={job.shots} dataset.queries={DRAWINGS - job.shots}"
     )
 
 
 def run(job: Job, root: str, device: str) -> None:
     """Trains and measures, and writes both down."""
     torch.set_num_threads(1)
-    tuning = job[-1] == TUNING_SEED
-    steps = TUNING if tuning else STEPS
+    only_tuned = job.seed == TUNING_SEED
+    given, steps = settings(job), TUNING if only_tuned else STEPS
     chunk = "auto" if device == "cpu" else 32  # of test tasks, which do not all fit into a GPU
-    training = built(settings(job), f"steps={steps} task_chunk={chunk} dataset.root={root} device={device}")
+    training = built(given, f"steps={steps} task_chunk={chunk} dataset.root={root} device={device}")
     made = provenance(training.learner.device)
-    found: dict[str, Any] = {"accuracy": None, "accuracy_ci95": None}
+    found: dict[str, Any] = dict.fromkeys(RESULTS)
     try:
         for _ in training.train():
             pass
-        if tuning:
+        if only_tuned:
             found["validation_accuracy"] = adaptation(training, TEST_STEPS, VALIDATION)[-1]
         else:
             found |= tested(training, TEST_STEPS, TEST, VALIDATION)
         diverged = False
     except Diverged:
-        found |= {"validation_accuracy": 1 / job[0], "accuracy": 1 / job[0]}
+        found |= {"validation_accuracy": 1 / job.ways, "accuracy": 1 / job.ways}
         diverged = True
-    names = ("ways", "shots", "method", "inner_lr", "outer_lr", "seed")
     row = (
-        dict(zip(names, job, strict=True))
+        job._asdict()
         | found
         | {
             "diverged": diverged,
@@ -102,34 +111,25 @@ def run(job: Job, root: str, device: str) -> None:
             "parameters": training.learner.parameter_count,
         }
     )
-    write_json(path_of(job), {"row": row, "settings": settings(job), "provenance": made})
-
-
-def row(job: Job) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path_of(job).read_text())["row"]
-    return found
+    write_json(path_of(job), {"row": row, "settings": given, "provenance": made})
 
 
 def tuning(methods: list[str]) -> list[Job]:
     return [
-        (ways, shots, method, inner, outer, TUNING_SEED)
+        Job(ways, shots, method, inner, outer, TUNING_SEED)
         for ways, shots, method, inner, outer in product(WAYS, SHOTS, methods, INNER, OUTER)
     ]
 
 
-def chosen(ways: int, shots: int, method: str) -> tuple[float, float]:
-    """The inner and outer step length that are best on validation tasks. Raises FileNotFoundError before all were
-    tried."""
-    tried = [(ways, shots, method, inner, outer, TUNING_SEED) for inner, outer in product(INNER, OUTER)]
-    best = max(tried, key=lambda job: float(row(job)["validation_accuracy"]))
-    return best[3], best[4]
-
-
 def at_their_best(methods: list[str]) -> list[Job]:
-    return [
-        (ways, shots, method, *chosen(ways, shots, method), seed)
-        for seed, ways, shots, method in product(range(SEEDS), WAYS, SHOTS, methods)
-    ]
+    """With the step lengths that are best on validation tasks, seed by seed. Raises FileNotFoundError before all were
+    tried."""
+    best: dict[tuple[int, int, str], tuple[float, Job]] = {}
+    for job in tuning(methods):
+        accuracy = float(json.loads(path_of(job).read_text())["row"]["validation_accuracy"])
+        if job[:3] not in best or accuracy > best[job[:3]][0]:
+            best[job[:3]] = accuracy, job
+    return [job._replace(seed=seed) for seed in range(SEEDS) for _, job in best.values()]
 
 
 def main() -> None:

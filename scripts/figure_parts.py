@@ -5,7 +5,7 @@ from pathlib import Path
 from drawing import draw_alone, save, short
 from figure_accuracy import MEAN, every_run
 from statistics_of_runs import CHANCE, interval
-from tables import CLIPS, OPTIMIZERS, at_the_better_rate, kinds, parts_of, points
+from tables import PANELS, at_the_better_rate, kinds, parts_of, points
 
 from fobmaml.run.plotting import new_figure
 
@@ -13,9 +13,8 @@ from fobmaml.run.plotting import new_figure
 def draw(folder: Path) -> None:
     found = at_the_better_rate(parts_of(folder))
     shown = kinds(found)[::-1]
-    panels = [(optimizer, clip) for optimizer in OPTIMIZERS for clip in CLIPS]
-    figure, axes = new_figure(columns=len(panels), width_in=7.0, height_in=4.2)
-    for ax, (optimizer, clip) in zip(axes, panels, strict=True):
+    figure, axes = new_figure(columns=len(PANELS), width_in=7.0, height_in=4.2)
+    for ax, ((optimizer, clip), title) in zip(axes, PANELS.items(), strict=True):
         for place, (name, lam) in enumerate(shown):
             rows = found[optimizer, clip, name, lam]
             every_run(ax, rows, place)
@@ -25,7 +24,7 @@ def draw(folder: Path) -> None:
             if shown[place][0] != shown[place - 1][0]:
                 ax.axhline(place - 0.5, color="#BBBBBB", linewidth=0.6)
         ax.axvline(CHANCE, color="#777777", linewidth=0.8, linestyle=":")
-        ax.set_title(f"{OPTIMIZERS[optimizer]}{CLIPS[clip]}", fontsize=8)
+        ax.set_title(title, fontsize=8)
         ax.set_xlim(15, 90)
         ax.set_xticks([20, 40, 60, 80])
         ax.set_ylim(-0.6, len(shown) - 0.4)

@@ -346,18 +346,17 @@ def parts(folder: Path) -> str:
     """Accuracy by estimator, λ, clip of each task's meta-gradient, and outer optimizer."""
     found = at_the_better_rate(parts_of(folder))
     common = settings(folder, f"parts_{next(iter(OPTIMIZERS))}")
-    panels = [(optimizer, clip) for optimizer in OPTIMIZERS for clip in CLIPS]
     lines = [
         f"Mean test accuracy and 95 % interval over seeds, in per cent, after {common['steps']} meta-steps of "
         f"{common['meta_batch']} tasks, {common['solver.steps']} inner steps on all examples; a run that stopped is at "
         f"{CHANCE:g}, how many did is in brackets.",
         "",
-        f"| | {' | '.join(OPTIMIZERS[optimizer] + CLIPS[clip] for optimizer, clip in panels)} |",
-        "|---" * (len(panels) + 1) + "|",
+        f"| | {' | '.join(PANELS.values())} |",
+        "|---" * (len(PANELS) + 1) + "|",
     ]
     for name, lam in kinds(found):
         cells = []
-        for optimizer, clip in panels:
+        for optimizer, clip in PANELS:
             rows = found[optimizer, clip, name, lam]
             mean, half = interval([*points(rows).values()])
             ended = sum(map(stopped, rows))
@@ -368,6 +367,7 @@ def parts(folder: Path) -> str:
 
 OPTIMIZERS = {"sngdm": "SNGDM", "adam": "Adam"}
 CLIPS = {None: "", 1.0: ", tasks clipped"}
+PANELS = {(optimizer, clip): OPTIMIZERS[optimizer] + CLIPS[clip] for optimizer in OPTIMIZERS for clip in CLIPS}
 PARTS = ("", "_zero", "_damped")
 Setting = tuple[str, float | None, str, float]
 """Outer optimizer, clip, estimator and λ."""

@@ -4,13 +4,14 @@ import json
 
 import omniglot
 import pytest
+import torch
+from test_datasets import REAL
 
 from fobmaml.files import read_csv, write_json
 
 
 def _made(job: omniglot.Job, accuracy: float) -> None:
-    names = ("ways", "shots", "method", "inner_lr", "outer_lr", "seed")
-    row = dict(zip(names, job, strict=True)) | {"validation_accuracy": accuracy, "accuracy": accuracy}
+    row = job._asdict() | {"validation_accuracy": accuracy, "accuracy": accuracy}
     write_json(omniglot.path_of(job), {"row": row, "settings": omniglot.settings(job), "provenance": {}})
 
 
@@ -40,6 +41,40 @@ def test_step_lengths_are_those_that_validation_tasks_prefer(tmp_path, monkeypat
 def test_its_settings_are_those_of_a_run(method):
     """Composed and checked, without its data."""
     for shots in omniglot.SHOTS:
-        given = omniglot.settings((5, shots, method, 0.1, 0.3, 0))
+        given = omniglot.settings(omniglot.Job(5, shots, method, 0.1, 0.3, 0))
         with pytest.raises(ValueError, match=r"^dataset.root=None"):
             omniglot.built(given, "steps=1 device=cpu")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="Omniglot's characters are not here: shared/data/omniglot28.npz")
+def test_runs_that_are_tuned_and_those_that_are_tested_are_rows_of_one_table(tmp_path, monkeypatch):
+    for name, value in {
+        "RUNS": tmp_path / "runs",
+        "ROOT": tmp_path,
+        "STEPS": 1,
+        "TUNING": 1,
+        "WAYS": (5,),
+        "SHOTS": (1,),
+        "INNER": (0.1,),
+        "OUTER": (0.1,),
+        "SEEDS": 1,
+        "TEST_STEPS": (1,),
+        "VALIDATION": 2,
+        "TEST": 2,
+    }.items():
+        monkeypatch.setattr(omniglot, name, value)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "results").mkdir()
+    threads = torch.get_num_threads()
+    try:
+        for jobs in (omniglot.tuning, omniglot.at_their_best):
+            for job in jobs(["fomaml"]):
+                omniglot.run(job, str(REAL), "cpu")
+    finally:
+        torch.set_num_threads(threads)
+    omniglot.collect(["fomaml"])
+    tuned, tested = read_csv(tmp_path / "results" / "omniglot.csv")
+    assert (tuned["seed"], tuned["accuracy"]) == ("100", "")
+    assert tested["seed"] == "0"
+    assert 0 <= float(tested["accuracy"]) <= 1
+    assert float(tuned["validation_accuracy"]) >= 0
