@@ -20,8 +20,9 @@
   threads as the method is fastest with: timed apart, all methods in turns, so that the runs may share a machine.
 
 ``symmetric_all`` is the yardstick: symmetric on all examples at every step, without a search but for its budget.
-The first two go on where they were stopped. Into results/: race_tuning.csv (the trials), race_curves.csv (accuracy
-along each run) and race.csv (what each run took to each accuracy).
+The first two go on where they were stopped; a study that is not in --folder begins with the trials of race_tuning.csv.
+Into results/: race_tuning.csv (the trials), race_curves.csv (accuracy along each run) and race.csv (what each run took
+to each accuracy).
 """
 
 import argparse
@@ -34,6 +35,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -45,7 +47,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
-from fobmaml.files import write_csv, write_json
+from fobmaml.files import read_csv, write_csv, write_json
 from fobmaml.measure.accuracy import score
 from fobmaml.run.allocator import keep_freed_memory
 from fobmaml.run.build import build
@@ -66,7 +68,7 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Method:
     """``fixed``: what makes it this method. ``known``: the first trial, in what it differs from KNOWN. ``has``: those
-    of a proximal term, query batches and ν that it has settings for."""
+    of a proximal term, query batches, ν and an envelope that it has settings for."""
 
     fixed: str
     known: Row = field(default_factory=dict)
@@ -88,6 +90,7 @@ KNOWN: Row = {
 }
 BATCHES = {"solver.batch": 10, "solver.query_batch": 5, "estimator.lam": 0.5}
 ADAM = {"optimizer": "adam", "adam.lr": 0.01}
+TEXTS = ("optimizer", "task_clip")
 METHODS = {
     "symmetric_all": Method("estimator=symmetric", searched=False),
     "symmetric": Method(
@@ -96,6 +99,21 @@ METHODS = {
         frozenset({"lam", "query_batch", "nu"}),
     ),
     "forward": Method("estimator=forward", BATCHES | {"estimator.nu": 0.02}, frozenset({"lam", "query_batch", "nu"})),
+    "forward_envelope": Method(
+        "estimator=forward",
+        {
+            "estimator.envelope": 1.0,
+            "estimator.nu": 0.5,
+            "estimator.lam": 0.2,
+            "solver.steps": 7,
+            "solver.lr": 0.2,
+            "solver.batch": 5,
+            "solver.query_batch": 5,
+            "adaptation.lr": 2,
+            "budget": 4_000_000,
+        },
+        frozenset({"lam", "query_batch", "nu", "envelope"}),
+    ),
     "tangent": Method("estimator=tangent", BATCHES, frozenset({"lam", "query_batch"})),
     "maml": Method("estimator=maml", {"meta_batch": 8}),
     "fomaml": Method("estimator=fomaml", ADAM | {"solver.lr": 0.03}),
@@ -134,6 +152,8 @@ def settings(method: Method, trial: optuna.Trial) -> list[str]:
         found["estimator.lam"] = trial.suggest_float("estimator.lam", 0.05, 4.0, log=True)
     if "nu" in method.has:
         found["estimator.nu"] = trial.suggest_float("estimator.nu", 1e-3, 1.0, log=True)
+    if "envelope" in method.has:
+        found["estimator.envelope"] = trial.suggest_float("estimator.envelope", 0.1, 4.0, log=True)
     return [f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in found.items()]
 
 
@@ -169,11 +189,54 @@ def highest(curve: list[Row]) -> float:
     return max((point["accuracy"] for point in curve), default=0.0)
 
 
-def judged(curve: list[Row]) -> float:
-    """The logarithm of the work until ``JUDGED``; where it was not reached, above those, by what was missing."""
-    if point := reached(curve, JUDGED):
-        return math.log(point["work"])
-    return 20.0 + 10.0 * max(JUDGED - highest(curve), 0.0)
+def outcome(curve: list[Row]) -> Row:
+    """Of a trial's run."""
+    return {
+        "work_to_95": (reached(curve, JUDGED) or {}).get("work"),
+        "best_accuracy": highest(curve),
+        "work": max((point["work"] for point in curve), default=0),
+    }
+
+
+def judged(of: Row) -> float:
+    """Of an ``outcome``, the logarithm of the work until ``JUDGED``; where it was not reached, above those, by what was
+    missing."""
+    if work := of["work_to_95"]:
+        return math.log(work)
+    return 20.0 + 10.0 * max(JUDGED - of["best_accuracy"], 0.0)
+
+
+def restored(name: str, row: dict[str, str]) -> optuna.trial.FrozenTrial:
+    """A trial that race_tuning.csv has a row of."""
+    method, overrides = METHODS[name], row["settings"].split()
+    given = dict(pair.split("=", 1) for pair in overrides)
+    if method.searched:
+        given[f"{given['optimizer']}.lr"] = given["optimizer.lr"]
+        ratio = float(given["eval.solver.lr"]) / float(given["solver.lr"])
+        given["adaptation.lr"] = str(min((0.5, 1, 2), key=lambda one: abs(one - ratio)))
+    params = {key: text if key in TEXTS else _number(text) for key, text in given.items()}
+    trial = optuna.trial.FixedTrial(params)
+    settings(method, trial)  # says which of them the study searches, and where
+    return optuna.trial.create_trial(
+        params={key: params[key] for key in trial.distributions},
+        distributions=trial.distributions,
+        value=judged(found := _outcome_in(row, "")),
+        user_attrs={"overrides": overrides, "outcome": found, "diverged": row["diverged"] == "true"},
+    )
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _outcome_in(row: dict[str, str], which: str) -> Row:
+    """Of a table's row, of the ``second_`` seed or the first."""
+    work = row[f"{which}work_to_95"]
+    best = float(row[f"{which}best_accuracy"])
+    return {"work_to_95": int(work) if work else None, "best_accuracy": best, "work": int(row["work"])}
 
 
 def tried(overrides: list[str], budget: int, seed: int, best: float) -> tuple[list[Row], bool]:
@@ -191,15 +254,15 @@ def tried(overrides: list[str], budget: int, seed: int, best: float) -> tuple[li
     return curve, False
 
 
-def second(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> list[Row] | None:
-    """The curve of a trial's second seed, if it was run."""
+def second(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> Row | None:
+    """The outcome of a trial's second seed, if it was run."""
     return study.user_attrs.get(f"second {trial.number}")
 
 
 def confirmed(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> float:
     """How a trial is judged by the slower of its two seeds; infinite without a second."""
-    curve = second(study, trial)
-    return math.inf if curve is None else max(cast(float, trial.value), judged(curve))
+    found = second(study, trial)
+    return math.inf if found is None else max(cast(float, trial.value), judged(found))
 
 
 def near(best: optuna.trial.FrozenTrial, number: int) -> Row:
@@ -218,10 +281,12 @@ def near(best: optuna.trial.FrozenTrial, number: int) -> Row:
 
 @dataclass(frozen=True)
 class Race:
-    """The studies and runs at one ``width``, in ``folder``."""
+    """The studies and runs at one ``width``, in ``folder``. ``tried_before``: the table with trials of studies that are
+    not there."""
 
     folder: Path
     width: int
+    tried_before: Path | None = None
 
     @cached_property
     def storage(self) -> str:
@@ -234,12 +299,23 @@ class Race:
             storage=self.storage, sampler=sampler, study_name=f"{name}-{self.width}", load_if_exists=True
         )
         if not study.trials:
+            for number, row in enumerate(self._before(name)):
+                study.add_trial(restored(name, row))
+                if row["second_best_accuracy"]:
+                    study.set_user_attr(f"second {number}", _outcome_in(row, "second_"))
+        if not study.trials:
             if METHODS[name].searched:
                 study.enqueue_trial(KNOWN | METHODS[name].known)
             else:
                 for millions in (32, 48, 64):
                     study.enqueue_trial({"budget": millions * 1_000_000})
         return study
+
+    def _before(self, name: str) -> list[dict[str, str]]:
+        if self.tried_before is None or not self.tried_before.exists():
+            return []
+        rows = [row for row in read_csv(self.tried_before) if row["estimator"] == name]
+        return [row for row in rows if row["width"] == str(self.width)]
 
     def tune(self, name: str, trials: int) -> None:
         """As many trials as are missing."""
@@ -254,8 +330,8 @@ class Race:
             curve, diverged = tried(overrides, trial.params["budget"], 0, best)
             if diverged:
                 trial.set_user_attr("diverged", True)
-            trial.set_user_attr("curve", curve)
-            return judged(curve)
+            trial.set_user_attr("outcome", found := outcome(curve))
+            return judged(found)
 
         ended = sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials)
         for number in tqdm(range(ended, trials), desc=f"{name}, width {self.width}", disable=not sys.stderr.isatty()):
@@ -274,27 +350,26 @@ class Race:
                 return
             if second(study, trial) is None:
                 curve, _ = tried(trial.user_attrs["overrides"], trial.params["budget"], SECOND_SEED, best)
-                study.set_user_attr(f"second {trial.number}", curve)
+                study.set_user_attr(f"second {trial.number}", outcome(curve))
             best = min(best, confirmed(study, trial))
 
     def trials(self, name: str) -> list[Row]:
-        study = self.study(name)
-        return [
-            {
-                "estimator": name,
-                "width": self.width,
-                "trial": trial.number,
-                "work_to_95": (reached(trial.user_attrs["curve"], JUDGED) or {}).get("work"),
-                "best_accuracy": highest(trial.user_attrs["curve"]),
-                "work": max((point["work"] for point in trial.user_attrs["curve"]), default=0),
-                "diverged": str(trial.user_attrs.get("diverged", False)).lower(),
-                "second_work_to_95": (reached(second(study, trial) or [], JUDGED) or {}).get("work"),
-                "second_best_accuracy": None if second(study, trial) is None else highest(second(study, trial) or []),
-                "settings": " ".join(trial.user_attrs["overrides"]),
-            }
-            for trial in study.trials
-            if trial.value is not None
-        ]
+        study, rows = self.study(name), []
+        for trial in study.trials:
+            if trial.value is None:
+                continue
+            who, again = {"estimator": name, "width": self.width, "trial": trial.number}, second(study, trial) or {}
+            rows.append(
+                who
+                | trial.user_attrs["outcome"]
+                | {
+                    "diverged": str(trial.user_attrs.get("diverged", False)).lower(),
+                    "second_work_to_95": again.get("work_to_95"),
+                    "second_best_accuracy": again.get("best_accuracy"),
+                    "settings": " ".join(trial.user_attrs["overrides"]),
+                }
+            )
+        return rows
 
     def best(self, name: str) -> optuna.trial.FrozenTrial:
         study = self.study(name)
@@ -390,7 +465,7 @@ def main() -> None:
     keep_freed_memory()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    races = [Race(arguments.folder, width) for width in arguments.widths]
+    races = [Race(arguments.folder, width, arguments.results / "race_tuning.csv") for width in arguments.widths]
     if arguments.what == "tune":
         for race in races:
             for name in arguments.methods:

@@ -166,21 +166,27 @@ def test_every_estimator(case, engine):
         assert error < TOLERANCE[name], f"{name}, {learner.used}: {error}"
 
 
+@pytest.mark.parametrize("envelope", [0.0, 0.7])
 @pytest.mark.parametrize("case", CASES)
-def test_the_exact_one_is_the_slope_of_the_objective(case):
-    """By differences of F itself, as parameters that move and as others change, and by a dense matrix."""
+def test_the_exact_one_is_the_slope_of_the_objective(case, envelope):
+    """By differences of F + αM itself, as parameters that move and as others change, and by a dense matrix."""
     learner, tasks, mask = _problem(case)
     theta, lam = learner.theta(), 2.0
-    exact = Exact(NewtonCG(tol=1e-12), lam, 1e-12)
+    exact = Exact(NewtonCG(tol=1e-12), lam, 1e-12, envelope=envelope)
     found = exact(learner, theta, tasks)
     phi = found.adapted().phi
     assert torch.equal(phi * (1 - mask), (theta * (1 - mask)).expand(2, -1))
     for task in range(2):
-        wanted = _implicit(plain_losses(learner, tasks, task), theta, phi[task], mask, lam)
-        assert relative_error(found.gradients[task], wanted) < 1e-9
+        losses = plain_losses(learner, tasks, task)
+        wanted = _implicit(losses, theta, phi[task], mask, lam)
+        of_minimum = mask * lam * (theta - phi[task]) + (1 - mask) * torch.func.grad(losses[0])(phi[task])
+        assert relative_error(found.gradients[task], wanted + envelope * of_minimum) < 1e-9
 
     def objective(at: Tensor) -> Tensor:
-        return learner.query_loss(exact.adapt(learner, at, tasks).phi, tasks).mean()
+        phi = exact.adapt(learner, at, tasks).phi
+        support = torch.stack([plain_losses(learner, tasks, task)[0](phi[task]) for task in range(2)])
+        minima = support + 0.5 * lam * (phi - at).square().sum(1)
+        return (learner.query_loss(phi, tasks) + envelope * minima).mean()
 
     step, mean = 1e-5, found.gradients.mean(0)
     for part in (mask, 1 - mask):
@@ -189,21 +195,25 @@ def test_the_exact_one_is_the_slope_of_the_objective(case):
         assert abs(float(slope - mean @ along)) < 1e-8 * float(mean.norm() * along.norm())
 
 
+@pytest.mark.parametrize("envelope", [0.0, 0.7])
 @pytest.mark.parametrize("case", ["listed, head", "names"])
-def test_finite_differences_tend_to_the_exact_one_where_the_problem_is_solved(case):
+def test_finite_differences_tend_to_the_exact_one_where_the_problem_is_solved(case, envelope):
     learner, tasks, _ = _problem(case)
     theta, lam = learner.theta(), 2.0
     solver = NewtonCG(tol=1e-13)
-    wanted = Exact(solver, lam, 1e-12)(learner, theta, tasks).gradients
+    wanted = Exact(solver, lam, 1e-12, envelope=envelope)(learner, theta, tasks).gradients
     errors = {
-        kind: [relative_error(kind(solver, lam, nu)(learner, theta, tasks).gradients, wanted) for nu in (0.02, 0.01)]
+        kind: [
+            relative_error(kind(solver, lam, nu, envelope=envelope)(learner, theta, tasks).gradients, wanted)
+            for nu in (0.02, 0.01)
+        ]
         for kind in (Forward, Symmetric, Central)
     }
     for kind, order in ((Forward, 1), (Symmetric, 2), (Central, 4)):
         coarse, fine = errors[kind]
         assert fine < 1e-2
         assert coarse / fine == pytest.approx(2**order, rel=0.15)
-    tangent = Tangent(GradientDescent(200, 0.4), lam)(learner, theta, tasks).gradients
+    tangent = Tangent(GradientDescent(200, 0.4), lam, envelope=envelope)(learner, theta, tasks).gradients
     assert relative_error(tangent, wanted) < 1e-7
 
 

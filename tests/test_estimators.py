@@ -116,6 +116,32 @@ def test_perturbed_problems_are_solved_with_the_query_loss():
         assert relative_error(found[task], -LAM * (phi_nu - phi_0) / nu) < 1e-9
 
 
+@pytest.mark.parametrize("kind", FINITE_DIFFERENCES)
+def test_an_envelope_adds_the_gradient_of_the_inner_problems_minimum(kind):
+    """α λ(θ − φ*), φ* by Newton's method on the plain losses: exactly where zero is an offset, else interpolated."""
+    learner, tasks = tasks_of("logistic")
+    theta, alpha = learner.theta(), 3.0
+
+    def added(nu: float) -> torch.Tensor:
+        one, other = (
+            FINITE_DIFFERENCES[kind](NewtonSolver(), LAM, nu, envelope=a)(learner, theta, tasks).gradients
+            for a in (alpha, 0.0)
+        )
+        return one - other
+
+    wanted = []
+    for task in range(len(tasks)):
+        support, _ = plain_losses(learner, tasks, task)
+        phi = newton(lambda p, support=support: support(p) + 0.5 * LAM * (p - theta).square().sum(), theta)
+        wanted.append(alpha * LAM * (theta - phi))
+    coarse, fine = (relative_error(added(nu), torch.stack(wanted)) for nu in (0.1, 0.05))
+    if kind == "forward":
+        assert max(coarse, fine) < 1e-9
+    else:
+        assert coarse / fine == pytest.approx(2 ** ORDER[kind], rel=0.15)
+        assert fine < 1e-2
+
+
 def test_central_weights():
     assert Central(GradientDescent(), order=4).stencil == pytest.approx({1: 2 / 3, -1: -2 / 3, 2: -1 / 12, -2: 1 / 12})
     assert Symmetric(GradientDescent()).stencil == {1: 0.5, -1: -0.5}

@@ -25,7 +25,7 @@ def test_an_accuracy_is_reached_where_two_validations_say_so():
 
 def test_less_work_is_better_and_any_that_arrives_is_better_than_none():
     values = [
-        race.judged(curve)
+        race.judged(race.outcome(curve))
         for curve in (
             _curve(0.95, 0.95),
             _curve(0.94, 0.95, 0.95),
@@ -113,8 +113,8 @@ def test_the_best_trial_is_the_best_on_the_slower_of_two_seeds(monkeypatch):
             optuna.trial.create_trial(
                 params={"budget": work},
                 distributions={"budget": optuna.distributions.IntUniformDistribution(1, 10**9)},
-                user_attrs={"overrides": [str(work)], "curve": curve},
-                value=race.judged(curve),
+                user_attrs={"overrides": [str(work)], "outcome": race.outcome(curve)},
+                value=race.judged(race.outcome(curve)),
             )
         )
     seconds = {"100": 900, "200": 250, "300": 100}
@@ -129,6 +129,22 @@ def test_the_best_trial_is_the_best_on_the_slower_of_two_seeds(monkeypatch):
         race.Race.confirm(study)
     assert asked == [("100", 100), ("200", 100)]
     assert min(study.trials, key=lambda trial: race.confirmed(study, trial)).number == 0
+
+
+def test_studies_that_are_not_there_begin_with_the_trials_of_the_table(tmp_path):
+    """All that the repository has, and the table that comes of them is the same."""
+    table = ROOT / "results" / "race_tuning.csv"
+    begun = race.Race(tmp_path, 32, table)
+    found = [row for name in race.METHODS for row in begun.trials(name)]
+    shown = [{key: "" if value is None else str(value) for key, value in row.items()} for row in found]
+    wanted = read_csv(table)
+    for row in (*shown, *wanted):
+        row.pop("trial")  # there are gaps where one was interrupted
+    assert shown == wanted
+    best = begun.best("symmetric")
+    assert race.confirmed(begun.study("symmetric"), best) < float("inf")
+    given = race.settings(race.METHODS["symmetric"], optuna.trial.FixedTrial(best.params))
+    assert ["estimator=symmetric", "width=32", *given] == best.user_attrs["overrides"]
 
 
 def test_make_race_is_a_target():

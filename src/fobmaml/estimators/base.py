@@ -74,6 +74,8 @@ class Estimator(ABC):
 
     nu: float | str | None = None
     """ν, of an estimator that has it; ``auto``: chosen for the tasks, see ``settled``."""
+    envelope = 0.0
+    """α, of an estimator of ∇(F + αM), M the Moreau envelope of the support loss (``FiniteDifference``)."""
     needs_proximal_term = True
     differentiates_solution = False
     """Whether its formula takes the solver's result for the minimiser in all parameters."""

@@ -8,7 +8,7 @@ No Hessian is touched, and the memory is that of plain gradient descent on the t
 
 from copy import copy
 from itertools import count
-from math import factorial
+from math import factorial, prod
 from typing import Literal, Self
 
 import torch
@@ -35,6 +35,10 @@ class FiniteDifference(Estimator):
     Where φ is θ in some parameters, the estimate is there (1/ν) Σⱼ wⱼ ∇(f̂ᵢ + oⱼν fᵢ)(φᵢ,(oⱼν)), by one more gradient
     an offset. To first order that is ∇fᵢ and the mixed term ∂²f̂ᵢ dφ/dν.
 
+    ``envelope``: α. The estimate is of ∇(Fᵢ + αMᵢ), where Mᵢ(θ) = min_φ f̂ᵢ(φ) + (λ/2)‖φ − θ‖² is the Moreau envelope of
+    the support loss. ∇Mᵢ = λ(θ − φᵢ,0*), Reptile's direction on the support set, costs nothing: φᵢ,0 is solved or, in
+    a stencil without offset zero, interpolated from the others, Σⱼ lⱼ φᵢ,(oⱼν), with an error of the stencil's order.
+
     ``nu``: ν, or ``auto``: where truncation and noise are in balance by ``balanced_nu``, measured on the first two
     tasks at each call of ``estimate`` (of several processes, by each on its own), and so a function of θ, tasks and
     settings.
@@ -44,7 +48,7 @@ class FiniteDifference(Estimator):
     much for six more tasks, of order 4 for five (or, where the tasks are harder than most, for more of them).
     Memory: (tasks at once) × (non-zero offsets) times one task's gradient; flat in the inner steps.
     ``auto`` solves two tasks at three times the offsets at once.
-    Raises ValueError unless λ > 0, ν > 0 and the weights sum to zero, and for a model in half precision.
+    Raises ValueError unless λ > 0, ν > 0, α ≥ 0 and the weights sum to zero, and for a model in half precision.
 
     >>> estimator = fobmaml.estimators.FiniteDifference(solver, 2.0, 0.1, offsets=(0, 1, 2), weights=(-1.5, 2.0, -0.5))
     >>> estimator.order
@@ -55,8 +59,17 @@ class FiniteDifference(Estimator):
 
     differentiates_solution = True
 
-    def __init__(self, solver: Solver, lam: float, nu: Nu, offsets: tuple[int, ...], weights: tuple[float, ...]):
+    def __init__(
+        self,
+        solver: Solver,
+        lam: float,
+        nu: Nu,
+        offsets: tuple[int, ...],
+        weights: tuple[float, ...],
+        envelope: float = 0.0,
+    ):
         super().__init__(solver, lam)
+        self.envelope = number("envelope", envelope, at_least=0.0)
         self.nu = "auto" if nu == "auto" else _positive(nu)
         if len(offsets) != len(weights) or len(set(offsets)) != len(offsets) or abs(sum(weights)) > 1e-12:
             raise refuse("weights", weights, f"one weight for each of the distinct offsets {offsets}, with sum zero")
@@ -104,15 +117,20 @@ class FiniteDifference(Estimator):
         found = []
         for nu in nus:
             # Displacements φ − θ rather than the solutions: the weights sum to zero, and rounding is smaller.
+            stencil = {o: w + self.envelope * nu * self._at_zero(o) for o, w in self.stencil.items()}
             weights = [0.0] * len(offsets)
-            for o in self.stencil:
+            for o in stencil:
                 if o != 0:
-                    weights[offsets.index(o * nu)] = self.stencil[o]
+                    weights[offsets.index(o * nu)] = stencil[o]
             difference = torch.einsum("j,tjp->tp", theta.new_tensor(weights), displacement)
             if centre is not None:
-                difference += self.stencil[0] * centre.envelope
+                difference += stencil[0] * centre.envelope
             found.append(-(self.lam / nu) * difference)
         return found, centre
+
+    def _at_zero(self, offset: int) -> float:
+        """The weight of an offset in the interpolation at zero by all of them, which is zero's own if there is."""
+        return prod(other / (other - offset) for other in self.stencil if other != offset)
 
 
 def _positive(nu: Nu) -> float:
@@ -133,7 +151,7 @@ class Forward(FiniteDifference):
     """−λ (φ_ν − φ_0) / ν, [T, P]. Bias O(ν) + O(δ/ν): O(δ^{1/2}) at ν ∝ δ^{1/2}.
 
     Cost: K (2S + Q) example-gradients a task, of K inner steps, S support and Q query examples. Memory: flat in K.
-    ``nu`` and what raises ValueError: as of ``FiniteDifference``.
+    ``nu``, ``envelope`` and what raises ValueError: as of ``FiniteDifference``.
     Reference: Chayti & Jaggi, arXiv:2409.03682, forward estimator.
 
     >>> estimator = fobmaml.estimators.Forward(solver, lam=2.0, nu=0.1)
@@ -141,8 +159,8 @@ class Forward(FiniteDifference):
     {'weight': tensor([[-1.4286]])}
     """
 
-    def __init__(self, solver: Solver, lam: float = 0.5, nu: Nu = 0.05):
-        super().__init__(solver, lam, nu, (0, 1), (-1.0, 1.0))
+    def __init__(self, solver: Solver, lam: float = 0.5, nu: Nu = 0.05, envelope: float = 0.0):
+        super().__init__(solver, lam, nu, (0, 1), (-1.0, 1.0), envelope)
 
 
 class Central(FiniteDifference):
@@ -153,14 +171,15 @@ class Central(FiniteDifference):
 
     Cost: p K (S + Q) example-gradients a task, of K inner steps, S support and Q query examples. Memory: flat in K.
     Reference: Chen, Li, Chayti & Zhang, F²SA-p (arXiv:2509.02937).
-    Raises ValueError unless ``order``, p, is even, and as ``FiniteDifference`` does, whose ``nu`` it has.
+    Raises ValueError unless ``order``, p, is even, and as ``FiniteDifference`` does, whose ``nu`` and
+    ``envelope`` it has.
 
     >>> estimator = fobmaml.estimators.Central(solver, lam=2.0, nu=0.4, order=4)
     >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).gradient
     {'weight': tensor([[-1.4881]])}
     """
 
-    def __init__(self, solver: Solver, lam: float = 0.5, nu: Nu = 0.05, order: int = 4):
+    def __init__(self, solver: Solver, lam: float = 0.5, nu: Nu = 0.05, order: int = 4, envelope: float = 0.0):
         if whole_number("order", order, at_least=2) % 2:
             raise refuse("order", order, "an even number of at least 2")
         m = order // 2
@@ -168,14 +187,15 @@ class Central(FiniteDifference):
             j: (-1) ** (j + 1) * factorial(m) ** 2 / (j * factorial(m - j) * factorial(m + j)) for j in range(1, m + 1)
         }
         offsets = tuple(sign * j for j in alpha for sign in (1, -1))
-        super().__init__(solver, lam, nu, offsets, tuple(sign * alpha[j] for j in alpha for sign in (1, -1)))
+        weights = tuple(sign * alpha[j] for j in alpha for sign in (1, -1))
+        super().__init__(solver, lam, nu, offsets, weights, envelope)
 
 
 class Symmetric(Central):
     """−λ (φ_ν − φ_−ν) / (2ν), [T, P]. Bias O(ν²) + O(δ/ν): O(δ^{2/3}) at ν ∝ δ^{1/3}.
 
     Cost: 2K (S + Q) example-gradients a task, of K inner steps, S support and Q query examples. Memory: flat in K.
-    ``nu`` and what raises ValueError: as of ``FiniteDifference``.
+    ``nu``, ``envelope`` and what raises ValueError: as of ``FiniteDifference``.
     Reference: Chayti & Jaggi, arXiv:2409.03682, symmetric estimator.
 
     >>> estimator = fobmaml.estimators.Symmetric(solver, lam=2.0, nu=0.1)
@@ -183,5 +203,5 @@ class Symmetric(Central):
     {'weight': tensor([[-1.5038]])}
     """
 
-    def __init__(self, solver: Solver, lam: float = 0.5, nu: Nu = 0.05):
-        super().__init__(solver, lam, nu, order=2)
+    def __init__(self, solver: Solver, lam: float = 0.5, nu: Nu = 0.05, envelope: float = 0.0):
+        super().__init__(solver, lam, nu, 2, envelope)

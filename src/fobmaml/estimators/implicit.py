@@ -118,6 +118,7 @@ class Exact(IMAML):
     iMAML that insists: ``solver`` has to reach a residual ‖∇h(φ)‖ of ``tol``, as ``NewtonCG(tol=1e-8)`` does, and
     conjugate gradients a relative residual of ``tol``. Run it in float64. Cost: whatever that takes, up to ``cg_steps``
     Hessian-vector products a task for the linear solve. Reference: iMAML, lemma 1.
+    ``envelope``: α, of the gradient of Fᵢ + αMᵢ, as in ``FiniteDifference``: with λα(θ − φᵢ*), by Danskin's theorem.
 
     Raises NotConverged, naming tasks and residuals, where the tolerance was not met or the point is not a minimiser.
 
@@ -126,8 +127,11 @@ class Exact(IMAML):
     {'weight': tensor([[-1.5000]])}
     """
 
-    def __init__(self, solver: Solver, lam: float = 2.0, tol: float = 1e-8, cg_steps: int = 5000):
+    def __init__(
+        self, solver: Solver, lam: float = 2.0, tol: float = 1e-8, cg_steps: int = 5000, envelope: float = 0.0
+    ):
         self.tol = number("tol", tol, above=0.0)
+        self.envelope = number("envelope", envelope, at_least=0.0)
         super().__init__(solver, lam, cg_steps, cg_tol=tol)
 
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
@@ -150,4 +154,6 @@ class Exact(IMAML):
                 f"linear solve: {int(unsolved.sum())} of {len(tasks)} tasks stopped at a relative "
                 f"residual of up to {float(solve.relative_residual.max()):.1e}, above {self.tol:.0e}"
             )
+        if self.envelope:
+            gradients = gradients - self.lam * self.envelope * solution.envelope
         return Estimate(gradients, lambda: solution, solve)

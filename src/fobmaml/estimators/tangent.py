@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fobmaml.arguments import one_of, refuse
+from fobmaml.arguments import number, one_of, refuse
 from fobmaml.engine import Learner
 from fobmaml.engine.losses import rows_taken
 from fobmaml.estimators.base import Cost, Estimate, Estimator
@@ -40,16 +40,21 @@ class Tangent(Estimator):
     Where φ is θ in some parameters (``Learner.adapt``), u is zero there, and the estimate ∇fᵢ(φ_K) + ∇²f̂ᵢ(φ_K) u_K,
     by one more product and query gradient.
 
+    ``envelope``: α, of an estimate of ∇(Fᵢ + αMᵢ) as in ``FiniteDifference``: −λ(u_K + α(φ_K − θ)), at no cost where
+    φ moves in all parameters.
+
     Memory is flat in K. Reference: Chayti & Jaggi, arXiv:2409.03682, whose symmetric estimator has this limit.
-    Raises ValueError unless λ > 0, and for a solver other than gradient descent, whose steps are linear in gradients.
+    Raises ValueError unless λ > 0 and α ≥ 0, and for a solver other than gradient descent, whose steps are linear in
+    gradients.
 
     >>> estimator = fobmaml.estimators.Tangent(solver, lam=2.0)
     >>> fobmaml.meta_gradient(estimator, model, loss_fn, tasks).gradient
     {'weight': tensor([[-1.5000]])}
     """
 
-    def __init__(self, solver: Solver, lam: float = 0.5, way: str = "auto"):
+    def __init__(self, solver: Solver, lam: float = 0.5, way: str = "auto", envelope: float = 0.0):
         super().__init__(solver, lam)
+        self.envelope = number("envelope", envelope, at_least=0.0)
         if not isinstance(solver, Descent) or not solver.linear:
             raise refuse("solver", type(solver).__name__, "one whose steps are linear in gradients (GradientDescent)")
         self.way = one_of("way", way, WAYS)
@@ -79,6 +84,8 @@ class Tangent(Estimator):
         if learner.moves is not None:
             _, product = linearize(InnerProblem(learner, theta, again(tasks), self.lam), reached.phi, u)
             gradients += (1.0 - learner.moves) * (product + learner.query_gradient(reached.phi, tasks))
+        if self.envelope:
+            gradients -= self.lam * self.envelope * reached.envelope
         return Estimate(gradients, adapted)
 
     def _steps(self, problem: InnerProblem, linearize: Linearize, again: Again) -> tuple[Tensor, Tensor]:

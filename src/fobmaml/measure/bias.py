@@ -36,8 +36,9 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     """The bias of ``estimator`` at the present parameters of the network of ``learner``.
 
     The reference is computed in float64, and is the estimator's own if it names one. Else, with λ > 0, it is the
-    proximal objective's exact meta-gradient (``Exact`` at the same λ). With λ = 0 the inner problem has no unique
-    minimiser, F is the objective after the solver's K steps, and the reference is its gradient, by back-propagation.
+    proximal objective's exact meta-gradient (``Exact`` at the same λ and with the same ``envelope``). With λ = 0 the
+    inner problem has no unique minimiser, F is the objective after the solver's K steps, and the reference is its
+    gradient, by back-propagation.
     ``tasks`` in float64, so that both see the same examples. Where inner steps take batches and those of the reference
     do not, the bias is that of the mean over ``DRAWS`` (128) draws. ``tol``: the residual to which the reference is
     solved; where that is not reached, there is a ``reason`` in place of a number.
@@ -50,8 +51,8 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     if named := estimator.reference(tol):
         reference, name = named
     elif estimator.lam > 0:
-        reference = Exact(NewtonCG(tol=tol), estimator.lam, tol)
-        name = f"exact, lam={estimator.lam:g}"
+        reference = Exact(NewtonCG(tol=tol), estimator.lam, tol, envelope=estimator.envelope)
+        name = f"exact, lam={estimator.lam:g}" + (f", envelope={estimator.envelope:g}" if estimator.envelope else "")
     elif estimator.solver.differentiable_steps:
         reference, name = MAML(estimator.solver), "exact after the solver's steps, lam=0"
     else:

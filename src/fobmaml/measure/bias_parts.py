@@ -68,7 +68,7 @@ _WHAT = {
 @dataclass
 class BiasPartsMeasurement(OnValidationTasks):
     """``bias_parts``, to ``tol``, every so many meta-steps, before the first too. Raises ValueError unless tol > 0 and
-    tasks ≥ 2, and for inner steps on batches."""
+    tasks ≥ 2, for inner steps on batches and for an ``envelope``."""
 
     every: int = 0
     tasks: int = 64
@@ -92,6 +92,8 @@ class BiasPartsMeasurement(OnValidationTasks):
         if not self.every:
             return
         references(training.estimator.solver, training.estimator.lam, self.tol)
+        if training.estimator.envelope:
+            raise refuse("bias_parts.every", self.every, "an estimator with envelope=0, or 0 for never")
         if training.estimator.solver.takes_batches:
             raise refuse("bias_parts.every", self.every, "inner steps on all examples, or 0 for never")
 

@@ -29,6 +29,7 @@ METHODS = {
     "imaml_damped": Method("iMAML, damped", "#009E73", "D", "--"),
     "forward": Method("FO-B-MAML, forward", "#56B4E9", "<"),
     "symmetric": Method("FO-B-MAML, symmetric", "#0072B2", "o"),
+    "forward_envelope": Method("FO-B-MAML, with envelope", "#56B4E9", ">", "--"),
     "fobmaml": Method("FO-B-MAML", "#56B4E9", "<"),
     "symmetric_all": Method("symmetric, all examples a step", "#0072B2", "o", "--"),
     "symmetric_operators": Method("symmetric, torch's operators", "#0072B2", "o", ":"),
