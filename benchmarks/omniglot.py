@@ -155,7 +155,9 @@ def main() -> None:
 
 
 def collect(methods: list[str]) -> None:
-    jobs = [*tuning(methods), *at_their_best(methods)]
+    jobs = [*tuning(methods)]
+    if all(path_of(job).exists() for job in jobs):
+        jobs += at_their_best(methods)
     there = [json.loads(path_of(job).read_text()) for job in jobs if path_of(job).exists()]
     write_csv(ROOT / "results" / "omniglot.csv", [each["row"] for each in there])
     write_json(

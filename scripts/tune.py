@@ -96,6 +96,8 @@ SPACE: dict[str, Range | Choice] = {
     "authors": Choice((False, True)),
 }
 """Every setting that is searched, for those methods that have it."""
+LATER: dict[str, Range | Choice] = {"estimator.envelope": Range(0.1, 4.0)}
+"""What is searched by a sequence of its own: it came when the other points had been tried, and these stay."""
 OF_BUDGET = {"meta_batch": Choice((2, 4, 8, 16))}
 """What else is searched where a run ends by its work: tasks a meta-step."""
 COMMON = (*list(SPACE)[:7], "adaptation.steps", "adaptation.lr")
@@ -113,6 +115,7 @@ KNOWN: Settings = {
     "solver.query_batch": None,
     "estimator.lam": 0.5,
     "estimator.nu": 0.05,
+    "estimator.envelope": 1.0,
     "estimator.multi_step": 0.3,
     "estimator.learn_lr": 0.03,
     "estimator.second_order_from": 0.1,
@@ -176,6 +179,19 @@ METHODS = {
     "symmetric": Method("symmetric", DIFFERENCES),
     "central4": Method("central4", DIFFERENCES),
     "tangent": Method("tangent", DIFFERENCES[:3]),
+    "forward_envelope": Method(
+        "forward",
+        (*DIFFERENCES, "estimator.envelope"),
+        {
+            "estimator.nu": 0.5,
+            "estimator.lam": 0.2,
+            "solver.steps": 7.0,
+            "solver.lr": 0.2,
+            "solver.batch": 5,
+            "solver.query_batch": 5,
+            "adaptation.lr": 2,
+        },
+    ),
 }
 """The methods of the accuracy table: MAML as published first, and with its remedies."""
 
@@ -185,8 +201,13 @@ def points(count: int, experiment: Experiment) -> list[Settings]:
     space = {**SPACE, **experiment.also}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # 24 is no power of two, and nothing is integrated
-        found = qmc.Sobol(len(space), seed=0).random(count)
-    return [{name: part.at(u) for (name, part), u in zip(space.items(), point, strict=True)} for point in found]
+        sequences = ((space, qmc.Sobol(len(space), seed=0)), (LATER, qmc.Sobol(len(LATER), seed=1)))
+        drawn = [(parts, sequence.random(count)) for parts, sequence in sequences]
+    found = [
+        [{name: part.at(u) for (name, part), u in zip(parts.items(), point, strict=True)} for point in of_parts]
+        for parts, of_parts in drawn
+    ]
+    return [one | later for one, later in zip(*found, strict=True)]
 
 
 def overrides(method: Method, point: Settings, experiment: Experiment) -> Settings:
@@ -327,7 +348,7 @@ class Tuning:
         ranked = sorted(once, key=lambda n: (-once[n], int(n)))[:AGAIN]
         twice = {n: self.both(name, n, tried[n]) for n in ranked}
         best = max(ranked, key=lambda n: twice[n])
-        point, value, left = tried[best], twice[best], dict.fromkeys(SPACE, FURTHER)
+        point, value, left = tried[best], twice[best], dict.fromkeys(SPACE | LATER, FURTHER)
         while found := self._better(name, best, point, value, left):
             best, point, value = found
         return best, point
@@ -351,7 +372,7 @@ def beyond_edges(method: Method, point: Settings) -> Iterator[tuple[str, float]]
     """The numbers of ``point`` that are in the outer tenth of their ranges, or beyond, and what to try instead."""
     unused = {"sngdm.lr", "adam.lr"} - {f"{point['optimizer']}.lr"}
     for name in method.searched:
-        part = SPACE[name]
+        part = (SPACE | LATER)[name]
         if not isinstance(part, Range) or name in unused:
             continue
         place = math.log(point[name] / part.low) / math.log(part.high / part.low)
