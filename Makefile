@@ -1,6 +1,9 @@
 # make help lists the targets.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# What pip does by one processor, by all; some packages have files for other Pythons, which is no error.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 ARGS ?=
 
 .PHONY: help setup train test test-site test-all lint figures reproduce verify bench race explorer docs clean
@@ -16,9 +19,10 @@ setup: .venv/complete ## make .venv and install everything (nothing to do when i
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or later is needed, and $(PYTHON) is {sys.version.split()[0]}")'
 	@echo "installing into .venv (a minute or two, once)"
 	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
+	@$(PIP) torch setuptools
 	@rm -f src/fobmaml/engine/fused_*.so
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@$(COMPILE)
 	@$(BIN)/python -c 'from fobmaml.engine import library; why = library.missing(); print(f"no compiled kernel, so gradients take longer: {why}\n" * bool(why), end="")'
 	@touch $@
 
@@ -81,7 +85,8 @@ docs: setup .venv/docs ## build the site, outputs/site, which opens from disk: o
 
 .venv/sweeps .venv/bench .venv/explorer .venv/docs .venv/digits: .venv/%: .venv/complete
 	@echo "installing the packages for $* into .venv"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt 'fobmaml[$*]'  # which is there
+	@$(PIP) 'fobmaml[$*]'  # which is there
+	@$(COMPILE)
 	@touch $@
 
 .venv/chromium: .venv/explorer

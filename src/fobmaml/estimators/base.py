@@ -88,10 +88,7 @@ class Estimator(ABC):
         if not isinstance(solver, Solver):
             raise refuse("solver", type(solver).__name__, "a fobmaml.solvers.Solver")
         self.solver = solver
-        if self.needs_proximal_term:
-            self.lam = number("lam", lam, above=0.0)
-        else:
-            self.lam = number("lam", lam, at_least=0.0)
+        self.lam = number("lam", lam, above=0.0) if self.needs_proximal_term else number("lam", lam, at_least=0.0)
 
     @abstractmethod
     def __call__(self, learner: Learner, theta: Tensor, tasks: TaskBatch) -> Estimate:
