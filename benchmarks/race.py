@@ -298,11 +298,15 @@ class Race:
         study = optuna.create_study(
             storage=self.storage, sampler=sampler, study_name=f"{name}-{self.width}", load_if_exists=True
         )
+        before = self._before(name)
         if not study.trials:
-            for number, row in enumerate(self._before(name)):
-                study.add_trial(restored(name, row))
-                if row["second_best_accuracy"]:
-                    study.set_user_attr(f"second {number}", _outcome_in(row, "second_"))
+            study.set_user_attr("before", len(before))
+        for number in range(
+            len(study.trials), study.user_attrs.get("before", 0)
+        ):  # all of them, if it was stopped here
+            if before[number]["second_best_accuracy"]:
+                study.set_user_attr(f"second {number}", _outcome_in(before[number], "second_"))
+            study.add_trial(restored(name, before[number]))
         if not study.trials:
             if METHODS[name].searched:
                 study.enqueue_trial(KNOWN | METHODS[name].known)
