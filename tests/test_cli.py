@@ -119,7 +119,7 @@ def test_width_250(run_train, tmp_path, tasks):
     ],
 )
 def test_the_default_run_learns(run_train, tmp_path, shorter, accuracy):
-    """What `make train` does. The bias is that of ten coarse inner steps, on a few tasks."""
+    """What `make train` does. The bias is that of seven coarse inner steps, on a few tasks."""
     done = run_train("hydra.run.dir=run", *shorter)
     assert done.returncode == 0, done.stderr
     summary = _complete(tmp_path / "run")
@@ -145,7 +145,7 @@ def test_a_data_set_brings_settings_that_it_learns_with(run_train, tmp_path, dat
         ("dataset=logistic",),
         ("model=mlp", "depth=2"),
         ("solver=bb", "estimator.lam=2", "solver.tol=1e-3"),
-        ("solver=newton_cg", "estimator.lam=2", "dtype=float64"),
+        ("estimator=symmetric", "solver=newton_cg", "estimator.lam=2", "dtype=float64"),
         ("optimizer=adam",),
         ("optimizer=clipped_sgd", "dtype=float64"),
         ("optimizer=sgd", "depth=5"),

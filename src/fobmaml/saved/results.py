@@ -35,7 +35,7 @@ def read_runs(folder: str | PathLike[str], frame: bool = False) -> Any:
     ``frame``: as a pandas.DataFrame; pandas is not among what fobmaml needs. Raises ValueError for what is no folder.
 
     >>> [(row["folder"], row["status"], row["solver.lr"]) for row in fobmaml.read_runs("outputs")]
-    [('first', 'completed', 0.1)]
+    [('first', 'completed', 0.2)]
     """
     root = Path(folder)
     if not root.is_dir():
