@@ -1,10 +1,10 @@
 // Draws, with Vega, what formulas.js computes and what was measured.
 const data = JSON.parse(document.getElementById("data").textContent);
 const GLYPHS = {s: "■", "^": "▲", v: "▼", D: "◆", "<": "◀", o: "●", "*": "★", P: "✚"};
-const OPEN = {s: "□", d: "◇", o: "○"};  // of a dashed line
+const OPEN = {s: "□", d: "◇", o: "○", ">": "▷"};  // of a dashed line
 const STAR = "M0,-1L.235,-.324L.951,-.309L.38,.124L.588,.809L0,.4L-.588,.809L-.38,.124L-.951,-.309L-.235,-.324Z";
-const SYMBOLS = {s: "square", "^": "triangle-up", v: "triangle-down", D: "diamond", d: "diamond", "<": "triangle-left", o: "circle",
-  "*": STAR, P: "cross"};
+const SYMBOLS = {s: "square", "^": "triangle-up", v: "triangle-down", D: "diamond", d: "diamond", "<": "triangle-left",
+  ">": "triangle-right", o: "circle", "*": STAR, P: "cross"};
 const IN_THE_DARK = {"#000000": "#ffffff", "#777777": "#b0b0b0"};
 const methods = Object.entries(data.methods).map(([name, look]) => ({name, ...look, symbol: SYMBOLS[look.marker]}));
 for (const method of methods) {
