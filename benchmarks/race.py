@@ -220,8 +220,12 @@ def restored(name: str, row: dict[str, str]) -> optuna.trial.FrozenTrial:
     return optuna.trial.create_trial(
         params={key: params[key] for key in trial.distributions},
         distributions=trial.distributions,
-        value=judged(found := _outcome_in(row, "")),
-        user_attrs={"overrides": overrides, "outcome": found, "diverged": row["diverged"] == "true"},
+        value=judged(found := _outcome_in(row)),
+        user_attrs={
+            "overrides": overrides,
+            "outcome": found | {"work": int(row["work"])},
+            "diverged": row["diverged"] == "true",
+        },
     )
 
 
@@ -232,11 +236,10 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _outcome_in(row: dict[str, str], which: str) -> Row:
-    """Of a table's row, of the ``second_`` seed or the first."""
+def _outcome_in(row: dict[str, str], which: str = "") -> Row:
+    """Of a table's row what a trial is judged by, of the first seed or the ``second_``."""
     work = row[f"{which}work_to_95"]
-    best = float(row[f"{which}best_accuracy"])
-    return {"work_to_95": int(work) if work else None, "best_accuracy": best, "work": int(row["work"])}
+    return {"work_to_95": int(work) if work else None, "best_accuracy": float(row[f"{which}best_accuracy"])}
 
 
 def tried(overrides: list[str], budget: int, seed: int, best: float) -> tuple[list[Row], bool]:
@@ -298,12 +301,11 @@ class Race:
         study = optuna.create_study(
             storage=self.storage, sampler=sampler, study_name=f"{name}-{self.width}", load_if_exists=True
         )
-        before = self._before(name)
-        if not study.trials:
-            study.set_user_attr("before", len(before))
-        for number in range(
-            len(study.trials), study.user_attrs.get("before", 0)
-        ):  # all of them, if it was stopped here
+        if not (there := len(study.trials)):
+            study.set_user_attr("before", len(self._before(name)))
+        missing = range(there, study.user_attrs.get("before", 0))  # some, too, if it was stopped here
+        before = self._before(name) if missing else []
+        for number in missing:
             if before[number]["second_best_accuracy"]:
                 study.set_user_attr(f"second {number}", _outcome_in(before[number], "second_"))
             study.add_trial(restored(name, before[number]))
