@@ -168,8 +168,8 @@ def test_another_gradient_is_refused(workers, monkeypatch):
 def test_who_takes_too_long_is_stopped(workers):
     if jax_peer.missing():
         pytest.skip("JAX is not installed")
-    setting = candidates.Setting(4, 10**6)
-    one = candidates.ByJax(setting, "jax_maml", 1, jax_peer.HOW[0], workers)
+    setting = candidates.Setting(4, 10**6)  # MAML would keep all these steps, and fail before it is late
+    one = candidates.ByJax(setting, "jax_symmetric", 1, jax_peer.HOW[0], workers)
     one.prepare(setting.tasks)
     with pytest.raises(jax_peer.TooLong):
         one.gradient(setting.tasks, 0.01)

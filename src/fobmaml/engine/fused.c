@@ -17,7 +17,7 @@ for products at the same point. */
 #include "vectors.h"
 
 #if LANES == 8
-enum { HEIGHT = 4, WIDTH = 3 }; /* a tile is HEIGHT x WIDTH vectors: 12 of AVX2's 16 registers */
+enum { HEIGHT = 6, WIDTH = 2 }; /* a tile is HEIGHT x WIDTH vectors: 12 of AVX2's 16 registers */
 #else
 enum { HEIGHT = 8, WIDTH = 3 }; /* 24 of 32 */
 #endif
@@ -206,14 +206,14 @@ static void weight_rows(int height, int width, int64_t windows, int64_t out, con
     weight_tile(height, width, windows, out, from, terms, term, into, stride, columns, scale, step)
 #define ROWS(height)                              \
     case height:                                  \
-        if (width == 3) TILE(height, 3);          \
+        if (width == WIDTH) TILE(height, WIDTH);  \
         else if (width == 2) TILE(height, 2);     \
         else TILE(height, 1);                     \
         break;
     switch (height) {
-        ROWS(1) ROWS(2) ROWS(3) ROWS(4)
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
 #if LANES != 8
-        ROWS(5) ROWS(6) ROWS(7) ROWS(8)
+        ROWS(7) ROWS(8)
 #endif
     }
 #undef ROWS

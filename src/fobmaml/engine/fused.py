@@ -22,9 +22,10 @@ from fobmaml.engine.network import Network
 from fobmaml.engine.rows import MOST_NUMBERS, RowGradient
 from fobmaml.engine.stacked import Stacked
 
-EXAMPLES_AT_ONCE, OF_LARGE_LAYERS, LARGE = 25, 50, 2**17
-"""Their activations stay in a processor's cache, and are enough to read the weights for. Of a layer of more than LARGE
-weights they do not, and twice the examples are faster (measured at 25, 64, 128 and 250 channels)."""
+EXAMPLES_AT_ONCE, OF_AVX512, LARGE = 12, (25, 50), 2**17
+"""Their activations stay in a processor's cache, and are enough to read the weights for. Processors with AVX-512 have
+larger ones; there, with a layer of more than LARGE weights, the second number (measured at 25, 64, 128 and 250 channels
+on one of either kind)."""
 ROWS_A_THREAD, KEPT_ROWS_A_THREAD = 8, 2
 """At least so many: a row is one thread's, and all threads wait for the last. Of Hessian products fewer: for them each
 row keeps its signals at each step, and a call is of one step anyway."""
@@ -67,7 +68,8 @@ class FusedGradient(RowGradient):
         sizes = [math.prod(shape) for shape in shapes.values()]
         *begins, parameters = accumulate(sizes, initial=0)
         starts = dict(zip(shapes, begins, strict=True))
-        at_once = EXAMPLES_AT_ONCE if max(sizes) <= LARGE else OF_LARGE_LAYERS
+        wide = library.instructions() == "avx512"
+        at_once = OF_AVX512[max(sizes) > LARGE] if wide else EXAMPLES_AT_ONCE
         channels, described = x.shape[3], []
         for layer, (length, after) in zip(layers, pairwise(lengths), strict=True):
             dense, outputs = isinstance(layer, Dense), shapes[layer.weight][0]
