@@ -22,7 +22,7 @@ PATIENCE = 4.0
 CLOSE = 1.3
 """Of the ways to write one candidate, and its numbers of threads, those that at first take so many times as long as the
 quickest are not timed further."""
-TOO_LONG, AT_LEAST = 20.0, 5.0
+TOO_LONG, AT_LEAST = 6.0, 5.0
 """A candidate that at first takes so many times as long as ours by the same method, and so many seconds, is dropped."""
 
 

@@ -305,6 +305,10 @@ class Race:
             study.set_user_attr("before", len(self._before(name)))
         missing = range(there, study.user_attrs.get("before", 0))  # some, too, if it was stopped here
         before = self._before(name) if missing else []
+        if missing and len(before) < missing.stop:
+            sys.exit(
+                f"error: {self.tried_before}: takes {missing.stop} trials of {name}, with which its study was begun"
+            )
         for number in missing:
             if before[number]["second_best_accuracy"]:
                 study.set_user_attr(f"second {number}", _outcome_in(before[number], "second_"))

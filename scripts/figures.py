@@ -5,7 +5,12 @@ FOLDER/README.md, and from results/ the tables of this project's README and of d
 """
 
 import importlib
+import multiprocessing
+import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import summary
@@ -16,17 +21,27 @@ FIGURES = {path.stem: importlib.import_module(path.stem) for path in sorted(Path
 
 
 def redraw(folder: Path) -> list[str]:
-    """All figures and tables; what is missing for some."""
-    parts = [figure.draw for figure in FIGURES.values()] + [summary.write]
+    """All figures, side by side, and then the tables, some of which the figures' scripts write; what is missing for
+    some."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
+        missing = list(processes.map(partial(missing_for, folder), FIGURES))
+    missing.append(missing_in(summary.write, folder))
     if folder.resolve() == RESULTS.resolve():
-        parts.append(tables.write)
-    missing = []
-    for part in parts:
-        try:
-            part(folder)
-        except Missing as table:
-            missing.append(str(table))
-    return missing
+        missing.append(missing_in(tables.write, folder))
+    return [line for line in missing if line]
+
+
+def missing_for(folder: Path, name: str) -> str | None:
+    return missing_in(FIGURES[name].draw, folder)
+
+
+def missing_in(part: Callable[[Path], object], folder: Path) -> str | None:
+    """The line about a table that ``part`` misses, if it does."""
+    try:
+        part(folder)
+    except Missing as table:
+        return str(table)
+    return None
 
 
 def main() -> None:

@@ -196,24 +196,26 @@ def test_rows_say_who_was_quoted(tmp_path):
 
 
 def test_tables_and_figure_take_the_columns_of_the_limit(tmp_path):
-    """The table that is there, with what a newer one says beside it."""
+    """Of the table that is there, with JAX's row another's."""
     new = {"threads": 2, "limit": "avx512", "multiply_add_gflops": 400.0, "note": ""}
-    rows = [{**row, **new, "matrix_product_gflops": 200.0} for row in read_csv(RESULTS / "bench.csv")]
+    table = [row for row in read_csv(RESULTS / "bench.csv") if row["estimator"] != "jax_maml"]
+    rows = [{**row, **new, "matrix_product_gflops": 200.0} for row in table]
     of_jax = [
         {**row, "estimator": "jax_maml", "threads": 1, "seconds_16_tasks": 5.0}
         for row in rows
         if row["estimator"] == "maml"
     ]
-    of_jax[-1] |= {"seconds_median": None, "peak_bytes": None, "multiply_add_gflops": None}
-    of_jax[-3] |= {"seconds_median": None, "seconds_16_tasks": None, "limit": None}
+    widest = [row for row in of_jax if row["width"] == of_jax[-1]["width"]]
+    widest[0] |= {"seconds_median": None, "seconds_16_tasks": None, "limit": None}
+    widest[-1] |= {"seconds_median": None, "peak_bytes": None, "multiply_add_gflops": None}
     write_csv(tmp_path / "bench.csv", rows + of_jax)
     table = tables.speed(tmp_path)
     (jax,) = [line for line in table.splitlines() if line.startswith("| MAML by JAX")]
     assert jax.count("(1 thread)") == 3
-    assert "took too long" in jax
-    assert jax.endswith("/ – |")
+    assert "| took too long |" in jax
+    assert jax.endswith("– |")
     assert "| a large matrix product by torch | 50 % | 50 % | 50 % | 50 % |" in table
     assert "fused multiply-adds by all threads (2), 400 GFLOP/s" in table
     figure_time.draw(tmp_path)
     assert (tmp_path / "figures" / "time.png").exists()
-    assert "MAML by TorchOpt, MAML by JAX: " in claims.seconds(summary.InFolder(tmp_path)).measured
+    assert "MAML, plain torch, MAML by JAX: " in claims.seconds(summary.InFolder(tmp_path)).measured

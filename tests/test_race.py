@@ -152,5 +152,16 @@ def test_studies_that_are_not_there_begin_with_the_trials_of_the_table(tmp_path,
     assert ["estimator=symmetric", "width=32", *given] == best.user_attrs["overrides"]
 
 
+def test_a_study_begun_with_a_longer_table_says_so(tmp_path):
+    lines = (ROOT / "results" / "race_tuning.csv").read_text().splitlines(keepends=True)
+    table = tmp_path / "race_tuning.csv"
+    table.write_text("".join(lines[:3]))  # the header, and two of symmetric_all's
+    begun = race.Race(tmp_path, 32, table)
+    assert len(begun.study("symmetric_all").trials) == 2
+    begun.study("symmetric_all").set_user_attr("before", 3)  # as if it had been stopped before the third
+    with pytest.raises(SystemExit, match="takes 3 trials of symmetric_all, with which"):
+        begun.study("symmetric_all")
+
+
 def test_make_race_is_a_target():
     assert "race: setup .venv/sweeps" in (ROOT / "Makefile").read_text()
