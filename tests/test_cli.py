@@ -54,6 +54,7 @@ def _complete(folder: Path) -> dict:
     return summary
 
 
+@pytest.mark.slow
 def test_every_estimator_makes_a_complete_run(run_train, tmp_path):
     names = ["fobmaml", "forward", "symmetric", "central4", "maml", "fomaml", "reptile", "imaml", "exact"]
     done = run_train(
@@ -488,6 +489,7 @@ def test_text_stays_text(run_train, tmp_path):
     assert "got ['7', '7', 7]" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_continued_on_another_engine_says_so(run_train, tmp_path):
     run = (*QUICK, "steps=100000", "bias.every=0", "wandb.mode=disabled", "eval.every=100000", "hydra.run.dir=run")
     metrics, said = tmp_path / "run" / "metrics.jsonl", []

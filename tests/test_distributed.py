@@ -140,6 +140,7 @@ def _logged(metrics: Path) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_jobs_end_at_once_and_continue(run_train, tmp_path):
     run = (*RUN, "steps=60", "checkpoint_every=5", "dtype=float64")
     assert run_train(*run, "hydra.run.dir=plain").returncode == 0

@@ -440,6 +440,7 @@ hydra: {sweeper: {params: {optimizer.lr: '%s'}}}
 """
 
 
+@pytest.mark.slow
 def test_reproducing_fails_where_jobs_are_missing(tmp_path, monkeypatch, capsys):
     """In a copy of the tree, with a sweep of two jobs in place of an experiment."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
