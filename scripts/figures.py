@@ -24,18 +24,14 @@ def redraw(folder: Path) -> list[str]:
     """All figures, side by side, and then the tables, some of which the figures' scripts write; what is missing for
     some."""
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
-        missing = list(processes.map(partial(missing_for, folder), FIGURES))
-    missing.append(missing_in(summary.write, folder))
+        missing = [*processes.map(partial(missing_in, folder), [figure.draw for figure in FIGURES.values()])]
+    missing.append(missing_in(folder, summary.write))
     if folder.resolve() == RESULTS.resolve():
-        missing.append(missing_in(tables.write, folder))
+        missing.append(missing_in(folder, tables.write))
     return [line for line in missing if line]
 
 
-def missing_for(folder: Path, name: str) -> str | None:
-    return missing_in(FIGURES[name].draw, folder)
-
-
-def missing_in(part: Callable[[Path], object], folder: Path) -> str | None:
+def missing_in(folder: Path, part: Callable[[Path], object]) -> str | None:
     """The line about a table that ``part`` misses, if it does."""
     try:
         part(folder)
