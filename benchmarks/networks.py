@@ -1,4 +1,4 @@
-"""Networks of eleven kinds as a user writes them: a symmetric meta-gradient by this library, and by a loop over
+"""Networks of twelve kinds, most as a user writes them: a symmetric meta-gradient by this library, and by a loop over
 tasks and offsets with torch.autograd, taking turns: bench_networks.csv.
 
 In processor seconds of one thread, which other processes disturb less than the clock.
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from fobmaml import Learner, TaskBatch
 from fobmaml.estimators import Symmetric, chunk_size, estimate
 from fobmaml.files import write_csv, write_json
+from fobmaml.models import ResNet12
 from fobmaml.run.allocator import keep_freed_memory
 from fobmaml.run.provenance import provenance
 from fobmaml.solvers import GradientDescent
@@ -115,6 +116,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "4 blocks of 64 channels, images": (partial(image_blocks, 64, 4), (1, 28, 28)),
     "2 blocks of 8 channels, images": (partial(image_blocks, 8, 2), (1, 28, 28)),
     "residual blocks, images": (partial(resnet, 16), (1, 28, 28)),
+    "ResNet-12 of 32 channels, images": (partial(ResNet12, (1, 28, 28), CLASSES, 32), (1, 28, 28)),
     "depthwise convolutions, images": (partial(mixer, 32), (1, 28, 28)),
     "gru": (partial(recurrent, 32), (40,)),
     "transformer": (partial(transformer, 32), (40,)),

@@ -46,8 +46,13 @@ READ_BY_A_RUN = {
 }
 """Variables of the environment that are read by a run, and not by an import."""
 
-torch.set_num_threads(1)  # the problems are small, and threads cost more than they give
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too: tests run side by side
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Problems are small, and threads cost more than they give; a test, or a program that it calls, may take more."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["neon"] if platform.machine() in library.ARM else ["avx512", "avx2"])

@@ -20,7 +20,7 @@ enum { HEIGHT = 6, WIDTH = 2 }; /* a tile is HEIGHT x WIDTH vectors: 12 of AVX2'
 enum { HEIGHT = 6, WIDTH = 4 }; /* 24 of 32 */
 #endif
 enum { DEPTH = 64, WINDOWS = 64 }; /* summed at a time: what is read again and again has to stay in the first cache */
-enum { TILES = 60, PARTS = 16 };   /* transformed at a time, and places of each */
+enum { TILES = 60, MOST_PARTS = 36 }; /* tiles transformed at a time, and places of the largest */
 /* kinds of nodes, those up to EMBEDDING with parameters, and of activations */
 enum { CONVOLUTION, NORM, LAYER, SHIFT, EMBEDDING, MAXIMUM, AVERAGE, SUM, ATTENTION };
 enum { IDENTITY, SILU, RELU, TANH, GELU };
@@ -64,7 +64,7 @@ typedef struct {
     int64_t *from, *to, *from_other; /* where window m starts in h, where its outputs go in z, and its place in other */
     float *weights;       /* as panels [kernel_height * kernel_width * in][up to WIDTH vectors of out]; a gain */
     float *transposed;    /* as panels [kernel_height][.. of kernel_width * in][out][up to WIDTH vectors of them] */
-                          /* of tiles: [PARTS] such panels [in][.. of out] and [out][.. of in], g_weights [PARTS][in][out] */
+                          /* of tiles: [parts] such panels [in][.. of out], g_weights too, and [out][.. of in] */
     float *bias;          /* or a shift */
     float *g_weights;     /* the derivative by the weights, [kernel_height * kernel_width * in][out]; by the gain */
     float *g_bias;
@@ -74,7 +74,7 @@ typedef struct {
     float *room;          /* for a head's numbers in other orders: see ``Room`` */
     float *sum, *product; /* [in] each */
     float *columns;       /* room for weights in another order, [in * kernel_height * kernel_width][LANES] */
-    float *tiles_in, *tiles_out; /* what enters and leaves tiles, transformed: [PARTS][TILES][in or out] */
+    float *tiles_in, *tiles_out; /* what enters and leaves tiles, transformed: [parts][TILES][in or out] */
 } Buffers;
 
 /* The normal distribution's function, within 2e-7 (Abramowitz and Stegun, 7.1.26); ``bell`` = e^(-y^2 / 2). */
@@ -117,14 +117,21 @@ INLINE vec slope(const int activation, vec y) {
 /* From a channel vector of what enters to the next. */
 INLINE int64_t pixel(const Node *node) { return node->of ? ROUND(node->in) : node->in; }
 
-/* How many tiles of 2 x 2 outputs there are in an image. */
-INLINE int64_t tiles_of(const Node *node) { return CEIL(node->height_out, 2) * CEIL(node->width_out, 2); }
+/* How many tiles of ``side`` x ``side`` outputs there are in an image, and of how many numbers each is made. */
+INLINE int64_t tiles_of(const Node *node, int64_t side) {
+    return CEIL(node->height_out, side) * CEIL(node->width_out, side);
+}
 
-/* Whether a convolution is done in tiles: see ``tiles_forward``. */
-INLINE int tiled(const Node *node) {
-    return node->of && node->kind == CONVOLUTION && node->kernel_height == 3 && node->kernel_width == 3 &&
-           node->stride_height == 1 && node->stride_width == 1 &&
-           20 * tiles_of(node) <= 9 * node->height_out * node->width_out;
+INLINE int64_t parts_of(int64_t side) { return (side + 2) * (side + 2); }
+
+/* The side of the tiles in which a convolution is done, see ``tiles_forward``: 4, 2, or 0 for none. The products of an
+image, with two tiles more for the weights: they are laid out and read for a few images only. */
+INLINE int64_t tiled(const Node *node) {
+    if (!node->of || node->kind != CONVOLUTION || node->kernel_height != 3 || node->kernel_width != 3 ||
+        node->stride_height != 1 || node->stride_width != 1)
+        return 0;
+    if (parts_of(4) * (tiles_of(node, 4) + 2) < parts_of(2) * (tiles_of(node, 2) + 2)) return 4;
+    return 20 * tiles_of(node, 2) <= 9 * node->height_out * node->width_out ? 2 : 0;
 }
 
 INLINE int64_t windows_of(const Node *node) { return node->height_out * node->width_out; }
@@ -133,7 +140,7 @@ INLINE int64_t windows_of(const Node *node) { return node->height_out * node->wi
 INLINE int64_t depth_of(const Node *node) {
     if (node->kind == SHIFT) return windows_of(node);
     if (node->kind != CONVOLUTION) return node->kind == EMBEDDING ? node->groups : 1;
-    return (tiled(node) ? PARTS : node->kernel_height * node->kernel_width) * pixel(node);
+    return (tiled(node) ? parts_of(tiled(node)) : node->kernel_height * node->kernel_width) * pixel(node);
 }
 
 /* sum[i][v] += sum over p of a[i][p] * panel[p][v], for ``width`` vectors. */
@@ -271,139 +278,231 @@ static void bias_gradient(const Node *node, int64_t windows, const Buffers *at) 
     }
 }
 
-/* Windows of 3 x 3 at stride 1 by Winograd's F(2 x 2, 3 x 3), as in Lavin and Gray, Fast algorithms for convolutional
-neural networks (2016): of a tile d of 4 x 4 inputs and the weights g the 2 x 2 outputs are
-A' [(G g G') * (B' d B)] A, ' for transposed: 16 products of channels in place of 36. Its derivatives are
-G' [(A gz A') * (B' d B)] G and B [(G g G') * (A gz A')] B'.
+/* Windows of 3 x 3 at stride 1 by Winograd's F(m x m, 3 x 3), m = 2 or 4, as in Lavin and Gray, Fast algorithms for
+convolutional neural networks (2016): of a tile d of (m + 2) x (m + 2) inputs and the weights g the m x m outputs are
+A' [(G g G') * (B' d B)] A, ' for transposed: 16 products of channels in place of 36, or 36 in place of 144. Its
+derivatives are G' [(A gz A') * (B' d B)] G and B [(G g G') * (A gz A')] B'.
 
-B', A and G applied to a column; the others are their transposes. */
-INLINE void inputs_apart(vec t[4], int64_t step) {
-    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
-    t[0] = a - c;
-    t[step] = b + c;
-    t[2 * step] = c - b;
-    t[3 * step] = b - d;
+The polynomials behind it are known at 0, 1, -1 and infinity for m = 2, at 0, P, -P, Q, -Q and infinity for m = 4: with
+3/4 and 3/2 the roundings are half of what they are with the customary 1 and 2, and twice those of the plain sums. Here
+are B', A and G applied to a column; the others are their transposes. */
+#define P 0.75f
+#define Q 1.5f
+enum { UP_TO = 6 }; /* numbers in a column */
+
+INLINE void inputs_apart(const int m, vec *t, int64_t step) {
+    vec d[UP_TO];
+    UNROLL for (int i = 0; i < m + 2; i++) d[i] = t[i * step];
+    if (m == 2) {
+        t[0] = d[0] - d[2];
+        t[step] = d[1] + d[2];
+        t[2 * step] = d[2] - d[1];
+        t[3 * step] = d[1] - d[3];
+    } else {
+        vec even = d[4] - Q * Q * d[2], odd = P * d[3] - P * Q * Q * d[1];
+        vec second = d[4] - P * P * d[2], other = Q * d[3] - Q * P * P * d[1];
+        t[0] = P * P * Q * Q * d[0] - (P * P + Q * Q) * d[2] + d[4];
+        t[step] = even + odd;
+        t[2 * step] = even - odd;
+        t[3 * step] = second + other;
+        t[4 * step] = second - other;
+        t[5 * step] = P * P * Q * Q * d[1] - (P * P + Q * Q) * d[3] + d[5];
+    }
 }
 
-INLINE void inputs_together(vec t[4], int64_t step) {
-    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
-    t[0] = a;
-    t[step] = b - c + d;
-    t[2 * step] = b + c - a;
-    t[3 * step] = -d;
+INLINE void inputs_together(const int m, vec *t, int64_t step) {
+    vec v[UP_TO];
+    UNROLL for (int i = 0; i < m + 2; i++) v[i] = t[i * step];
+    if (m == 2) {
+        t[step] = v[1] - v[2] + v[3];
+        t[2 * step] = v[1] + v[2] - v[0];
+        t[3 * step] = -v[3];
+    } else {
+        vec sum = v[1] + v[2], less = v[1] - v[2], second = v[3] + v[4], other = v[3] - v[4];
+        t[0] = P * P * Q * Q * v[0];
+        t[step] = P * P * Q * Q * v[5] - P * Q * Q * less - Q * P * P * other;
+        t[2 * step] = -(P * P + Q * Q) * v[0] - Q * Q * sum - P * P * second;
+        t[3 * step] = P * less + Q * other - (P * P + Q * Q) * v[5];
+        t[4 * step] = v[0] + sum + second;
+        t[5 * step] = v[5];
+    }
 }
 
-INLINE void outputs_apart(vec t[4], int64_t step) {
-    vec a = t[0], b = t[step];
-    t[step] = a + b;
-    t[2 * step] = a - b;
-    t[3 * step] = -b;
+INLINE void outputs_apart(const int m, vec *t, int64_t step) {
+    vec y[UP_TO];
+    UNROLL for (int i = 0; i < m; i++) y[i] = t[i * step];
+    if (m == 2) {
+        t[step] = y[0] + y[1];
+        t[2 * step] = y[0] - y[1];
+        t[3 * step] = -y[1];
+    } else {
+        vec even = y[0] + P * P * y[2], odd = P * y[1] + P * P * P * y[3];
+        vec second = y[0] + Q * Q * y[2], other = Q * y[1] + Q * Q * Q * y[3];
+        t[step] = even + odd;
+        t[2 * step] = even - odd;
+        t[3 * step] = second + other;
+        t[4 * step] = second - other;
+        t[5 * step] = y[3];
+    }
 }
 
-INLINE void outputs_together(vec t[4], int64_t step) {
-    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
-    t[0] = a + b + c;
-    t[step] = b - c - d;
+INLINE void outputs_together(const int m, vec *t, int64_t step) {
+    vec v[UP_TO];
+    UNROLL for (int i = 0; i < m + 2; i++) v[i] = t[i * step];
+    vec sum = v[1] + v[2], less = v[1] - v[2];
+    if (m == 2) {
+        t[0] = v[0] + sum;
+        t[step] = less - v[3];
+    } else {
+        vec second = v[3] + v[4], other = v[3] - v[4];
+        t[0] = v[0] + sum + second;
+        t[step] = P * less + Q * other;
+        t[2 * step] = P * P * sum + Q * Q * second;
+        t[3 * step] = P * P * P * less + Q * Q * Q * other + v[5];
+    }
 }
 
-INLINE void weights_apart(vec t[4], int64_t step) {
-    vec a = t[0], b = t[step], c = t[2 * step];
-    t[step] = 0.5f * (a + c + b);
-    t[2 * step] = 0.5f * (a + c - b);
-    t[3 * step] = c;
+#define SHARE_P (0.5f / (P * P * (P * P - Q * Q)))
+#define SHARE_Q (0.5f / (Q * Q * (Q * Q - P * P)))
+
+INLINE void weights_apart(const int m, vec *t, int64_t step) {
+    vec g[UP_TO];
+    UNROLL for (int i = 0; i < 3; i++) g[i] = t[i * step];
+    if (m == 2) {
+        t[step] = 0.5f * (g[0] + g[2] + g[1]);
+        t[2 * step] = 0.5f * (g[0] + g[2] - g[1]);
+        t[3 * step] = g[2];
+    } else {
+        vec even = SHARE_P * g[0] + SHARE_P * P * P * g[2], odd = SHARE_P * P * g[1];
+        vec second = SHARE_Q * g[0] + SHARE_Q * Q * Q * g[2], other = SHARE_Q * Q * g[1];
+        t[0] = 1.0f / (P * P * Q * Q) * g[0];
+        t[step] = even + odd;
+        t[2 * step] = even - odd;
+        t[3 * step] = second + other;
+        t[4 * step] = second - other;
+        t[5 * step] = g[2];
+    }
 }
 
-INLINE void weights_together(vec t[4], int64_t step) {
-    vec a = t[0], b = t[step], c = t[2 * step], d = t[3 * step];
-    t[0] = a + 0.5f * (b + c);
-    t[step] = 0.5f * (b - c);
-    t[2 * step] = d + 0.5f * (b + c);
+INLINE void weights_together(const int m, vec *t, int64_t step) {
+    vec v[UP_TO];
+    UNROLL for (int i = 0; i < m + 2; i++) v[i] = t[i * step];
+    vec sum = v[1] + v[2], less = v[1] - v[2];
+    if (m == 2) {
+        t[0] = v[0] + 0.5f * sum;
+        t[step] = 0.5f * less;
+        t[2 * step] = v[3] + 0.5f * sum;
+    } else {
+        vec second = v[3] + v[4], other = v[3] - v[4];
+        t[0] = 1.0f / (P * P * Q * Q) * v[0] + SHARE_P * sum + SHARE_Q * second;
+        t[step] = SHARE_P * P * less + SHARE_Q * Q * other;
+        t[2 * step] = SHARE_P * P * P * sum + SHARE_Q * Q * Q * second + v[5];
+    }
 }
+#undef SHARE_P
+#undef SHARE_Q
+#undef P
+#undef Q
 
-/* CALL(t + .., ..) for the columns, then the rows, of t, ``first`` and ``second`` of them. */
-#define BOTH_WAYS(CALL, t, first, second)                        \
-    do {                                                         \
-        UNROLL for (int j = 0; j < (first); j++) CALL((t) + j, 4); \
-        UNROLL for (int i = 0; i < (second); i++) CALL((t) + 4 * i, 1); \
+/* CALL(m, t + .., ..) for the columns, then the rows, of t, ``first`` and ``second`` of them. */
+#define BOTH_WAYS(CALL, m, t, first, second)                                          \
+    do {                                                                              \
+        UNROLL for (int j = 0; j < (first); j++) CALL(m, (t) + j, (m) + 2);           \
+        UNROLL for (int i = 0; i < (second); i++) CALL(m, (t) + ((m) + 2) * i, 1);    \
+    } while (0)
+/* CALL(m), with a side known to the compiler. */
+#define BY_SIDE(m, CALL)         \
+    do {                         \
+        if ((m) == 2) CALL(2);   \
+        else CALL(4);            \
     } while (0)
 
-/* Whether the output (y, x) of a tile whose first one is window m of an image is in it. */
-INLINE int within(const Node *node, int64_t m, int y, int x) {
-    int64_t place = m % windows_of(node);
-    return place / node->width_out + y < node->height_out && place % node->width_out + x < node->width_out;
+/* Of a tile whose first output is window w of an image: how many of its lines and columns are in the image, or more. */
+INLINE void inside(const Node *node, int64_t w, int64_t *lines, int64_t *columns) {
+    int64_t place = w % windows_of(node);
+    *lines = node->height_out - place / node->width_out;
+    *columns = node->width_out - place % node->width_out;
 }
 
 /* Tiles ``first`` to ``first`` + ``some``: their first windows. */
-static void tile_windows(const Node *node, int64_t first, int64_t some, int64_t *window) {
-    int64_t across = CEIL(node->width_out, 2), each = tiles_of(node);
+static void tile_windows(const Node *node, int64_t m, int64_t first, int64_t some, int64_t *window) {
+    int64_t across = CEIL(node->width_out, m), each = tiles_of(node, m);
     for (int64_t q = 0; q < some; q++) {
         int64_t n = (first + q) / each, tile = (first + q) % each;
-        window[q] = (n * node->height_out + tile / across * 2) * node->width_out + tile % across * 2;
+        window[q] = (n * node->height_out + tile / across * m) * node->width_out + tile % across * m;
     }
 }
 
-/* B' d B for some tiles, into [PARTS][TILES][in]. */
-static void enter_tiles(const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
+/* B' d B for some tiles, into [parts][TILES][in]. */
+INLINE void enter_tiles(const int m, const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
     int64_t in = pixel(node), step = at->in.line;
     for (int64_t q = 0; q < some; q++) for (int64_t c = 0; c < in; c += LANES) {
-        vec t[PARTS];
+        vec t[MOST_PARTS];
         const float *h = at->h + at->from[window[q]] + c;
-        UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++) t[4 * i + j] = load(h + i * step + j * in);
-        BOTH_WAYS(inputs_apart, t, 4, 4);
-        UNROLL for (int k = 0; k < PARTS; k++) store(at->tiles_in + (k * TILES + q) * in + c, t[k]);
+        UNROLL for (int i = 0; i < m + 2; i++) UNROLL for (int j = 0; j < m + 2; j++)
+            t[(m + 2) * i + j] = load(h + i * step + j * in);
+        BOTH_WAYS(inputs_apart, m, t, m + 2, m + 2);
+        for (int k = 0; k < (m + 2) * (m + 2); k++) store(at->tiles_in + (k * TILES + q) * in + c, t[k]);
     }
 }
 
-/* A gz A' for some tiles, into [PARTS][TILES][out]. */
-static void enter_slopes(const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
-    int64_t out = ROUND(node->out);
-    for (int64_t q = 0; q < some; q++) for (int64_t o = 0; o < out; o += LANES) {
-        vec t[PARTS];
-        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int j = 0; j < 2; j++) {
-            int64_t m = window[q] + i * node->width_out + j;
-            t[4 * i + j] = within(node, window[q], i, j) ? load(at->gz + at->to[m] + o) : spread(0.0f);
+/* A gz A' for some tiles, into [parts][TILES][out]. */
+INLINE void enter_slopes(const int m, const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t out = ROUND(node->out), lines, columns;
+    for (int64_t q = 0; q < some; q++) {
+        inside(node, window[q], &lines, &columns);
+        for (int64_t o = 0; o < out; o += LANES) {
+            vec t[MOST_PARTS];
+            UNROLL for (int i = 0; i < m; i++) UNROLL for (int j = 0; j < m; j++) {
+                const int64_t *to = at->to + window[q] + i * node->width_out + j;
+                t[(m + 2) * i + j] = i < lines && j < columns ? load(at->gz + *to + o) : spread(0.0f);
+            }
+            BOTH_WAYS(outputs_apart, m, t, m, m + 2);
+            for (int k = 0; k < (m + 2) * (m + 2); k++) store(at->tiles_out + (k * TILES + q) * out + o, t[k]);
         }
-        BOTH_WAYS(outputs_apart, t, 2, 4);
-        UNROLL for (int k = 0; k < PARTS; k++) store(at->tiles_out + (k * TILES + q) * out + o, t[k]);
     }
 }
 
 /* z = A' [..] A + b. */
-static void leave_tiles(const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
-    int64_t out = ROUND(node->out);
-    for (int64_t q = 0; q < some; q++) for (int64_t o = 0; o < out; o += LANES) {
-        vec t[PARTS], bias = load(at->bias + o);
-        UNROLL for (int k = 0; k < PARTS; k++) t[k] = load(at->tiles_out + (k * TILES + q) * out + o);
-        BOTH_WAYS(outputs_together, t, 4, 2);
-        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int j = 0; j < 2; j++)
-            if (within(node, window[q], i, j))
-                store(at->z + at->to[window[q] + i * node->width_out + j] + o, t[4 * i + j] + bias);
+INLINE void leave_tiles(const int m, const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
+    int64_t out = ROUND(node->out), lines, columns;
+    for (int64_t q = 0; q < some; q++) {
+        inside(node, window[q], &lines, &columns);
+        for (int64_t o = 0; o < out; o += LANES) {
+            vec t[MOST_PARTS], bias = load(at->bias + o);
+            for (int k = 0; k < (m + 2) * (m + 2); k++) t[k] = load(at->tiles_out + (k * TILES + q) * out + o);
+            BOTH_WAYS(outputs_together, m, t, m + 2, m);
+            UNROLL for (int i = 0; i < m; i++) UNROLL for (int j = 0; j < m; j++) {
+                const int64_t *to = at->to + window[q] + i * node->width_out + j;
+                if (i < lines && j < columns) store(at->z + *to + o, t[(m + 2) * i + j] + bias);
+            }
+        }
     }
 }
 
 /* gh += B [..] B'. */
-static void leave_slopes(const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
+INLINE void leave_slopes(const int m, const Node *node, const Buffers *at, int64_t some, const int64_t *window) {
     int64_t in = pixel(node), step = at->in.line;
     for (int64_t q = 0; q < some; q++) for (int64_t c = 0; c < in; c += LANES) {
-        vec t[PARTS];
+        vec t[MOST_PARTS];
         float *gh = at->gh + at->from[window[q]] + c;
-        UNROLL for (int k = 0; k < PARTS; k++) t[k] = load(at->tiles_in + (k * TILES + q) * in + c);
-        BOTH_WAYS(inputs_together, t, 4, 4);
-        UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++)
-            store(gh + i * step + j * in, load(gh + i * step + j * in) + t[4 * i + j]);
+        for (int k = 0; k < (m + 2) * (m + 2); k++) t[k] = load(at->tiles_in + (k * TILES + q) * in + c);
+        BOTH_WAYS(inputs_together, m, t, m + 2, m + 2);
+        UNROLL for (int i = 0; i < m + 2; i++) UNROLL for (int j = 0; j < m + 2; j++)
+            store(gh + i * step + j * in, load(gh + i * step + j * in) + t[(m + 2) * i + j]);
     }
 }
 
 /* For each place k of a tile, z[k] = a[k] times a matrix in panels, ``depth`` rows each of ``columns`` numbers. */
-static void tile_products(int64_t some, const float *a, int64_t stride, int64_t depth, const float *panels, float *z,
-                          int64_t columns) {
+static void tile_products(int64_t parts, int64_t some, const float *a, int64_t stride, int64_t depth,
+                          const float *panels, float *z, int64_t columns) {
     static const float zeros[WIDTH * LANES] __attribute__((aligned(64)));
     int64_t from[TILES], to[TILES];
     for (int64_t q = 0; q < some; q++) {
         from[q] = q * stride;
         to[q] = q * columns;
     }
-    for (int64_t k = 0; k < PARTS; k++) EACH_PANEL(columns, first, width) {
+    for (int64_t k = 0; k < parts; k++) EACH_PANEL(columns, first, width) {
 #define PRODUCTS(width)                                                                               \
     window_products(width, some, a + k * TILES * stride, from, 1, 0, depth, panels + (k * columns + first) * depth, \
                     zeros, z + k * TILES * columns + first, to)
@@ -413,45 +512,59 @@ static void tile_products(int64_t some, const float *a, int64_t stride, int64_t 
 }
 
 /* EACH_TILES(some, window): of all tiles of the examples, TILES at a time. */
-#define EACH_TILES(node, examples, some, window)                                                                      \
-    for (int64_t first_ = 0, all_ = (examples) * tiles_of(node), some, window[TILES];                                 \
-         first_ < all_ && (some = MIN(TILES, all_ - first_)) && (tile_windows(node, first_, some, window), 1); first_ += some)
+#define EACH_TILES(node, m, examples, some, window)                                                                 \
+    for (int64_t first_ = 0, all_ = (examples) * tiles_of(node, m), some, window[TILES];                            \
+         first_ < all_ && (some = MIN(TILES, all_ - first_)) && (tile_windows(node, m, first_, some, window), 1);    \
+         first_ += some)
 
 /* As ``convolve``. */
-static void tiles_forward(const Node *node, int64_t examples, const Buffers *at) {
+INLINE void tiles_forward(const int m, const Node *node, int64_t examples, const Buffers *at) {
     int64_t in = pixel(node), out = ROUND(node->out);
-    EACH_TILES(node, examples, some, window) {
-        enter_tiles(node, at, some, window);
-        tile_products(some, at->tiles_in, in, in, at->weights, at->tiles_out, out);
-        leave_tiles(node, at, some, window);
+    EACH_TILES(node, m, examples, some, window) {
+        enter_tiles(m, node, at, some, window);
+        tile_products(parts_of(m), some, at->tiles_in, in, in, at->weights, at->tiles_out, out);
+        leave_tiles(m, node, at, some, window);
     }
 }
 
+static void tiled_forward(const Node *node, int64_t examples, const Buffers *at) {
+#define FORWARD(m) tiles_forward(m, node, examples, at)
+    BY_SIDE(tiled(node), FORWARD);
+#undef FORWARD
+}
+
 /* As ``weight_gradient`` and ``input_gradient``. */
-static void tiles_backward(const Node *node, int64_t examples, const Buffers *at) {
+INLINE void tiles_backward(const int m, const Node *node, int64_t examples, const Buffers *at) {
     int64_t in = pixel(node), out = ROUND(node->out), from[TILES], to[TILES];
     for (int64_t q = 0; q < TILES; q++) {
         from[q] = q * in;
         to[q] = q * out;
     }
     memset(at->gh, 0, examples * at->in.image * sizeof(float));
-    EACH_TILES(node, examples, some, window) {
-        enter_tiles(node, at, some, window);
-        enter_slopes(node, at, some, window);
-        for (int64_t k = 0; k < PARTS; k++) for (int64_t c = 0; c < in; c += HEIGHT) {
-            const float *h[HEIGHT];
-            for (int i = 0; i < HEIGHT; i++) h[i] = at->tiles_in + k * TILES * in + MIN(c + i, in - 1);
-            EACH_PANEL(out, first, width) {
-#define PRODUCTS(width)                                                                                       \
-    weight_products(width, some, h, from, at->tiles_out + k * TILES * out + first, to,                         \
-                    at->g_weights + (k * in + c) * out + first, out, in - c)
+    EACH_TILES(node, m, examples, some, window) {
+        enter_tiles(m, node, at, some, window);
+        enter_slopes(m, node, at, some, window);
+        for (int64_t k = 0; k < parts_of(m); k++) EACH_PANEL(out, first, width) {
+            const float *gz = at->tiles_out + k * TILES * out + first;
+            float *g = at->g_weights + (k * out + first) * in;
+            for (int64_t c = 0; c < in; c += HEIGHT) {
+                const float *h[HEIGHT];
+                for (int i = 0; i < HEIGHT; i++) h[i] = at->tiles_in + k * TILES * in + MIN(c + i, in - 1);
+#define PRODUCTS(width) \
+    weight_products(width, some, h, from, gz, to, g + c * width * LANES, width * LANES, in - c)
                 BY_WIDTH(width, PRODUCTS);
 #undef PRODUCTS
             }
         }
-        tile_products(some, at->tiles_out, out, node->out, at->transposed, at->tiles_in, in);
-        leave_slopes(node, at, some, window);
+        tile_products(parts_of(m), some, at->tiles_out, out, node->out, at->transposed, at->tiles_in, in);
+        leave_slopes(m, node, at, some, window);
     }
+}
+
+static void tiled_backward(const Node *node, int64_t examples, const Buffers *at) {
+#define BACKWARD(m) tiles_backward(m, node, examples, at)
+    BY_SIDE(tiled(node), BACKWARD);
+#undef BACKWARD
 }
 
 /* The sums of ``width`` channel vectors over the windows of one example: of z, or of the squares of z - mean. */
@@ -954,7 +1067,7 @@ static void enter(const Node *node, int64_t examples, const float *x, const int6
 static void forward(const Node *nodes, int64_t count, int64_t examples, const Buffers *at) {
     for (int64_t l = 0; l < count; l++) {
         int64_t windows = examples * windows_of(nodes + l);
-        if (tiled(nodes + l)) tiles_forward(nodes + l, examples, at + l);
+        if (tiled(nodes + l)) tiled_forward(nodes + l, examples, at + l);
         else if (nodes[l].kind == CONVOLUTION) convolve(nodes + l, windows, at + l);
         else if (nodes[l].kind == NORM) normalize(nodes + l, examples, at + l);
         else if (nodes[l].kind == LAYER) layer(nodes + l, windows, at + l);
@@ -980,7 +1093,7 @@ static void backward(const Node *nodes, int64_t count, int64_t examples, const B
         if (node->kind == CONVOLUTION) {
             if (node->bias >= 0) bias_gradient(node, windows, at + l);
             if (tiled(node)) {
-                tiles_backward(node, examples, at + l);
+                tiled_backward(node, examples, at + l);
             } else {
                 weight_gradient(node, windows, at + l);
                 if (node->of) input_gradient(node, examples, at + l); /* nobody asks for that of the inputs */
@@ -1058,6 +1171,22 @@ static void take(float *to, const float *a, const float *b, int64_t place, int64
     for (int64_t i = 0; i < number; i++) to[i] = place < 0 ? missing : a[place + i] + (b ? b[place + i] : 0.0f);
 }
 
+/* G g G' and G' [..] G, of LANES outputs: the windows' places are ``step`` vectors apart, those of a tile ``tile_step``
+numbers. */
+INLINE void weights_into_tiles(const int m, const float *from, int64_t step, float *to, int64_t tile_step) {
+    vec t[MOST_PARTS];
+    UNROLL for (int k = 0; k < 9; k++) t[k / 3 * (m + 2) + k % 3] = load(from + k * step * LANES);
+    BOTH_WAYS(weights_apart, m, t, 3, m + 2);
+    for (int k = 0; k < (m + 2) * (m + 2); k++) store(to + k * tile_step, t[k]);
+}
+
+INLINE void weights_of_tiles(const int m, const float *from, int64_t tile_step, float *to, int64_t step) {
+    vec t[MOST_PARTS];
+    for (int k = 0; k < (m + 2) * (m + 2); k++) t[k] = load(from + k * tile_step);
+    BOTH_WAYS(weights_together, m, t, m + 2, 3);
+    UNROLL for (int k = 0; k < 9; k++) store(to + k * step * LANES, t[k / 3 * (m + 2) + k % 3]);
+}
+
 /* Lays out the parameters start + moved for the products. What fills vectors up stays zero. */
 static void pack(const Node *node, const float *start, const float *moved, const Buffers *at) {
     int64_t in = pixel(node), out = ROUND(node->out), area = node->kernel_height * node->kernel_width;
@@ -1075,10 +1204,9 @@ static void pack(const Node *node, const float *start, const float *moved, const
             float *to = at->weights + c * width * LANES + o - first;
             const float *from = at->columns + c * node->channel_step * LANES;
             if (tiled(node)) {
-                vec t[PARTS];
-                UNROLL for (int k = 0; k < 9; k++) t[k / 3 * 4 + k % 3] = load(from + k * node->place_step * LANES);
-                BOTH_WAYS(weights_apart, t, 3, 4);
-                for (int64_t k = 0; k < PARTS; k++) store(to + (k * out + first) * in, t[k]);
+#define TILES_APART(m) weights_into_tiles(m, from, node->place_step, to + first * in, out * in)
+                BY_SIDE(tiled(node), TILES_APART);
+#undef TILES_APART
             } else {
                 for (int64_t k = 0; k < area; k++)
                     store(to + first * area * in + k * in * width * LANES, load(from + k * node->place_step * LANES));
@@ -1086,7 +1214,7 @@ static void pack(const Node *node, const float *start, const float *moved, const
         }
     }
     if (!node->of) return;
-    int64_t stacks = tiled(node) ? PARTS : node->kernel_height, rows = tiled(node) ? in : node->kernel_width * in;
+    int64_t stacks = tiled(node) ? parts_of(tiled(node)) : node->kernel_height, rows = tiled(node) ? in : node->kernel_width * in;
     for (int64_t k = 0; k < stacks; k++) {
         float *to = at->transposed + k * rows * node->out;
         if (tiled(node)) turn(at->weights + k * out * in, in, 0, in, out, node->out, to);
@@ -1109,16 +1237,16 @@ static void unpack(const Node *node, const Buffers *at, float *into, float scale
             update(into + m * node->out, at->g_weights + m * out, node->out, scale, step);
         return;
     }
-    for (int64_t o = 0; o < out; o += LANES) {
+    EACH_PANEL(out, first, width) for (int64_t o = first; o < first + width * LANES; o += LANES) {
         for (int64_t c = 0; c < node->in; c++) {
-            const float *from = at->g_weights + c * out + o;
             float *to = at->columns + c * node->channel_step * LANES;
             if (tiled(node)) {
-                vec t[PARTS];
-                UNROLL for (int k = 0; k < PARTS; k++) t[k] = load(from + k * in * out);
-                BOTH_WAYS(weights_together, t, 4, 3);
-                UNROLL for (int k = 0; k < 9; k++) store(to + k * node->place_step * LANES, t[k / 3 * 4 + k % 3]);
+                const float *from = at->g_weights + first * in + c * width * LANES + o - first;
+#define OF_TILES(m) weights_of_tiles(m, from, in * out, to, node->place_step)
+                BY_SIDE(tiled(node), OF_TILES);
+#undef OF_TILES
             } else {
+                const float *from = at->g_weights + c * out + o;
                 for (int64_t k = 0; k < area; k++) store(to + k * node->place_step * LANES, load(from + k * in * out));
             }
         }
@@ -1146,9 +1274,9 @@ static void lay(const Node *nodes, int64_t count, Layout *signals) {
         Layout *in = signals + node->of;
         in->top = MAX(in->top, node->pad_height);
         in->left = MAX(in->left, node->pad_width);
-        /* with room for the last tile, of zeros */
-        below[node->of] = MAX(below[node->of], node->pad_height + (tiled(node) ? node->height_out & 1 : 0));
-        right[node->of] = MAX(right[node->of], node->pad_width + (tiled(node) ? node->width_out & 1 : 0));
+        int64_t side = MAX(tiled(node), 1); /* with room for the last tile, of zeros */
+        below[node->of] = MAX(below[node->of], node->pad_height + CEIL(node->height_out, side) * side - node->height_out);
+        right[node->of] = MAX(right[node->of], node->pad_width + CEIL(node->width_out, side) * side - node->width_out);
     }
     for (int64_t v = 0; v <= count; v++) {
         Layout *s = signals + v;
@@ -1189,7 +1317,7 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
         int64_t out = ROUND(node->out), depth = depth_of(node);
         *b = (Buffers){.in = signals[node->of], .h = h[node->of], .z = h[l + 1]};
         most = MAX(most, node->in * node->kernel_height * node->kernel_width);
-        if (tiled(node)) widest = MAX(widest, MAX(pixel(node), out));
+        if (tiled(node)) widest = MAX(widest, parts_of(tiled(node)) * MAX(pixel(node), out));
         if (node->of && !in_place(nodes, count, l, signals)) PLACE(b->gh, block * b->in.image + (node->kind == ATTENTION ? LANES : 0)); /* whole vectors are added there */
         PLACE(b->from, block * windows_of(node));
         PLACE(b->to, block * windows_of(node));
@@ -1217,8 +1345,8 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
         PLACE(b->sum, out);
         PLACE(b->product, out);
     }
-    PLACE(tiles_in, PARTS * TILES * widest);
-    PLACE(tiles_out, PARTS * TILES * widest);
+    PLACE(tiles_in, TILES * widest);
+    PLACE(tiles_out, TILES * widest);
     PLACE(columns, ROUND(most) * LANES);
     PLACE(room, largest);
     for (int64_t l = count - 1; memory && l >= 0; l--) { /* as backward goes */
