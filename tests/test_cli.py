@@ -364,6 +364,7 @@ def test_results_are_not_overwritten_once_their_checkpoint_is_gone(run_train, tm
     assert _content(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path):
     run = (*QUICK, "bias.every=0", "wandb.mode=disabled")
     runs = [start_train(tmp_path, *run, f"width={width}", "hydra.run.dir='outputs/${now:%Y}'") for width in (4, 5, 6)]
@@ -569,6 +570,7 @@ def _start_and_stop(folder: Path, stop: signal.Signals, after_step: int) -> subp
     return process
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_is_uninterrupted_bit_for_bit(run_train, tmp_path):
     assert run_train(*LONG, "hydra.run.dir=whole").returncode == 0
     wanted = result(tmp_path / "whole")
@@ -612,6 +614,7 @@ def test_killed_at_random_moments(kills):
     assert done.stdout.startswith(f"{kills} kills of ")
 
 
+@pytest.mark.slow
 def test_training_goes_on_when_wandbs_service_is_killed(run_train, tmp_path):
     plain = run_train(*LONG, "hydra.run.dir=plain")
     assert plain.returncode == 0

@@ -211,6 +211,7 @@ def test_tables_are_compared_as_numbers():
         assert not _same_table(table, other)
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_tables(tmp_path):
     for table in [*RESULTS.glob("*.csv"), *RESULTS.glob("*.json")]:
         shutil.copy(table, tmp_path)

@@ -50,7 +50,9 @@ def test_failed_jobs_are_listed_and_the_rest_is_kept(run_train, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.nightly), "joblib"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("basic", marks=pytest.mark.nightly), pytest.param("joblib", marks=pytest.mark.slow)]
+)
 def test_failed_jobs_are_listed_wherever_they_work(run_train, tmp_path, launcher):
     done = run_train(
         "-m",
@@ -170,6 +172,7 @@ def test_a_folder_in_use_is_refused(run_train, tmp_path):
     assert done.stderr == f"error: hydra.run.dir={tmp_path / 'run'}: takes a folder in which no other process works\n"
 
 
+@pytest.mark.slow
 def test_a_killed_search_is_completed_and_grows(run_train, tmp_path):
     gently = "hydra.sweeper.params={optimizer.lr: 'interval(0.001, 0.01)', solver.lr: 'interval(0.01, 0.02)'}"
     search = ("-m", "search=optuna", *QUICK, "steps=40", "checkpoint_every=1", "eval.tasks=0", gently)
@@ -205,6 +208,7 @@ def test_an_estimator_without_nu_is_searched_without_it(run_train, tmp_path):
     assert "estimator.nu=" not in job
 
 
+@pytest.mark.slow
 def test_submitit_runs_the_jobs(run_train, tmp_path):
     done = run_train("-m", *QUICK, "hydra/launcher=submitit_local", "seed=0,1")
     assert done.returncode == 0, done.stderr
