@@ -5,6 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --con
 # What pip does by one processor, by all; some packages have files for other Pythons, which is no error.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 ARGS ?=
+EXTRAS = dev
 
 .PHONY: help setup train test test-site test-all lint figures reproduce verify bench race explorer docs clean
 .DEFAULT_GOAL := help
@@ -21,7 +22,7 @@ setup: .venv/complete ## make .venv and install everything (nothing to do when i
 	@$(PYTHON) -m venv --clear .venv
 	@$(PIP) torch setuptools
 	@rm -f src/fobmaml/engine/fused_*.so
-	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@$(COMPILE)
 	@$(BIN)/python -c 'from fobmaml.engine import library; why = library.missing(); print(f"no compiled kernel, so gradients take longer: {why}\n" * bool(why), end="")'
 	@touch $@
@@ -80,6 +81,7 @@ race: setup .venv/sweeps ## which method takes the least work and time to an acc
 explorer: setup .venv/explorer ## build the interactive page, outputs/explorer.html, and the pictures of it in results/
 	@$(BIN)/python scripts/explorer.py
 
+docs: EXTRAS = dev,docs
 docs: setup .venv/docs ## build the site, outputs/site, which opens from disk: open outputs/site/index.html
 	@$(BIN)/python scripts/documentation.py $(ARGS)
 
