@@ -290,6 +290,12 @@ are B', A and G applied to a column; the others are their transposes. */
 #define Q 1.5f
 enum { UP_TO = 6 }; /* numbers in a column */
 
+/* A polynomial at a point and its negative, of its even and its odd powers. */
+INLINE void both_signs(vec *t, int64_t step, vec even, vec odd) {
+    t[0] = even + odd;
+    t[step] = even - odd;
+}
+
 INLINE void inputs_apart(const int m, vec *t, int64_t step) {
     vec d[UP_TO];
     UNROLL for (int i = 0; i < m + 2; i++) d[i] = t[i * step];
@@ -302,10 +308,8 @@ INLINE void inputs_apart(const int m, vec *t, int64_t step) {
         vec even = d[4] - Q * Q * d[2], odd = P * d[3] - P * Q * Q * d[1];
         vec second = d[4] - P * P * d[2], other = Q * d[3] - Q * P * P * d[1];
         t[0] = P * P * Q * Q * d[0] - (P * P + Q * Q) * d[2] + d[4];
-        t[step] = even + odd;
-        t[2 * step] = even - odd;
-        t[3 * step] = second + other;
-        t[4 * step] = second - other;
+        both_signs(t + step, step, even, odd);
+        both_signs(t + 3 * step, step, second, other);
         t[5 * step] = P * P * Q * Q * d[1] - (P * P + Q * Q) * d[3] + d[5];
     }
 }
@@ -338,10 +342,8 @@ INLINE void outputs_apart(const int m, vec *t, int64_t step) {
     } else {
         vec even = y[0] + P * P * y[2], odd = P * y[1] + P * P * P * y[3];
         vec second = y[0] + Q * Q * y[2], other = Q * y[1] + Q * Q * Q * y[3];
-        t[step] = even + odd;
-        t[2 * step] = even - odd;
-        t[3 * step] = second + other;
-        t[4 * step] = second - other;
+        both_signs(t + step, step, even, odd);
+        both_signs(t + 3 * step, step, second, other);
         t[5 * step] = y[3];
     }
 }
@@ -376,10 +378,8 @@ INLINE void weights_apart(const int m, vec *t, int64_t step) {
         vec even = SHARE_P * g[0] + SHARE_P * P * P * g[2], odd = SHARE_P * P * g[1];
         vec second = SHARE_Q * g[0] + SHARE_Q * Q * Q * g[2], other = SHARE_Q * Q * g[1];
         t[0] = 1.0f / (P * P * Q * Q) * g[0];
-        t[step] = even + odd;
-        t[2 * step] = even - odd;
-        t[3 * step] = second + other;
-        t[4 * step] = second - other;
+        both_signs(t + step, step, even, odd);
+        both_signs(t + 3 * step, step, second, other);
         t[5 * step] = g[2];
     }
 }
