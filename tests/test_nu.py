@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fobmaml import Learner
 from fobmaml.estimators import Central, Exact, Forward, Symmetric, Tangent, estimate
 from fobmaml.estimators.nu import balanced_nu
 from fobmaml.models import MLP, CNN1d
-from fobmaml.solvers import GradientDescent, NewtonCG
+from fobmaml.solvers import GradientDescent, Inexact, NewtonCG
 from fobmaml.tasks import Sinusoid
 
 KINDS = {"forward": Forward, "symmetric": Symmetric, "central4": Central}
@@ -129,3 +130,21 @@ def test_nu_auto_on_the_command_line(run_train, tmp_path):
     events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < event["estimator/nu"] <= 1 for event in events if "train/loss" in event)
     assert any("train/loss" in event for event in events)
+
+
+@pytest.mark.parametrize("kind", [Forward, Symmetric, Central])
+@pytest.mark.parametrize("delta", [1e-6, 1e-4, 1e-2])
+def test_auto_sees_truncation_through_a_solver_s_own_error(kind, delta):
+    """Errors that offsets have not in common hide it at small ν."""
+    learner, tasks = tasks_of("logistic", 8)
+    theta = learner.theta()
+
+    def error(nu):
+        wanted = estimate(Exact(NewtonCG(tol=1e-12), 1.0), learner, theta, tasks).gradient
+        found = [
+            estimate(kind(Inexact(delta, seed), 1.0, nu), learner, theta, tasks, diagnose=False).gradient - wanted
+            for seed in range(8)
+        ]
+        return math.sqrt(statistics.fmean(float(each.square().sum()) for each in found))
+
+    assert error("auto") < 2 * min(error(10.0 ** (place / 2)) for place in range(-10, 1))
