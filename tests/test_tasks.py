@@ -149,6 +149,21 @@ def test_logistic_labels_follow_the_model(generator):
     assert batch.query_y[0][confident].double().mean() == pytest.approx(float(p[confident].mean()), abs=0.01)
 
 
+def test_logistic_tasks_of_a_finite_number():
+    source = Logistic(tasks=6)
+    whole = source.sample("train", 6, torch.Generator().manual_seed(1)).support_x
+    other = source.sample("test", 6, torch.Generator().manual_seed(2)).support_x
+    assert not whole.equal(other)  # in another order
+    assert whole.flatten(1).unique(dim=0).equal(other.flatten(1).unique(dim=0))
+    few = source.sample("train", 4, torch.Generator().manual_seed(3)).support_x
+    assert len(torch.cat([whole, few]).flatten(1).unique(dim=0)) == 6  # without replacement
+    assert len(few.flatten(1).unique(dim=0)) == 4
+    with pytest.raises(ValueError, match=r"^dataset.tasks=6: takes at least 7, the tasks of a sample, or null$"):
+        source.sample("train", 7, torch.Generator())
+    with pytest.raises(ValueError, match=r"^tasks=0: takes a whole number of at least 1$"):
+        Logistic(tasks=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fobmaml.arguments import number, whole_number
+from fobmaml.arguments import number, refuse, whole_number
 from fobmaml.tasks.batch import Split, TaskBatch
 
 
@@ -20,13 +20,25 @@ class Logistic:
     classification = True
     loss_fn = staticmethod(F.cross_entropy)
 
-    def __init__(self, dimension: int = 10, shots: int = 20, queries: int = 20, spread: float = 1.0):
+    def __init__(
+        self, dimension: int = 10, shots: int = 20, queries: int = 20, spread: float = 1.0, tasks: int | None = None
+    ):
         self.input_shape = (whole_number("dimension", dimension),)
         self.shots = whole_number("shots", shots)
         self.queries = whole_number("queries", queries)
         self.spread = number("spread", spread, at_least=0.0)
+        self.all: TaskBatch | None = None
+        if tasks is not None:
+            self.all = self._drawn(whole_number("tasks", tasks), torch.Generator().manual_seed(0))
 
     def sample(self, split: Split, count: int, generator: torch.Generator) -> TaskBatch:
+        if self.all is None:
+            return self._drawn(count, generator)
+        if count > len(self.all):
+            raise refuse("dataset.tasks", len(self.all), f"at least {count}, the tasks of a sample, or null")
+        return self.all[torch.randperm(len(self.all), generator=generator)[:count]]
+
+    def _drawn(self, count: int, generator: torch.Generator) -> TaskBatch:
         (dimension,), examples = self.input_shape, self.shots + self.queries
         x = torch.randn(count, examples, dimension, generator=generator, dtype=torch.float64)
         w = 1.0 + self.spread * torch.randn(count, dimension, 1, generator=generator, dtype=torch.float64)
