@@ -1,5 +1,7 @@
 """Draws bias.png and .pdf: bias by inner precision δ at the best ν, with fitted slopes, and by inner steps."""
 
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +14,43 @@ from fobmaml.run.plotting import new_figure
 THEORY = {"forward": "1/2", "symmetric": "2/3", "central4": "4/5"}
 
 
-def best_nu(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Of each method and δ the row with the least bias."""
-    return {
-        name: [
-            min(at, key=lambda row: row["bias/relative_error"])
-            for _, at in sorted(groups(found, "solver.delta").items())
-        ]
-        for name, found in groups(rows, "estimator").items()
-    }
+AUTO = "auto"
+"""ν by a rule that does not know the bias."""
+PROBLEMS = {"bias_delta": "logistic tasks", "bias_delta_cnn": "a CNN"}
+
+
+def mean_error(rows: Sequence[Row]) -> float:
+    """The geometric mean of the biases of some runs."""
+    return statistics.geometric_mean(row["bias/relative_error"] for row in rows)
+
+
+def of_nu(rows: Sequence[Row]) -> dict[float, float]:
+    """Of each ν that was given, the mean bias of its seeds."""
+    given = groups([row for row in rows if row["estimator.nu"] != AUTO], "estimator.nu")
+    return {nu: mean_error(of) for nu, of in sorted(given.items())}
+
+
+def best_nu(rows: Sequence[Row]) -> list[Row]:
+    """Of each δ the rows of the ν with the least mean bias."""
+    best = []
+    for of in groups(rows, "solver.delta").values():
+        errors = of_nu(of)
+        nu = min(errors, key=lambda nu: errors[nu])
+        best += [row for row in of if row["estimator.nu"] == nu]
+    return best
+
+
+def exponents(rows: Sequence[Row]) -> list[float]:
+    """Of each seed, the power of δ with which its bias goes."""
+    return [
+        slope([row["solver.delta"] for row in of], [row["bias/relative_error"] for row in of])[0]
+        for of in groups(rows, "seed").values()
+    ]
+
+
+def at_best_scale(row: Row) -> float:
+    """min ‖c g − ∇F‖ / ‖∇F‖ over c: the error of a direction."""
+    return math.sqrt(max(1 - row["bias/cosine"] ** 2, 0.0))
 
 
 def draw(folder: Path) -> None:

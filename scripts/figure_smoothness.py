@@ -1,14 +1,30 @@
 """Draws smoothness.png and .pdf: local smoothness of F against the norm of its gradient along training, run by run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from drawing import FIT, LABEL_PT, draw_alone, groups, load, save
 from matplotlib.ticker import LogLocator, NullFormatter
+from scipy.optimize import least_squares
 from statistics_of_runs import slope
 
 from fobmaml.run.plotting import new_figure
 
 TABLES = {"smoothness": "MNIST-1D, CNN, MAML's objective", "smoothness_logistic": "logistic tasks, proximal objective"}
+
+
+def fitted(norms: Sequence[float], local: Sequence[float]) -> tuple[float, float]:
+    """L₀ and L₁ ≥ 0 of L₀ + L₁‖∇F‖, by least squares of logarithms: local smoothness goes over decades."""
+    g, logarithms = np.array(norms), np.log(local)
+    start = np.median(local)
+    fit = least_squares(
+        lambda parts: np.log(parts[0] + parts[1] * g) - logarithms,
+        (start, start / np.median(g)),
+        bounds=((1e-12, 0.0), np.inf),
+        x_scale=(start, start / np.median(g)),
+    )
+    return float(fit.x[0]), float(fit.x[1])
 
 
 def draw(folder: Path) -> None:

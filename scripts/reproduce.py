@@ -57,8 +57,10 @@ EXPERIMENTS = {
     "memory_depth": "depth=2,6",
     "memory_deep": "depth=3,6 width=32 solver.steps=5,10",
     "memory_transformer": "depth=2 width=32 dataset.dimension=16,64 solver.steps=5,10",
-    "bias_floor": "solver.delta=1e-6,1e-3",
-    "bias_delta": "solver.delta=1e-6,1e-3 estimator.nu=1e-3,1e-2,0.1,0.3",
+    "bias_floor": "seed=0,1 solver.delta=1e-6,1e-3",
+    "bias_imaml": "seed=0,1 solver.delta=1e-6,1e-3",
+    "bias_delta": "seed=0,1 solver.delta=1e-6,1e-3 estimator.nu=auto,1e-3,1e-2,0.1,0.3",
+    "bias_delta_cnn": "seed=0,1 solver.delta=1e-6,1e-4 estimator.nu=auto,1e-2,0.1 width=4",
     "bias_steps": "solver.steps=5,20,100",
     "bias_map": f"steps=20 seed=0 estimator.lam=0.5 solver.steps=5,10 estimator.nu=0.05 {PARTS}",
     "nu": "estimator=symmetric estimator.nu=1e-4,1e-2,1.0",
@@ -66,6 +68,9 @@ EXPERIMENTS = {
     "smoothness_logistic": "steps=100 seed=0",
     "optimizers": "steps=30 seed=0 optimizer.lr=0.01,0.1,1.0",
     "convergence": "steps=100",
+    "convergence_noise": "steps=100 seed=0,1 optimizer.lr=0.03,0.1",
+    "convergence_rates": "steps=300 seed=0,1 optimizer.lr=0.03,0.1",
+    "convergence_floor": "steps=60 seed=0,1 solver.delta=1e-5,1e-3 estimator.nu=auto,0.03",
     "curvature": "steps=50 seed=0 curvature.every=50 curvature.tasks=1",
 }
 """The experiments in results/, each with its settings for ``--fast``."""

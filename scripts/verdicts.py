@@ -6,8 +6,11 @@ leaves the claim undecided.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, Protocol
 
+from drawing import Row
 from scipy import stats
 from statistics_of_runs import interval
 
@@ -22,6 +25,26 @@ class Verdict(StrEnum):
     IN_PART = "holds in part"
     DOES_NOT = "does not hold"
     NOT_DECIDED = "not decided"
+
+
+class Tables(Protocol):
+    """Where claims read: the rows of a table, and what the jobs behind it had in common."""
+
+    def rows(self, name: str, made_by: str | None = None) -> list[Row]:
+        """Of a table. Raises Missing."""
+        ...
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Of the jobs. Raises Missing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured, in words, and the verdict on the claim."""
+
+    measured: str
+    verdict: Verdict
 
 
 def below(value: float, limit: float, half: float = 0.0) -> Verdict:
