@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from drawing import groups, load
 from explorer_sinusoid import packed
-from figure_bias import best_nu
+from figure_bias import best_nu, mean_error
 from figure_race import middle
 from statistics_of_runs import interval
 from tables import work
@@ -249,11 +249,12 @@ def measured(folder: Path) -> dict[str, list[dict[str, Any]]]:
             ),
             key=lambda row: (row["method"], row["x"]),
         )
-    bias = {**best_nu(load(folder, "bias_delta")), **groups(load(folder, "bias_floor"), "estimator")}
+    best = {name: best_nu(rows) for name, rows in groups(load(folder, "bias_delta"), "estimator").items()}
+    others = groups([row for name in ("bias_floor", "bias_imaml") for row in load(folder, name)], "estimator")
     charts["bias"] = [
-        {"method": name, "x": row["solver.delta"], "y": row["bias/relative_error"], "nu": row.get("estimator.nu")}
-        for name, rows in bias.items()
-        for row in sorted(rows, key=lambda row: row["solver.delta"])
+        {"method": name, "x": delta, "y": mean_error(at), "nu": at[0].get("estimator.nu")}
+        for name, rows in (best | others).items()
+        for delta, at in sorted(groups(rows, "solver.delta").items())
     ]
     return charts
 

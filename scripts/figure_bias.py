@@ -1,4 +1,5 @@
-"""Draws bias.png and .pdf: bias by inner precision δ at the best ν, with fitted slopes, and by inner steps."""
+"""Draws bias.png and .pdf: bias by inner precision δ with ν=auto and at the best ν, with fitted powers, and by inner
+steps."""
 
 import math
 import statistics
@@ -6,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drawing import FIT, LABEL_PT, Row, draw_alone, groups, label_ends, load, logarithmic, save, short, style
+from matplotlib.axes import Axes
 from statistics_of_runs import slope
+from verdicts import over_runs
 
 from fobmaml.files import write_csv
 from fobmaml.run.plotting import new_figure
@@ -40,6 +43,11 @@ def best_nu(rows: Sequence[Row]) -> list[Row]:
     return best
 
 
+def by_delta(rows: Sequence[Row]) -> dict[float, float]:
+    """Of each δ the mean bias."""
+    return {delta: mean_error(of) for delta, of in sorted(groups(rows, "solver.delta").items())}
+
+
 def exponents(rows: Sequence[Row]) -> list[float]:
     """Of each seed, the power of δ with which its bias goes."""
     return [
@@ -53,37 +61,55 @@ def at_best_scale(row: Row) -> float:
     return math.sqrt(max(1 - row["bias/cosine"] ** 2, 0.0))
 
 
+def draw_by_delta(ax: Axes, rows: Sequence[Row]) -> None:
+    """Of each method a point a seed with ν=auto, the mean fit, and rings at the best ν."""
+    said = ["powers of δ at ν=auto:"]
+    for name, of in groups(rows, "estimator").items():
+        auto, look = [row for row in of if row["estimator.nu"] == AUTO], style(name, linestyle="none", alpha=0.6)
+        ax.plot([row["solver.delta"] for row in auto], [row["bias/relative_error"] for row in auto], **look)
+        means, best = by_delta(auto), by_delta(best_nu(of))
+        power, _, intercept = slope([*means], [*means.values()])
+        ax.plot([*means], [10**intercept * delta**power for delta in means], color=look["color"], **FIT)
+        ax.plot([*best], [*best.values()], **style(name, linestyle="none", markerfacecolor="none", markersize=8))
+        rate, half = over_runs(exponents(auto))
+        said.append(f"{short(name)} {rate:.2f} ± {half:.2f} (theory {THEORY[name]})")
+    ax.text(0.98, 0.03, "\n".join(said), fontsize=LABEL_PT, transform=ax.transAxes, ha="right")
+    logarithmic(ax, [row["solver.delta"] for row in rows])
+    ax.set_xlabel("inner precision δ = ‖φ − φ*‖")
+
+
 def draw(folder: Path) -> None:
-    best, floor, steps = best_nu(load(folder, "bias_delta")), load(folder, "bias_floor"), load(folder, "bias_steps")
-    figure, (left, right) = new_figure(columns=2, width_in=7.0, height_in=3.0, sharey=True)
-    fitted: list[Row] = []
-    for name, rows in best.items():
-        delta, error = ([row[key] for row in rows] for key in ("solver.delta", "bias/relative_error"))
-        rate, half, intercept = slope(delta, error)
-        fitted.append(
-            {"estimator": name, "slope": rate, "slope_ci95": half, "theory": THEORY[name], "deltas": len(delta)}
-        )
-        left.plot(delta, error, **style(name, linestyle="none"))
-        left.plot(delta, [10**intercept * d**rate for d in delta], color=style(name)["color"], **FIT)
-    said = ["fits (dashed), powers of δ:"]
-    said += [f"{short(f['estimator'])} {f['slope']:.2f} ± {f['slope_ci95']:.2f} (theory {f['theory']})" for f in fitted]
-    left.text(0.98, 0.03, "\n".join(said), fontsize=LABEL_PT, transform=left.transAxes, ha="right")
-    for name, rows in groups(floor, "estimator").items():
-        rows = sorted(rows, key=lambda row: row["solver.delta"])
-        left.plot([row["solver.delta"] for row in rows], [row["bias/relative_error"] for row in rows], **style(name))
-    write_csv(folder / "bias_slopes.csv", fitted)
-    left.set_xscale("log")
+    tables = {name: load(folder, name, columns=("seed",)) for name in (*PROBLEMS, "bias_floor", "bias_imaml")}
+    steps = [row for row in load(folder, "bias_steps") if row["bias/relative_error"] is not None]
+    figure, (left, middle, right) = new_figure(columns=3, width_in=7.0, height_in=3.2, sharey=True)
+    for ax, name in zip((left, middle), PROBLEMS, strict=True):
+        draw_by_delta(ax, tables[name])
+    most = max(row["estimator.cg_steps"] for row in tables["bias_imaml"])
+    kept = tables["bias_floor"] + [row for row in tables["bias_imaml"] if row["estimator.cg_steps"] == most]
+    for name, rows in groups(kept, "estimator").items():
+        means = by_delta(rows)
+        left.plot([*means], [*means.values()], **style(name))
     left.set_yscale("log")
-    left.set_xlabel("inner precision δ = ‖φ − φ*‖")
     left.set_ylabel("bias, ‖g − ∇F‖ / ‖∇F‖")
-    left.set_title("(a) logistic tasks, random errors, best ν", fontsize=8)
-    for name, rows in groups([row for row in steps if row["bias/relative_error"] is not None], "estimator").items():
+    left.set_title("(a) logistic tasks, random errors", fontsize=8)
+    middle.set_title("(b) MNIST-1D, CNN of width 8, λ = 2", fontsize=8)
+    for name, rows in groups(steps, "estimator").items():
         rows = sorted(rows, key=lambda row: row["solver.steps"])
         right.plot([row["solver.steps"] for row in rows], [row["bias/relative_error"] for row in rows], **style(name))
     logarithmic(right, [row["solver.steps"] for row in steps])
     right.set_xlabel("inner steps K")
-    right.set_title("(b) MNIST-1D, CNN, λ = 2, float64", fontsize=8)
+    right.set_title("(c) CNN of width 16, by inner steps", fontsize=8)
     label_ends(figure, right)
+    slopes: list[Row] = []
+    for table in PROBLEMS:
+        for name, of in groups(tables[table], "estimator").items():
+            found = exponents([row for row in of if row["estimator.nu"] == AUTO])
+            rate, half = over_runs(found)
+            slopes.append(
+                {"table": table, "estimator": name, "slope": rate, "slope_ci95": half, "theory": THEORY[name]}
+                | {"seeds": len(found)}
+            )
+    write_csv(folder / "bias_slopes.csv", slopes)
     save(figure, folder, "bias")
 
 

@@ -1,15 +1,19 @@
-"""Draws convergence.png and .pdf: the norm of the exact meta-gradient along training by each method."""
+"""Draws convergence.png and .pdf: the norm of the exact meta-gradient along training, without and with noise in the
+tasks, where it levels off, and how many meta-steps it takes."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from drawing import Row, draw_alone, groups, label_ends, load, save, style
+from drawing import FIT, LABEL_PT, Row, draw_alone, groups, label_ends, load, logarithmic, save, short, style
+from figure_optimizers import LOOKS
+from matplotlib.axes import Axes
 
 from fobmaml.run.plotting import new_figure
 
 NORM = "bias/exact_norm"
+OPTIMIZERS = ("sgd", "clipped_sgd", "sngdm")
 LAST = 5
 """Measurements whose root mean square is a floor."""
 EPSILONS = [0.1 * 2 ** (-place / 2) for place in range(16)]
@@ -53,16 +57,78 @@ def steps_to(rows: Sequence[Row]) -> Mapping[float, Sequence[float]]:
     return found
 
 
-def draw(folder: Path) -> None:
-    rows = [row for row in load(folder, "convergence_curves") if row["bias/exact_norm"] is not None]
-    figure, (ax,) = new_figure(width_in=4.5, height_in=2.8)
+def draw_fixed(ax: Axes, folder: Path) -> None:
+    rows = [row for row in load(folder, "convergence_curves") if row[NORM] is not None]
     for name, found in groups(rows, "estimator").items():
-        ax.plot([row["step"] for row in found], [row["bias/exact_norm"] for row in found], **style(name, markevery=5))
-    ax.set_yscale("log")
+        ax.plot([row["step"] for row in found], [row[NORM] for row in found], **style(name, markevery=5))
     ax.set_xlabel("meta-step t")
     ax.set_ylabel("‖∇F(θₜ)‖")
-    ax.set_title("logistic tasks, gradient descent on fixed tasks", fontsize=8)
-    label_ends(figure, ax)
+    ax.set_title("(a) gradient descent, all of 16 tasks", fontsize=8)
+
+
+def draw_noise(ax: Axes, folder: Path) -> None:
+    """Of each outer optimizer and method a point a seed."""
+    rows = load(folder, "convergence_noise", columns=("optimizer.lr",))
+    for place, optimizer in enumerate(OPTIMIZERS):
+        for shift, name in enumerate(("symmetric", "fomaml", "reptile")):
+            found = [row for row in rows if row["optimizer"] == optimizer and row["estimator"] == name]
+            ends = lowest(found)[1].values()
+            look = style(name, linestyle="none", alpha=0.7, label=None if place else short(name))
+            ax.plot([place + 0.25 * (shift - 1)] * len(ends), [*ends], **look)
+    ax.set_xticks(range(len(OPTIMIZERS)), [LOOKS[name][0] for name in OPTIMIZERS])
+    ax.set_xlim(-0.5, len(OPTIMIZERS) - 0.5)
+    ax.set_ylabel("‖∇F(θ₁₀₀₀)‖")
+    ax.legend(fontsize=LABEL_PT, loc="upper right", bbox_to_anchor=(1.0, 0.7))
+    ax.set_title("(b) 8 of 64 tasks a meta-step, a point a seed", fontsize=8)
+
+
+def draw_floors(ax: Axes, folder: Path) -> None:
+    rows = [row for row in load(folder, "convergence_floor_curves", columns=("seed",)) if row[NORM] is not None]
+    for nu, of_nu in sorted(groups(rows, "estimator.nu").items(), key=lambda item: str(item[0])):
+        found = {delta: floors(of) for delta, of in sorted(groups(of_nu, "solver.delta").items())}
+        means = [statistics.geometric_mean(at.values()) for at in found.values()]
+        auto = nu == "auto"
+        look: Row = {"color": style("symmetric")["color"] if auto else "#777777", "markersize": 3.5, "alpha": 0.7}
+        ax.plot([*found], means, linewidth=1.5 if auto else 0.8, color=look["color"])
+        for delta, at in found.items():
+            ax.plot([delta] * len(at), [*at.values()], marker="o" if auto else ".", linestyle="none", **look)
+        ax.annotate(
+            f"ν = {nu}" if auto else f"{nu:g}", (max(found), means[-1]), (4, 0), textcoords="offset points",
+            fontsize=LABEL_PT, va="center", color=look["color"],
+        )  # fmt: skip
+    ends = [min(found), max(found)]
+    start = 0.5 * min(floors([row for row in rows if row["solver.delta"] == ends[0]]).values())
+    ax.plot(ends, [start * (delta / ends[0]) ** (2 / 3) for delta in ends], color="#000000", **FIT)
+    ax.text(ends[0], start, "δ$^{2/3}$", fontsize=LABEL_PT, va="top")
+    logarithmic(ax, [*found])
+    ax.set_xlim(right=ends[1] * 8)
+    ax.set_xlabel("inner precision δ")
+    ax.set_ylabel("floor of ‖∇F‖")
+    ax.set_title("(c) where symmetric levels off, by ν", fontsize=8)
+
+
+def draw_steps(ax: Axes, folder: Path) -> None:
+    rows = [row for row in load(folder, "convergence_rates_curves", columns=("optimizer.lr",)) if row[NORM] is not None]
+    for optimizer, of in groups(rows, "optimizer").items():
+        found, (label, colour, marker) = steps_to(of), LOOKS[optimizer]
+        look: Row = {"color": colour, "marker": marker, "markersize": 3.5, "alpha": 0.7}
+        for epsilon, at in found.items():
+            ax.plot([epsilon] * len(at), at, linestyle="none", **look)
+        ax.plot([*found], [statistics.fmean(at) for at in found.values()], color=colour, linewidth=1.0, label=label)
+    ax.set_xscale("log")
+    ax.invert_xaxis()
+    ax.legend(fontsize=LABEL_PT)
+    ax.set_xlabel("ε")
+    ax.set_ylabel("meta-steps until ‖∇F‖ ≤ ε")
+    ax.set_title("(d) the same noise, the best constant rate", fontsize=8)
+
+
+def draw(folder: Path) -> None:
+    figure, axes = new_figure(columns=2, width_in=7.0, height_in=5.2, rows=2)
+    for ax, panel in zip(axes, (draw_fixed, draw_noise, draw_floors, draw_steps), strict=True):
+        ax.set_yscale("log")
+        panel(ax, folder)
+    label_ends(figure, axes[0])
     save(figure, folder, "convergence")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drawing import FIT, Row, draw_alone, groups, legend_below, load, save, style
+from figure_bias import of_nu
 from scipy.optimize import least_squares
 
 from fobmaml.run.plotting import method, new_figure
@@ -37,13 +38,14 @@ def by_nu(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
 
 
 def draw(folder: Path) -> None:
-    logistic = [row for row in load(folder, "bias_delta") if row["solver.delta"] == SHOWN_DELTA]
+    logistic = [row for row in load(folder, "bias_delta", columns=("seed",)) if row["solver.delta"] == SHOWN_DELTA]
     network, rule = load(folder, "nu"), load(folder, "nu_rule", "python benchmarks/nu_rule.py")
     figure, (left, middle, right) = new_figure(columns=3, width_in=7.0, height_in=3.1)
     middle.sharey(left)
     middle.tick_params(labelleft=False)
     for name, rows in groups(logistic, "estimator").items():
-        nu, error = by_nu(rows)
+        errors = of_nu(rows)
+        nu, error = [*errors], [*errors.values()]
         left.plot(nu, error, **style(name, linestyle="none"))
         small = [x for x in nu if x < SMALL]
         a, b = fitted(small, error[: len(small)], ORDER[name])

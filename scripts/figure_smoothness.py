@@ -40,13 +40,14 @@ def draw(folder: Path) -> None:
         for place, (run, rows) in enumerate(runs.items()):
             ax = axes[columns * line + place]
             norms, local = ([row[f"smoothness/{key}"] for row in rows] for key in ("gradient_norm", "local"))
-            power, _, intercept = slope(norms, local)
+            power, zero, one = slope(norms, local)[0], *fitted(norms, local)
             points = ax.scatter(norms, local, c=[row["step"] for row in rows], s=7, cmap="viridis", vmin=0, vmax=last)
-            span = [min(norms), max(norms)]
-            ax.plot(span, [10**intercept * x**power for x in span], color="#D55E00", **FIT)
+            span = np.geomspace(min(norms), max(norms))
+            ax.plot(span, zero + one * span, color="#D55E00", **FIT)
             end = ends[name, run]
             stopped = "" if end["status"] == "completed" else f"\nstopped after step {end['step']:.0f}"
-            ax.text(0.03, 0.97, f"power {power:.2f}{stopped}", fontsize=LABEL_PT, transform=ax.transAxes, va="top")
+            said = f"power {power:.2f}\nL₀ {zero:.2g}, L₁ {one:.2g}{stopped}"
+            ax.text(0.03, 0.97, said, fontsize=LABEL_PT, transform=ax.transAxes, va="top")
             ax.set_xscale("log")
             ax.set_yscale("log")
             title = f"({'ab'[line]}) {TABLES[name]}\n" if place == columns // 2 else ""
