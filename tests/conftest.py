@@ -49,6 +49,18 @@ READ_BY_A_RUN = {
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start, too: tests run side by side
 
 
+@pytest.fixture
+def used_memory(monkeypatch):
+    """Memory that compiled code is given holds what was there before."""
+    empty = torch.empty
+
+    def used(*sizes, **about):
+        memory = empty(*sizes, **about)
+        return memory.fill_(255) if memory.dtype == torch.uint8 else memory  # as float32: not a number
+
+    monkeypatch.setattr(torch, "empty", used)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Problems are small, and threads cost more than they give; a test, or a program that it calls, may take more."""

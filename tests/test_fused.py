@@ -37,7 +37,7 @@ def _tasks(rows: int = 3, examples: int = 6, length: int = 40) -> TaskBatch:
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded(used_memory):
     torch.manual_seed(0)
 
 

@@ -44,7 +44,7 @@ NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh", nn.GELU: "gelu"}
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded(used_memory):
     torch.manual_seed(0)
 
 
@@ -196,6 +196,22 @@ EDGES = {
             nn.Linear(2450, 3),
         ),
         (2, 5, 2, 8, 6),
+    ),
+    "tiles of three lines": (
+        nn.Sequential(
+            nn.Conv2d(2, 17, 1),
+            nn.SiLU(),
+            nn.Conv2d(17, 35, 3, padding=1),
+            nn.Tanh(),
+            nn.Conv2d(35, 7, 3, padding=1),
+            nn.Flatten(),
+            nn.Linear(210, 3),
+        ),
+        (2, 70, 2, 6, 5),
+    ),
+    "a tile of three lines an image": (
+        nn.Sequential(nn.Conv2d(1, 16, 1), nn.Conv2d(16, 40, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(360, 3)),
+        (2, 9, 1, 3, 3),
     ),
     "many tiles": (
         nn.Sequential(

@@ -235,20 +235,20 @@ def test_figures_are_drawn_from_the_tables(tmp_path):
 
 
 def test_a_script_of_a_figure_draws_it_alone(tmp_path):
-    shutil.copy(RESULTS / "convergence_curves.csv", tmp_path)
-    done = _script("figure_convergence.py", tmp_path)
+    shutil.copy(RESULTS / "inner_steps.csv", tmp_path)
+    done = _script("figure_inner_steps.py", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"convergence.png", "convergence.pdf"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"inner_steps.png", "inner_steps.pdf"}
 
 
 def test_figures_that_lack_a_table_are_named_and_the_others_drawn(tmp_path):
-    shutil.copy(RESULTS / "convergence_curves.csv", tmp_path)
+    shutil.copy(RESULTS / "inner_steps.csv", tmp_path)
     done = _script("figures.py", tmp_path)
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert len(lines) == len(list((ROOT / "scripts").glob("figure_*.py"))) - 2  # one is drawn from a formula
     assert all(line.startswith("error: ") and "makes it" in line for line in lines)
-    assert (tmp_path / "figures" / "convergence.png").exists()
+    assert (tmp_path / "figures" / "inner_steps.png").exists()
 
 
 def test_a_figure_is_drawn_once_a_format(tmp_path, monkeypatch):
@@ -257,10 +257,10 @@ def test_a_figure_is_drawn_once_a_format(tmp_path, monkeypatch):
 
     drawn, draw = [], Axes.draw
     monkeypatch.setattr(Axes, "draw", lambda self, renderer: (drawn.append(1), draw(self, renderer)))
-    import figure_convergence
+    import figure_inner_steps
 
-    shutil.copy(RESULTS / "convergence_curves.csv", tmp_path)
-    figure_convergence.draw(tmp_path)
+    shutil.copy(RESULTS / "inner_steps.csv", tmp_path)
+    figure_inner_steps.draw(tmp_path)
     assert len(drawn) == 2
 
 
@@ -418,7 +418,7 @@ def test_verdicts_follow_the_tables(tmp_path):
 
 
 def test_the_jobs_of_a_sweep_are_those_of_its_file_and_command():
-    assert len(jobs_of("bias_delta", [])) == 3 * 6 * 11
+    assert len(jobs_of("bias_delta", [])) == 3 * 6 * 12 * 5
     jobs = jobs_of("verify", ["tuned=maml", "seed=0,3", "steps=5"])
     assert jobs == [
         frozenset({"seed=0", "tuned=maml", "steps=5", "experiment=verify"}),

@@ -396,9 +396,10 @@ static void arrange_all(const Layer *layers, int64_t count, int64_t block, char 
     arrange_signals(layers, count, block, 0, scratch + arrange(layers, count, block, scratch, at), at);
 }
 
-/* Makes zeroed scratch memory ready. What pads a signal stays zero from then on. */
+/* Makes scratch memory ready. What pads a signal stays zero from then on. */
 void fused_prepare(const Layer *layers, int64_t count, int64_t block, char *scratch, int threads) {
     Buffers at[count + 1];
+    memset(scratch, 0, threads * fused_scratch(layers, count, block));
     for (int thread = 0; thread < threads; thread++) {
         scratch += arrange(layers, count, block, scratch, at);
         scratch += arrange_signals(layers, count, block, 0, scratch, at);

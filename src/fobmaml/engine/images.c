@@ -124,13 +124,17 @@ INLINE int64_t tiles_of(const Node *node, int64_t side) {
 
 INLINE int64_t parts_of(int64_t side) { return (side + 2) * (side + 2); }
 
-/* The side of the tiles in which a convolution is done, see ``tiles_forward``: 4, 2, or 0 for none. The products of an
-image, with two tiles more for the weights: they are laid out and read for a few images only. */
+/* The products of an image in tiles of ``side`` x ``side`` outputs, with two tiles more for the weights: they are laid
+out and read for a few images only. */
+INLINE int64_t products_of(const Node *node, int64_t side) { return parts_of(side) * (tiles_of(node, side) + 2); }
+
+/* The side of the tiles in which a convolution is done, see ``tiles_forward``: 4, 3, 2, or 0 for none. */
 INLINE int64_t tiled(const Node *node) {
     if (!node->of || node->kind != CONVOLUTION || node->kernel_height != 3 || node->kernel_width != 3 ||
         node->stride_height != 1 || node->stride_width != 1)
         return 0;
-    if (parts_of(4) * (tiles_of(node, 4) + 2) < parts_of(2) * (tiles_of(node, 2) + 2)) return 4;
+    int64_t side = products_of(node, 3) < products_of(node, 4) ? 3 : 4;
+    if (products_of(node, side) < products_of(node, 2)) return side;
     return 20 * tiles_of(node, 2) <= 9 * node->height_out * node->width_out ? 2 : 0;
 }
 
@@ -228,6 +232,16 @@ static void input_gradient(const Node *node, int64_t examples, const Buffers *at
     }
 }
 
+/* g (+)= sum: added, or put there where nothing is ``there``. */
+INLINE void add_rows(const int width, vec sum[HEIGHT][WIDTH], float *g, int64_t stride, int64_t rows, int there) {
+    UNROLL for (int i = 0; i < HEIGHT; i++) {
+        if (i == rows) break;
+        float *p = g + i * stride;
+        UNROLL for (int v = 0; v < width; v++)
+            store(p + v * LANES, there ? load(p + v * LANES) + sum[i][v] : sum[i][v]);
+    }
+}
+
 /* g[k + i] += the sum over windows of h[i][from] gz[to], for HEIGHT rows i and ``width`` vectors; ``rows`` of them
 count. */
 INLINE void weight_products(const int width, int64_t windows, const float *const h[HEIGHT], const int64_t *from,
@@ -242,11 +256,7 @@ INLINE void weight_products(const int width, int64_t windows, const float *const
             UNROLL for (int v = 0; v < width; v++) sum[i][v] += factor * b[v];
         }
     }
-    UNROLL for (int i = 0; i < HEIGHT; i++) {
-        if (i == rows) break;
-        float *p = g + i * stride;
-        UNROLL for (int v = 0; v < width; v++) store(p + v * LANES, load(p + v * LANES) + sum[i][v]);
-    }
+    add_rows(width, sum, g, stride, rows, 1);
 }
 
 static void weight_gradient(const Node *node, int64_t windows, const Buffers *at) {
@@ -278,14 +288,14 @@ static void bias_gradient(const Node *node, int64_t windows, const Buffers *at) 
     }
 }
 
-/* Windows of 3 x 3 at stride 1 by Winograd's F(m x m, 3 x 3), m = 2 or 4, as in Lavin and Gray, Fast algorithms for
+/* Windows of 3 x 3 at stride 1 by Winograd's F(m x m, 3 x 3), m = 2, 3 or 4, as in Lavin and Gray, Fast algorithms for
 convolutional neural networks (2016): of a tile d of (m + 2) x (m + 2) inputs and the weights g the m x m outputs are
-A' [(G g G') * (B' d B)] A, ' for transposed: 16 products of channels in place of 36, or 36 in place of 144. Its
-derivatives are G' [(A gz A') * (B' d B)] G and B [(G g G') * (A gz A')] B'.
+A' [(G g G') * (B' d B)] A, ' for transposed: 16 products of channels in place of 36, 25 in place of 81, or 36 in place of
+144. Its derivatives are G' [(A gz A') * (B' d B)] G and B [(G g G') * (A gz A')] B'.
 
-The polynomials behind it are known at 0, 1, -1 and infinity for m = 2, at 0, P, -P, Q, -Q and infinity for m = 4: with
-3/4 and 3/2 the roundings are half of what they are with the customary 1 and 2, and twice those of the plain sums. Here
-are B', A and G applied to a column; the others are their transposes. */
+The polynomials behind it are known at 0, 1, -1 and infinity for m = 2, at 0, P, -P, Q and infinity for m = 3, and at -Q,
+too, for m = 4: with 3/4 and 3/2 the roundings are half of what they are with the customary 1 and 2, and twice those of
+the plain sums. Here are B', A and G applied to a column; the others are their transposes. */
 #define P 0.75f
 #define Q 1.5f
 enum { UP_TO = 6 }; /* numbers in a column */
@@ -304,6 +314,11 @@ INLINE void inputs_apart(const int m, vec *t, int64_t step) {
         t[step] = d[1] + d[2];
         t[2 * step] = d[2] - d[1];
         t[3 * step] = d[1] - d[3];
+    } else if (m == 3) {
+        t[0] = P * P * Q * d[0] - P * P * d[1] - Q * d[2] + d[3];
+        both_signs(t + step, step, d[3] - Q * d[2], P * d[2] - P * Q * d[1]);
+        t[3 * step] = d[3] - P * P * d[1];
+        t[4 * step] = P * P * Q * d[1] - P * P * d[2] - Q * d[3] + d[4];
     } else {
         vec even = d[4] - Q * Q * d[2], odd = P * d[3] - P * Q * Q * d[1];
         vec second = d[4] - P * P * d[2], other = Q * d[3] - Q * P * P * d[1];
@@ -317,12 +332,18 @@ INLINE void inputs_apart(const int m, vec *t, int64_t step) {
 INLINE void inputs_together(const int m, vec *t, int64_t step) {
     vec v[UP_TO];
     UNROLL for (int i = 0; i < m + 2; i++) v[i] = t[i * step];
+    vec sum = v[1] + v[2], less = v[1] - v[2];
     if (m == 2) {
-        t[step] = v[1] - v[2] + v[3];
-        t[2 * step] = v[1] + v[2] - v[0];
+        t[step] = less + v[3];
+        t[2 * step] = sum - v[0];
         t[3 * step] = -v[3];
+    } else if (m == 3) {
+        t[0] = P * P * Q * v[0];
+        t[step] = P * P * Q * v[4] - P * P * (v[0] + v[3]) - P * Q * less;
+        t[2 * step] = P * less - Q * (v[0] + sum) - P * P * v[4];
+        t[3 * step] = v[0] + sum + v[3] - Q * v[4];
     } else {
-        vec sum = v[1] + v[2], less = v[1] - v[2], second = v[3] + v[4], other = v[3] - v[4];
+        vec second = v[3] + v[4], other = v[3] - v[4];
         t[0] = P * P * Q * Q * v[0];
         t[step] = P * P * Q * Q * v[5] - P * Q * Q * less - Q * P * P * other;
         t[2 * step] = -(P * P + Q * Q) * v[0] - Q * Q * sum - P * P * second;
@@ -339,6 +360,10 @@ INLINE void outputs_apart(const int m, vec *t, int64_t step) {
         t[step] = y[0] + y[1];
         t[2 * step] = y[0] - y[1];
         t[3 * step] = -y[1];
+    } else if (m == 3) {
+        both_signs(t + step, step, y[0] + P * P * y[2], P * y[1]);
+        t[3 * step] = y[0] + Q * y[1] + Q * Q * y[2];
+        t[4 * step] = y[2];
     } else {
         vec even = y[0] + P * P * y[2], odd = P * y[1] + P * P * P * y[3];
         vec second = y[0] + Q * Q * y[2], other = Q * y[1] + Q * Q * Q * y[3];
@@ -355,6 +380,10 @@ INLINE void outputs_together(const int m, vec *t, int64_t step) {
     if (m == 2) {
         t[0] = v[0] + sum;
         t[step] = less - v[3];
+    } else if (m == 3) {
+        t[0] = v[0] + sum + v[3];
+        t[step] = P * less + Q * v[3];
+        t[2 * step] = P * P * sum + Q * Q * v[3] + v[4];
     } else {
         vec second = v[3] + v[4], other = v[3] - v[4];
         t[0] = v[0] + sum + second;
@@ -364,6 +393,7 @@ INLINE void outputs_together(const int m, vec *t, int64_t step) {
     }
 }
 
+/* One by the differences of a point to the others: of m = 3 that of Q is twice m = 4's, times Q. */
 #define SHARE_P (0.5f / (P * P * (P * P - Q * Q)))
 #define SHARE_Q (0.5f / (Q * Q * (Q * Q - P * P)))
 
@@ -374,6 +404,13 @@ INLINE void weights_apart(const int m, vec *t, int64_t step) {
         t[step] = 0.5f * (g[0] + g[2] + g[1]);
         t[2 * step] = 0.5f * (g[0] + g[2] - g[1]);
         t[3 * step] = g[2];
+    } else if (m == 3) {
+        vec even = g[0] + P * P * g[2], odd = P * g[1];
+        t[0] = 1.0f / (P * P * Q) * g[0];
+        t[step] = SHARE_P * (P + Q) * (even + odd);
+        t[2 * step] = SHARE_P * (Q - P) * (even - odd);
+        t[3 * step] = 2.0f * Q * SHARE_Q * (g[0] + Q * g[1] + Q * Q * g[2]);
+        t[4 * step] = g[2];
     } else {
         vec even = SHARE_P * g[0] + SHARE_P * P * P * g[2], odd = SHARE_P * P * g[1];
         vec second = SHARE_Q * g[0] + SHARE_Q * Q * Q * g[2], other = SHARE_Q * Q * g[1];
@@ -392,6 +429,11 @@ INLINE void weights_together(const int m, vec *t, int64_t step) {
         t[0] = v[0] + 0.5f * sum;
         t[step] = 0.5f * less;
         t[2 * step] = v[3] + 0.5f * sum;
+    } else if (m == 3) {
+        vec at_p = SHARE_P * (P + Q) * v[1], at_minus_p = SHARE_P * (Q - P) * v[2], at_q = 2.0f * Q * SHARE_Q * v[3];
+        t[0] = 1.0f / (P * P * Q) * v[0] + at_p + at_minus_p + at_q;
+        t[step] = P * (at_p - at_minus_p) + Q * at_q;
+        t[2 * step] = P * P * (at_p + at_minus_p) + Q * Q * at_q + v[4];
     } else {
         vec second = v[3] + v[4], other = v[3] - v[4];
         t[0] = 1.0f / (P * P * Q * Q) * v[0] + SHARE_P * sum + SHARE_Q * second;
@@ -414,6 +456,7 @@ INLINE void weights_together(const int m, vec *t, int64_t step) {
 #define BY_SIDE(m, CALL)         \
     do {                         \
         if ((m) == 2) CALL(2);   \
+        else if ((m) == 3) CALL(3); \
         else CALL(4);            \
     } while (0)
 
@@ -533,25 +576,32 @@ static void tiled_forward(const Node *node, int64_t examples, const Buffers *at)
 #undef FORWARD
 }
 
-/* As ``weight_gradient`` and ``input_gradient``. */
-INLINE void tiles_backward(const int m, const Node *node, int64_t examples, const Buffers *at) {
-    int64_t in = pixel(node), out = ROUND(node->out), from[TILES], to[TILES];
-    for (int64_t q = 0; q < TILES; q++) {
-        from[q] = q * in;
-        to[q] = q * out;
+/* As ``weight_products``, of ``some`` tiles' inputs behind each other: fewer addresses to hold. */
+INLINE void tile_weights(const int width, int64_t some, const float *h, int64_t in, const float *gz, int64_t out,
+                         float *g, int64_t rows, int there) {
+    vec sum[HEIGHT][WIDTH];
+    UNROLL for (int i = 0; i < HEIGHT; i++) UNROLL for (int v = 0; v < width; v++) sum[i][v] = spread(0.0f);
+    for (int64_t q = 0; q < some; q++, h += in, gz += out) {
+        vec b[WIDTH];
+        UNROLL for (int v = 0; v < width; v++) b[v] = load(gz + v * LANES);
+        UNROLL for (int i = 0; i < HEIGHT; i++) UNROLL for (int v = 0; v < width; v++) sum[i][v] += h[i] * b[v];
     }
+    add_rows(width, sum, g, width * LANES, rows, there);
+}
+
+/* As ``weight_gradient`` and ``input_gradient``; the former adds to what is ``there``, of other examples. */
+INLINE void tiles_backward(const int m, const Node *node, int64_t examples, const Buffers *at, int there) {
+    int64_t in = pixel(node), out = ROUND(node->out);
     memset(at->gh, 0, examples * at->in.image * sizeof(float));
     EACH_TILES(node, m, examples, some, window) {
         enter_tiles(m, node, at, some, window);
         enter_slopes(m, node, at, some, window);
         for (int64_t k = 0; k < parts_of(m); k++) EACH_PANEL(out, first, width) {
-            const float *gz = at->tiles_out + k * TILES * out + first;
+            const float *h = at->tiles_in + k * TILES * in, *gz = at->tiles_out + k * TILES * out + first;
             float *g = at->g_weights + (k * out + first) * in;
             for (int64_t c = 0; c < in; c += HEIGHT) {
-                const float *h[HEIGHT];
-                for (int i = 0; i < HEIGHT; i++) h[i] = at->tiles_in + k * TILES * in + MIN(c + i, in - 1);
 #define PRODUCTS(width) \
-    weight_products(width, some, h, from, gz, to, g + c * width * LANES, width * LANES, in - c)
+    tile_weights(width, some, h + c, in, gz, out, g + c * width * LANES, in - c, there || first_)
                 BY_WIDTH(width, PRODUCTS);
 #undef PRODUCTS
             }
@@ -561,8 +611,8 @@ INLINE void tiles_backward(const int m, const Node *node, int64_t examples, cons
     }
 }
 
-static void tiled_backward(const Node *node, int64_t examples, const Buffers *at) {
-#define BACKWARD(m) tiles_backward(m, node, examples, at)
+static void tiled_backward(const Node *node, int64_t examples, const Buffers *at, int there) {
+#define BACKWARD(m) tiles_backward(m, node, examples, at, there)
     BY_SIDE(tiled(node), BACKWARD);
 #undef BACKWARD
 }
@@ -1086,14 +1136,15 @@ static void gather(float *all, const float *own, int64_t number) {
     for (int64_t i = 0; all && i < number; i += LANES) store(all + i, load(all + i) + load(own + i));
 }
 
-static void backward(const Node *nodes, int64_t count, int64_t examples, const Buffers *at) {
+/* ``there``: whether the derivatives by weights are there, of other examples. */
+static void backward(const Node *nodes, int64_t count, int64_t examples, const Buffers *at, int there) {
     for (int64_t l = count - 1; l >= 0; l--) {
         const Node *node = nodes + l;
         int64_t windows = examples * windows_of(node);
         if (node->kind == CONVOLUTION) {
             if (node->bias >= 0) bias_gradient(node, windows, at + l);
             if (tiled(node)) {
-                tiled_backward(node, examples, at + l);
+                tiled_backward(node, examples, at + l, there);
             } else {
                 weight_gradient(node, windows, at + l);
                 if (node->of) input_gradient(node, examples, at + l); /* nobody asks for that of the inputs */
@@ -1259,7 +1310,7 @@ static void clear(const Node *node, const Buffers *at) {
     int64_t out = ROUND(node->out);
     if (node->kind > EMBEDDING) return;
     memset(at->g_bias, 0, out * sizeof(float));
-    memset(at->g_weights, 0, depth_of(node) * out * sizeof(float));
+    if (!tiled(node)) memset(at->g_weights, 0, depth_of(node) * out * sizeof(float));
 }
 
 /* How the signals lie, [count + 1]. */
@@ -1300,8 +1351,12 @@ INLINE int in_place(const Node *nodes, int64_t count, int64_t l, const Layout *s
         if (memory) ASAN_POISON_MEMORY_REGION(memory + used - 64, 64);           \
     } while (0)
 
-/* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes. */
-static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *memory, Buffers *at) {
+/* Whether all that the products read of weights is weights, and nothing fills vectors up. */
+INLINE int in_full(const Node *node) { return node->out == ROUND(node->out) && node->in == pixel(node); }
+
+/* Gives every buffer its place, from ``memory`` on if it is given; returns how many bytes that takes, and ``zeros`` how
+many of them, the first ones, have to be zero. */
+static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *memory, Buffers *at, int64_t *zeros) {
     int64_t used = 0, widest = 0, most = 0, largest = 0;
     float *tiles_in = NULL, *tiles_out = NULL, *columns = NULL, *room = NULL, *h[count + 1], *gh[count + 1];
     Layout signals[count + 1];
@@ -1314,7 +1369,7 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
     for (int64_t l = 0; l < count; l++) {
         const Node *node = nodes + l;
         Buffers *b = at + l;
-        int64_t out = ROUND(node->out), depth = depth_of(node);
+        int64_t out = ROUND(node->out);
         *b = (Buffers){.in = signals[node->of], .h = h[node->of], .z = h[l + 1]};
         most = MAX(most, node->in * node->kernel_height * node->kernel_width);
         if (tiled(node)) widest = MAX(widest, parts_of(tiled(node)) * MAX(pixel(node), out));
@@ -1332,11 +1387,9 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
             largest = MAX(largest, make_room(node, NULL, NULL));
         }
         if (node->kind > EMBEDDING) continue;
-        PLACE(b->weights, depth * out);
-        PLACE(b->g_weights, depth * out);
+        if (!in_full(node)) PLACE(b->weights, depth_of(node) * out);
         PLACE(b->bias, out);
         PLACE(b->g_bias, out);
-        if (node->kind == CONVOLUTION && node->of) PLACE(b->transposed, depth * node->out);
         if (node->kind != NORM && node->kind != LAYER) continue;
         PLACE(b->mean, block * (node->kind == LAYER ? windows_of(node) : out));
         PLACE(b->inverse, block * (node->kind == LAYER ? windows_of(node) : out));
@@ -1345,7 +1398,16 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
         PLACE(b->sum, out);
         PLACE(b->product, out);
     }
-    PLACE(tiles_in, TILES * widest);
+    *zeros = used;
+    for (int64_t l = 0; l < count; l++) {
+        const Node *node = nodes + l;
+        int64_t size = depth_of(node) * ROUND(node->out);
+        if (node->kind > EMBEDDING) continue;
+        if (in_full(node)) PLACE(at[l].weights, size);
+        PLACE(at[l].g_weights, size);
+        if (node->kind == CONVOLUTION && node->of) PLACE(at[l].transposed, depth_of(node) * node->out);
+    }
+    PLACE(tiles_in, TILES * widest + HEIGHT); /* whose last rows are read beyond */
     PLACE(tiles_out, TILES * widest);
     PLACE(columns, ROUND(most) * LANES);
     PLACE(room, largest);
@@ -1370,7 +1432,8 @@ static int64_t arrange(const Node *nodes, int64_t count, int64_t block, char *me
 /* How many bytes of scratch memory a thread needs. */
 int64_t images_scratch(const Node *nodes, int64_t count, int64_t block) {
     Buffers at[count];
-    return arrange(nodes, count, block, NULL, at);
+    int64_t zeros;
+    return arrange(nodes, count, block, NULL, at, &zeros);
 }
 
 /* Where the place (i, j) of example n lies in a signal, from its ``up``-th padded line and ``left``-th padded place on. */
@@ -1378,13 +1441,16 @@ INLINE int64_t place_in(const Layout *s, int64_t n, int64_t i, int64_t j, int64_
     return n * s->image + (s->top - up + i) * s->line + (s->left - left + j) * s->pixel;
 }
 
-/* Makes zeroed scratch memory ready. What pads a signal stays what it is from then on. */
+/* Makes scratch memory ready. What pads a signal, and fills vectors up, stays what it is from then on. */
 void images_prepare(const Node *nodes, int64_t count, int64_t block, char *scratch, int threads) {
     Buffers at[count];
     Layout signals[count + 1];
+    int64_t zeros;
     lay(nodes, count, signals);
+    arrange(nodes, count, block, NULL, at, &zeros);
     for (int thread = 0; thread < threads; thread++) {
-        scratch += arrange(nodes, count, block, scratch, at);
+        memset(scratch, 0, zeros);
+        scratch += arrange(nodes, count, block, scratch, at, &zeros);
         for (int64_t l = 0; l < count; l++) {
             const Node *node = nodes + l;
             int64_t m = 0;
@@ -1419,8 +1485,8 @@ typedef struct Job {
 static void each_row(Shared *shared, int thread) {
     const Job *job = shared->job;
     Buffers at[job->count];
-    int64_t bytes = images_scratch(job->nodes, job->count, job->block), r;
-    arrange(job->nodes, job->count, job->block, job->scratch + thread * bytes, at);
+    int64_t bytes = images_scratch(job->nodes, job->count, job->block), zeros, r;
+    arrange(job->nodes, job->count, job->block, job->scratch + thread * bytes, at, &zeros);
     while ((r = next_row(shared)) >= 0) job->row(job, r, at);
 }
 
@@ -1441,7 +1507,7 @@ static void gradient_row(const Job *job, int64_t r, const Buffers *at) {
             enter(nodes, some, job->x + first * inputs, which, at);
             forward(nodes, count, some, at);
             loss_gradient(some, classes, job->targets + first * classes, which, job->weights + weight, at + count - 1);
-            backward(nodes, count, some, at);
+            backward(nodes, count, some, at, n > 0);
         }
         for (int64_t l = 0; l < count; l++)
             if (nodes[l].kind <= EMBEDDING) unpack(nodes + l, at + l, into, job->scale[t], job->step[t]);

@@ -143,7 +143,7 @@ class RowGradient:
         if block != self.block or parts > self.parts:
             described = self.layers, len(self.layers), block
             bytes_a_part = self.threads * getattr(self.kernel, f"{self.name}_scratch")(*described)
-            self.memory = torch.zeros(parts * bytes_a_part + ALIGNMENT, dtype=torch.uint8)
+            self.memory = torch.empty(parts * bytes_a_part + ALIGNMENT, dtype=torch.uint8)
             self.block, self.parts = block, parts
             getattr(self.kernel, f"{self.name}_prepare")(*described, aligned(self.memory), parts * self.threads)
         return aligned(self.memory)
