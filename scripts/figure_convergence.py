@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drawing import FIT, LABEL_PT, Row, draw_alone, groups, label_ends, load, logarithmic, save, short, style
+from figure_bias import AUTO
 from figure_optimizers import LOOKS
 from matplotlib.axes import Axes
 
@@ -77,31 +78,30 @@ def draw_noise(ax: Axes, folder: Path) -> None:
             ax.plot([place + 0.25 * (shift - 1)] * len(ends), [*ends], **look)
     ax.set_xticks(range(len(OPTIMIZERS)), [LOOKS[name][0] for name in OPTIMIZERS])
     ax.set_xlim(-0.5, len(OPTIMIZERS) - 0.5)
-    ax.set_ylabel("‖∇F(θ₁₀₀₀)‖")
+    ax.set_ylabel("‖∇F(θ)‖ at the end")
     ax.legend(fontsize=LABEL_PT, loc="upper right", bbox_to_anchor=(1.0, 0.7))
     ax.set_title("(b) 8 of 64 tasks a meta-step, a point a seed", fontsize=8)
 
 
 def draw_floors(ax: Axes, folder: Path) -> None:
     rows = [row for row in load(folder, "convergence_floor_curves", columns=("seed",)) if row[NORM] is not None]
-    for nu, of_nu in sorted(groups(rows, "estimator.nu").items(), key=lambda item: str(item[0])):
-        found = {delta: floors(of) for delta, of in sorted(groups(of_nu, "solver.delta").items())}
-        means = [statistics.geometric_mean(at.values()) for at in found.values()]
-        auto = nu == "auto"
+    deltas = sorted({row["solver.delta"] for row in rows})
+    for nu, of_nu in groups(rows, "estimator.nu").items():
+        found = [floors([row for row in of_nu if row["solver.delta"] == delta]) for delta in deltas]
+        means = [statistics.geometric_mean(at.values()) for at in found]
+        auto = nu == AUTO
         look: Row = {"color": style("symmetric")["color"] if auto else "#777777", "markersize": 3.5, "alpha": 0.7}
-        ax.plot([*found], means, linewidth=1.5 if auto else 0.8, color=look["color"])
-        for delta, at in found.items():
+        ax.plot(deltas, means, linewidth=1.5 if auto else 0.8, color=look["color"])
+        for delta, at in zip(deltas, found, strict=True):
             ax.plot([delta] * len(at), [*at.values()], marker="o" if auto else ".", linestyle="none", **look)
-        ax.annotate(
-            f"ν = {nu}" if auto else f"{nu:g}", (max(found), means[-1]), (4, 0), textcoords="offset points",
-            fontsize=LABEL_PT, va="center", color=look["color"],
-        )  # fmt: skip
-    ends = [min(found), max(found)]
-    start = 0.5 * min(floors([row for row in rows if row["solver.delta"] == ends[0]]).values())
-    ax.plot(ends, [start * (delta / ends[0]) ** (2 / 3) for delta in ends], color="#000000", **FIT)
-    ax.text(ends[0], start, "δ$^{2/3}$", fontsize=LABEL_PT, va="top")
-    logarithmic(ax, [*found])
-    ax.set_xlim(right=ends[1] * 8)
+        label, end = f"ν = {nu}" if auto else f"{nu:g}", (deltas[-1], means[-1])
+        ax.annotate(label, end, (4, 0), textcoords="offset points", fontsize=LABEL_PT, va="center", color=look["color"])
+        if auto:
+            theory = [0.4 * means[0] * (delta / deltas[0]) ** (2 / 3) for delta in deltas]
+            ax.plot(deltas, theory, color="#000000", **FIT)
+            ax.annotate("δ$^{2/3}$", (deltas[-1], theory[-1]), (4, 0), textcoords="offset points", fontsize=LABEL_PT)
+    logarithmic(ax, deltas)
+    ax.set_xlim(right=8 * deltas[-1])
     ax.set_xlabel("inner precision δ")
     ax.set_ylabel("floor of ‖∇F‖")
     ax.set_title("(c) where symmetric levels off, by ν", fontsize=8)

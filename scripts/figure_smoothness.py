@@ -16,15 +16,13 @@ TABLES = {"smoothness": "MNIST-1D, CNN, MAML's objective", "smoothness_logistic"
 
 def fitted(norms: Sequence[float], local: Sequence[float]) -> tuple[float, float]:
     """L₀ and L₁ ≥ 0 of L₀ + L₁‖∇F‖, by least squares of logarithms: local smoothness goes over decades."""
-    g, logarithms = np.array(norms), np.log(local)
-    start = np.median(local)
+    g, logarithms, least = np.array(norms), np.log(local), 1e-6 * min(local)
+    start = float(np.median(local)), float(np.median(local) / np.median(g))
     fit = least_squares(
-        lambda parts: np.log(parts[0] + parts[1] * g) - logarithms,
-        (start, start / np.median(g)),
-        bounds=((1e-12, 0.0), np.inf),
-        x_scale=(start, start / np.median(g)),
+        lambda parts: np.log(parts[0] + parts[1] * g) - logarithms, start, bounds=((least, 0), np.inf), x_scale=start
     )
-    return float(fit.x[0]), float(fit.x[1])
+    zero, one = map(float, fit.x)
+    return (zero if zero > 2 * least else 0.0), one
 
 
 def draw(folder: Path) -> None:
@@ -45,9 +43,9 @@ def draw(folder: Path) -> None:
             span = np.geomspace(min(norms), max(norms))
             ax.plot(span, zero + one * span, color="#D55E00", **FIT)
             end = ends[name, run]
-            stopped = "" if end["status"] == "completed" else f"\nstopped after step {end['step']:.0f}"
+            stopped = "" if end["status"] == "completed" else f"\nstopped after\nstep {end['step']:.0f}"
             said = f"power {power:.2f}\nL₀ {zero:.2g}, L₁ {one:.2g}{stopped}"
-            ax.text(0.03, 0.97, said, fontsize=LABEL_PT, transform=ax.transAxes, va="top")
+            ax.text(0.03, 0.97, said, fontsize=LABEL_PT, transform=ax.transAxes, va="top", in_layout=False)
             ax.set_xscale("log")
             ax.set_yscale("log")
             title = f"({'ab'[line]}) {TABLES[name]}\n" if place == columns // 2 else ""

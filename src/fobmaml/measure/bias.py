@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fobmaml.arguments import number, refuse
+from fobmaml.arguments import number, refuse, whole_number
 from fobmaml.engine import Learner
 from fobmaml.estimators import MAML, Estimator, Exact, NotConverged, chunk_size, estimate
 from fobmaml.measure.base import Event, OnValidationTasks, Training, shown
@@ -32,7 +32,7 @@ class Bias:
     exact_norm: float | None = None
 
 
-def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 1e-8) -> Bias:
+def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 1e-8, draws: int = DRAWS) -> Bias:
     """The bias of ``estimator`` at the present parameters of the network of ``learner``.
 
     The reference is computed in float64, and is the estimator's own if it names one. Else, with λ > 0, it is the
@@ -40,7 +40,7 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
     inner problem has no unique minimiser, F is the objective after the solver's K steps, and the reference is its
     gradient, by back-propagation.
     ``tasks`` in float64, so that both see the same examples. Where inner steps take batches and those of the reference
-    do not, the bias is that of the mean over ``DRAWS`` (128) draws. ``tol``: the residual to which the reference is
+    do not, the bias is that of the mean over so many ``draws``. ``tol``: the residual to which the reference is
     solved; where that is not reached, there is a ``reason`` in place of a number.
     Cost: one estimate, or so many, and one exact meta-gradient.
     Raises ValueError for tasks that the estimator or the network does not take.
@@ -63,8 +63,8 @@ def bias(estimator: Estimator, learner: Learner, tasks: TaskBatch, tol: float = 
         exact = estimate(reference, precise, theta.double(), tasks.to(dtype=torch.float64), chunk, False).gradient
     except (NotConverged, ValueError) as error:  # a loss that holds float32 numbers cannot be had in float64
         return Bias(None, None, name, str(error))
-    draws = DRAWS if estimator.solver.takes_batches and not reference.solver.takes_batches else 0
-    returned = _mean(estimator, learner, theta, tasks.to(dtype=learner.dtype), draws).double()
+    drawn = estimator.solver.takes_batches and not reference.solver.takes_batches
+    returned = _mean(estimator, learner, theta, tasks.to(dtype=learner.dtype), draws if drawn else 0).double()
     norm = exact.norm()
     if norm == 0 or not torch.isfinite(norm):
         return Bias(None, None, name, f"the exact meta-gradient has norm {float(norm)}")
@@ -87,12 +87,14 @@ def _mean(estimator: Estimator, learner: Learner, theta: Tensor, tasks: TaskBatc
 
 @dataclass
 class BiasMeasurement(OnValidationTasks):
-    """``bias``, its references solved to ``tol``, every so many meta-steps; before the first only if ``at_start``, or
-    where there are none. Raises ValueError unless tol > 0, and as ``OnValidationTasks`` does."""
+    """``bias`` by ``draws``, its references solved to ``tol``, every so many meta-steps; before the first only if
+    ``at_start``, or where there are none. Raises ValueError unless tol > 0 and draws ≥ 1, and as ``OnValidationTasks``
+    does."""
 
     every: int = 300
     at_start: bool = False
     tol: float = 1e-8
+    draws: int = DRAWS
 
     keys: ClassVar = {
         "bias/relative_error": "‖g − ∇F‖/‖∇F‖, g the estimator's meta-gradient and ∇F the exact one, same tasks",
@@ -109,13 +111,14 @@ class BiasMeasurement(OnValidationTasks):
         if not isinstance(self.at_start, bool):
             raise refuse("at_start", self.at_start, "true or false")
         number("tol", self.tol, above=0.0)
+        whole_number("draws", self.draws)
 
     def due(self, step: int, steps: int, ended: bool) -> bool:
         return super().due(step, steps, ended) and (step > 0 or steps == 0 or self.at_start)
 
     def __call__(self, training: Training) -> Event:
         tasks = self.sample(training).to(training.learner.device)
-        found = bias(training.estimator, training.learner, tasks, self.tol)
+        found = bias(training.estimator, training.learner, tasks, self.tol, self.draws)
         return {
             "bias/relative_error": found.relative_error,
             "bias/cosine": found.cosine,
