@@ -143,6 +143,7 @@ def test_bias_of_batches_is_that_of_their_mean():
     assert found == bias(estimator, learner, tasks.keyed())  # whatever was drawn
     assert abs(found.relative_error - exactly) < 3 * noise / 128**0.5
     assert noise > exactly  # of a single draw little is bias
+    assert bias(estimator, learner, tasks, draws=1).relative_error == pytest.approx(relative_error(single[0], wanted))
     same = bias(MAML(estimator.solver), learner, tasks.keyed())
     assert same.relative_error < 1e-5  # its reference makes the same draws
 

@@ -498,6 +498,7 @@ def test_bad_settings(setting, value):
         ("test", "tasks", 1),
         ("bias", "every", -1),
         ("bias", "tol", 0),
+        ("bias", "draws", 0),
         ("bias", "at_start", 0),
         ("bias", "tasks", 0),
         ("smoothness", "radius", 0),
