@@ -63,7 +63,7 @@ def at_best_scale(row: Row) -> float:
 
 def draw_by_delta(ax: Axes, rows: Sequence[Row]) -> None:
     """Of each method a point a seed with ν=auto, the mean fit, and rings at the best ν."""
-    said = ["powers of δ at ν=auto:"]
+    said = ["power of δ (theory)"]
     for name, of in groups(rows, "estimator").items():
         auto, look = [row for row in of if row["estimator.nu"] == AUTO], style(name, linestyle="none", alpha=0.6)
         ax.plot([row["solver.delta"] for row in auto], [row["bias/relative_error"] for row in auto], **look)
@@ -72,16 +72,16 @@ def draw_by_delta(ax: Axes, rows: Sequence[Row]) -> None:
         ax.plot([*means], [10**intercept * delta**power for delta in means], color=look["color"], **FIT)
         ax.plot([*best], [*best.values()], **style(name, linestyle="none", markerfacecolor="none", markersize=8))
         rate, half = over_runs(exponents(auto))
-        said.append(f"{short(name)} {rate:.2f} ± {half:.2f} (theory {THEORY[name]})")
+        said.append(f"{short(name)} {rate:.2f} ± {half:.2f} ({THEORY[name]})")
     ax.text(0.98, 0.03, "\n".join(said), fontsize=LABEL_PT, transform=ax.transAxes, ha="right")
-    logarithmic(ax, [row["solver.delta"] for row in rows])
+    ax.set_xscale("log")
     ax.set_xlabel("inner precision δ = ‖φ − φ*‖")
 
 
 def draw(folder: Path) -> None:
     tables = {name: load(folder, name, columns=("seed",)) for name in (*PROBLEMS, "bias_floor", "bias_imaml")}
     steps = [row for row in load(folder, "bias_steps") if row["bias/relative_error"] is not None]
-    figure, (left, middle, right) = new_figure(columns=3, width_in=7.0, height_in=3.2, sharey=True)
+    figure, (left, middle, right) = new_figure(columns=3, width_in=7.0, height_in=3.6, sharey=True)
     for ax, name in zip((left, middle), PROBLEMS, strict=True):
         draw_by_delta(ax, tables[name])
     most = max(row["estimator.cg_steps"] for row in tables["bias_imaml"])
@@ -90,15 +90,20 @@ def draw(folder: Path) -> None:
         means = by_delta(rows)
         left.plot([*means], [*means.values()], **style(name))
     left.set_yscale("log")
+    left.set_ylim(bottom=1e-12)  # room for the powers
     left.set_ylabel("bias, ‖g − ∇F‖ / ‖∇F‖")
-    left.set_title("(a) logistic tasks, random errors", fontsize=8)
-    middle.set_title("(b) MNIST-1D, CNN of width 8, λ = 2", fontsize=8)
+    left.set_title("(a) logistic tasks,\nrandom errors of size δ", fontsize=8)
+    middle.set_title("(b) the same, MNIST-1D,\nCNN of width 8, λ = 2", fontsize=8)
     for name, rows in groups(steps, "estimator").items():
         rows = sorted(rows, key=lambda row: row["solver.steps"])
         right.plot([row["solver.steps"] for row in rows], [row["bias/relative_error"] for row in rows], **style(name))
-    logarithmic(right, [row["solver.steps"] for row in steps])
+    logarithmic(right, [row["solver.steps"] for row in steps], apart=0.25)
     right.set_xlabel("inner steps K")
-    right.set_title("(c) CNN of width 16, by inner steps", fontsize=8)
+    right.set_title("(c) CNN of width 16,\nλ = 2, K inner steps", fontsize=8)
+    figure.suptitle(
+        "(a), (b): a point a seed with ν=auto; open: the best ν of a grid; iMAML: CG to its tolerance",
+        fontsize=8,
+    )
     label_ends(figure, right)
     slopes: list[Row] = []
     for table in PROBLEMS:
