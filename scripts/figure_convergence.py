@@ -10,6 +10,8 @@ from drawing import FIT, LABEL_PT, Row, draw_alone, groups, label_ends, load, lo
 from figure_bias import AUTO
 from figure_optimizers import LOOKS
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FixedLocator, NullFormatter
 
 from fobmaml.run.plotting import new_figure
 
@@ -58,13 +60,21 @@ def steps_to(rows: Sequence[Row]) -> Mapping[float, Sequence[float]]:
     return found
 
 
+def plain(axis: Axis, ticks: Sequence[float]) -> None:
+    """On less than two decades."""
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def draw_fixed(ax: Axes, folder: Path) -> None:
     rows = [row for row in load(folder, "convergence_curves") if row[NORM] is not None]
     for name, found in groups(rows, "estimator").items():
-        ax.plot([row["step"] for row in found], [row[NORM] for row in found], **style(name, markevery=5))
+        look = style(name, markevery=5, label=short(name))
+        ax.plot([row["step"] for row in found], [row[NORM] for row in found], **look)
     ax.set_xlabel("meta-step t")
     ax.set_ylabel("‖∇F(θₜ)‖")
-    ax.set_title("(a) gradient descent, all of 16 tasks", fontsize=8)
+    ax.set_title("(a) all of 16 tasks, gradient descent", fontsize=8)
 
 
 def draw_noise(ax: Axes, folder: Path) -> None:
@@ -79,8 +89,9 @@ def draw_noise(ax: Axes, folder: Path) -> None:
     ax.set_xticks(range(len(OPTIMIZERS)), [LOOKS[name][0] for name in OPTIMIZERS])
     ax.set_xlim(-0.5, len(OPTIMIZERS) - 0.5)
     ax.set_ylabel("‖∇F(θ)‖ at the end")
-    ax.legend(fontsize=LABEL_PT, loc="upper right", bbox_to_anchor=(1.0, 0.7))
-    ax.set_title("(b) 8 of 64 tasks a meta-step, a point a seed", fontsize=8)
+    plain(ax.yaxis, [0.005, 0.01, 0.02, 0.04])
+    ax.legend(fontsize=LABEL_PT, loc="center", bbox_to_anchor=(0.5, 0.68), ncols=3, columnspacing=0.8, handletextpad=0)
+    ax.set_title("(b) 8 of 64 tasks a meta-step", fontsize=8)
 
 
 def draw_floors(ax: Axes, folder: Path) -> None:
@@ -117,10 +128,12 @@ def draw_steps(ax: Axes, folder: Path) -> None:
         ax.plot([*found], [statistics.fmean(at) for at in found.values()], color=colour, linewidth=1.0, label=label)
     ax.set_xscale("log")
     ax.invert_xaxis()
+    plain(ax.xaxis, [0.03, 0.02, 0.01])
+    plain(ax.yaxis, [100, 200, 400, 800])
     ax.legend(fontsize=LABEL_PT)
     ax.set_xlabel("ε")
     ax.set_ylabel("meta-steps until ‖∇F‖ ≤ ε")
-    ax.set_title("(d) the same noise, the best constant rate", fontsize=8)
+    ax.set_title("(d) the same, by symmetric, constant rates", fontsize=8)
 
 
 def draw(folder: Path) -> None:
