@@ -12,8 +12,8 @@ class Logistic:
 
     A task has ``shots`` support and ``queries`` query examples, x [T, examples, ``dimension``] in float64 and y
     [T, examples]. With the proximal term its inner problem is strongly convex. The three splits are independent draws
-    from this distribution: the caller's generators tell them apart. With ``tasks`` so many are drawn once, and all three
-    splits take theirs of those, without replacement: F over all of them is a finite sum.
+    from this distribution: the caller's generators tell them apart. With ``tasks`` so many are drawn once, and all
+    three splits take theirs of those, without replacement: F over all of them is a finite sum.
     Raises ValueError unless dimension, shots, queries and tasks are ≥ 1 and spread ≥ 0, and when a sample is of more
     tasks than there are.
     """
