@@ -15,6 +15,8 @@ from fobmaml.run.plotting import method
 
 LEAST = 10.0
 """Times that ‖∇F‖ must span where smoothness is fitted."""
+FEWEST = 4
+"""ε of which a power is fitted."""
 
 
 def bias(tables: Tables) -> Finding:
@@ -196,13 +198,13 @@ def rates(tables: Tables) -> Finding:
     parts, verdicts = [], []
     for name, rows in groups(measured, "optimizer").items():
         steps = steps_to(rows)
-        if len(steps) < 4:
-            power, half = math.nan, math.inf
-        else:
+        power, half = math.nan, math.inf
+        said = f"{len(steps)} ε that all seeds reach in time, too few to fit"
+        if len(steps) >= FEWEST:
             inverse = [1 / epsilon for epsilon in steps]
             power, half = over_runs([slope(inverse, of_seed)[0] for of_seed in zip(*steps.values(), strict=True)])
-        reached = f"ε from {max(steps):.2g} to {min(steps):.2g}" if steps else "no ε"
-        parts.append(f"{name} 1/ε to the power {power:.2f} ± {half:.2f} ({reached})")
+            said = f"1/ε to the power {power:.2f} ± {half:.2f}, ε from {max(steps):.2g} to {min(steps):.2g}"
+        parts.append(f"{name}: {said}")
         if name in ("sngdm", "clipped_sgd"):
             verdicts.append(below(power, 4.0, half))
-    return Finding(f"Meta-steps until ‖∇F‖ ≤ ε go with {', '.join(parts)}.", of_all(verdicts))
+    return Finding(f"Meta-steps until ‖∇F‖ ≤ ε, by outer optimizer. {'; '.join(parts)}.", of_all(verdicts))
