@@ -139,11 +139,8 @@ def optimizers(tables: Tables) -> Finding:
 
 
 def convergence(tables: Tables) -> Finding:
-    measured = [row for row in tables.rows("convergence_curves") if row["bias/exact_norm"] is not None]
-    ends = {
-        name: max(rows, key=lambda row: row["step"])["bias/exact_norm"]
-        for name, rows in groups(measured, "estimator").items()
-    }
+    measured = [row for row in tables.rows("convergence_curves") if row[NORM] is not None]
+    ends = {name: max(rows, key=lambda row: row["step"])[NORM] for name, rows in groups(measured, "estimator").items()}
     parts = ", ".join(f"{method(name).label} {value:.1e}" for name, value in ends.items())
     ratios = [ends[name] / ends["symmetric"] for name in ("fomaml", "reptile")]
     verdicts = [

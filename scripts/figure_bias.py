@@ -61,8 +61,9 @@ def at_best_scale(row: Row) -> float:
     return math.sqrt(max(1 - row["bias/cosine"] ** 2, 0.0))
 
 
-def draw_by_delta(ax: Axes, rows: Sequence[Row]) -> None:
-    """Of each method a point a seed with ν=auto, the mean fit, and rings at the best ν."""
+def draw_by_delta(ax: Axes, rows: Sequence[Row]) -> list[Row]:
+    """Of each method a point a seed with ν=auto, the mean fit, and rings at the best ν. Returns the powers."""
+    powers: list[Row] = []
     said = ["power of δ (theory)"]
     for name, of in groups(rows, "estimator").items():
         auto, look = [row for row in of if row["estimator.nu"] == AUTO], style(name, linestyle="none", alpha=0.6)
@@ -71,19 +72,26 @@ def draw_by_delta(ax: Axes, rows: Sequence[Row]) -> None:
         power, _, intercept = slope([*means], [*means.values()])
         ax.plot([*means], [10**intercept * delta**power for delta in means], color=look["color"], **FIT)
         ax.plot([*best], [*best.values()], **style(name, linestyle="none", markerfacecolor="none", markersize=8))
-        rate, half = over_runs(exponents(auto))
+        found = exponents(auto)
+        rate, half = over_runs(found)
+        powers.append(
+            {"estimator": name, "slope": rate, "slope_ci95": half, "theory": THEORY[name], "seeds": len(found)}
+        )
         said.append(f"{short(name)} {rate:.2f} ± {half:.2f} ({THEORY[name]})")
     ax.text(0.98, 0.03, "\n".join(said), fontsize=LABEL_PT, transform=ax.transAxes, ha="right")
     ax.set_xscale("log")
     ax.set_xlabel("inner precision δ = ‖φ − φ*‖")
+    return powers
 
 
 def draw(folder: Path) -> None:
     tables = {name: load(folder, name, columns=("seed",)) for name in (*PROBLEMS, "bias_floor", "bias_imaml")}
     steps = [row for row in load(folder, "bias_steps") if row["bias/relative_error"] is not None]
     figure, (left, middle, right) = new_figure(columns=3, width_in=7.0, height_in=3.6, sharey=True)
-    for ax, name in zip((left, middle), PROBLEMS, strict=True):
-        draw_by_delta(ax, tables[name])
+    slopes: list[Row] = []
+    for ax, table in zip((left, middle), PROBLEMS, strict=True):
+        slopes += [{"table": table, **power} for power in draw_by_delta(ax, tables[table])]
+    write_csv(folder / "bias_slopes.csv", slopes)
     most = max(row["estimator.cg_steps"] for row in tables["bias_imaml"])
     kept = tables["bias_floor"] + [row for row in tables["bias_imaml"] if row["estimator.cg_steps"] == most]
     for name, rows in groups(kept, "estimator").items():
@@ -105,16 +113,6 @@ def draw(folder: Path) -> None:
         fontsize=8,
     )
     label_ends(figure, right)
-    slopes: list[Row] = []
-    for table in PROBLEMS:
-        for name, of in groups(tables[table], "estimator").items():
-            found = exponents([row for row in of if row["estimator.nu"] == AUTO])
-            rate, half = over_runs(found)
-            slopes.append(
-                {"table": table, "estimator": name, "slope": rate, "slope_ci95": half, "theory": THEORY[name]}
-                | {"seeds": len(found)}
-            )
-    write_csv(folder / "bias_slopes.csv", slopes)
     save(figure, folder, "bias")
 
 

@@ -138,9 +138,9 @@ def test_auto_sees_truncation_through_a_solver_s_own_error(kind, delta):
     """Errors that offsets have not in common hide it at small ν."""
     learner, tasks = tasks_of("logistic", 8)
     theta = learner.theta()
+    wanted = estimate(Exact(NewtonCG(tol=1e-12), 1.0), learner, theta, tasks).gradient
 
     def error(nu):
-        wanted = estimate(Exact(NewtonCG(tol=1e-12), 1.0), learner, theta, tasks).gradient
         found = [
             estimate(kind(Inexact(delta, seed), 1.0, nu), learner, theta, tasks, diagnose=False).gradient - wanted
             for seed in range(8)
